@@ -1,0 +1,102 @@
+"""Images/s of `encode`, JPEG decoding included, and where the time goes; and what it costs to compute every image alone.
+
+    python benchmarks/encode.py [--images 200] [--model NAME] [--output benchmarks/results/encode.jsonl]
+
+Encodes the demo photograph, cropped differently for every image, stored as JPEG of 160 px. First checks that the codes of the timed
+paths agree with each other where they must.
+"""
+
+import argparse
+import io
+import json
+import platform
+import statistics
+import subprocess
+import time
+from datetime import date
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+import dyntok
+from dyntok.image import load_image, to_pixels
+
+PHOTO = Path(dyntok.__file__).parent / "assets" / "astronaut.jpg"
+
+
+def photographs(count: int) -> list[bytes]:
+    """JPEGs of 160 x 160 pixels, each another crop of the demo photograph."""
+    photo = load_image(PHOTO)
+    generator = torch.Generator().manual_seed(0)
+    files = []
+    for _ in range(count):
+        x, y, scale = torch.rand(3, generator=generator).tolist()
+        side = 160 + scale * (min(photo.size) - 160)
+        left, top = x * (photo.width - side), y * (photo.height - side)
+        file = io.BytesIO()
+        photo.resize((160, 160), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)).save(file, "JPEG", quality=90)
+        files.append(file.getvalue())
+    return files
+
+
+def seconds(work, repeats: int = 5) -> tuple[float, float]:
+    """Median and spread (max - min) of the seconds of `work()`."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times), max(times) - min(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--model")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    tokenizer = dyntok.load(options.model)
+    files = photographs(options.images)
+    pixels = torch.stack([to_pixels(file, tokenizer.config.image) for file in files])
+
+    alone = tokenizer.encode(files)
+    if alone != tokenizer.encode_pixels(pixels):
+        raise SystemExit("the raw door gives other codes than encode(): no timing of a wrong result")
+
+    with torch.no_grad():
+        features = torch.cat([tokenizer.backbone(p[None]) for p in pixels])
+        keep = dyntok.KeepPolicy()(tokenizer.selector(features))
+        rows = list(zip(features.split(1), keep.split(1), strict=True))
+        merged = [tokenizer.merger(f, k) for f, k in rows]
+        projected = [tokenizer.projection(m) for m in merged]
+        stages = {
+            "encode, all": lambda: tokenizer.encode(files),
+            "  decode JPEG and resize": lambda: [to_pixels(file, tokenizer.config.image) for file in files],
+            "  backbone": lambda: [tokenizer.backbone(p[None]) for p in pixels],
+            "  selector": lambda: [tokenizer.selector(f) for f, _ in rows],
+            "  merger": lambda: [tokenizer.merger(f, k) for f, k in rows],
+            "  projection": lambda: [tokenizer.projection(m) for m in merged],
+            "  code search": lambda: [tokenizer.codebook(p) for p in projected],
+            "backbone, 32 at once": lambda: [tokenizer.backbone(p) for p in pixels.split(32)],
+            "decode to images": lambda: tokenizer.decode(alone),
+        }
+        timed = {name: seconds(work) for name, work in stages.items()}
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    row = {
+        "date": date.today().isoformat(), "commit": commit, "processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
+        "torch": torch.__version__, "images": len(files), "tokens": alone.num_tokens / len(files), "fingerprint": tokenizer.fingerprint,
+        "ms_per_image": {name.strip(): round(1e3 * median / len(files), 3) for name, (median, _) in timed.items()},
+        "spread_ms": {name.strip(): round(1e3 * spread / len(files), 3) for name, (_, spread) in timed.items()},
+    }  # fmt: skip
+    for name, (median, spread) in timed.items():
+        print(f"{name:<28}{1e3 * median / len(files):8.2f} ms/image  +- {500 * spread / len(files):.2f}  {len(files) / median:8.1f} images/s")
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        with open(options.output, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

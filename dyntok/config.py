@@ -1,0 +1,255 @@
+"""The configuration of a tokenizer: small frozen dataclasses, checked when made, plain JSON on disk; and the named presets.
+
+Not here: how to train one (`dyntok/training/recipes/*.yaml`).
+"""
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dyntok.errors import ConfigError
+
+OPENAI_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+_MAX_SIDE = 1 << 14  # pixels
+_MAX_COUNT = 1 << 24  # codes, channels, ...: configurations come from strangers, too
+_MAX_TEXT = 64  # characters of a backbone's option
+
+# Options of timm.create_model that read files, reach the network or change what the model returns; the backbone sets them itself.
+_REFUSED_OPTIONS = {
+    "cache_dir", "checkpoint_path", "exportable", "feature_cfg", "feature_cls", "features_only", "kwargs_filter", "model_cfg",
+    "num_classes", "out_indices", "scriptable",
+}  # fmt: skip
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _is_number(value: Any) -> bool:
+    """An int or float of a sane size, which NaN is not; no bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _MAX_COUNT
+
+
+def _check_whole(name: str, value: Any, lowest: int, highest: int = _MAX_COUNT) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    _check(whole and lowest <= value <= highest, f"{name} is {_brief(value)}, expected a whole number from {lowest} to {highest}")
+
+
+def _check_positive(name: str, value: Any) -> None:
+    _check(_is_number(value) and value > 0, f"{name} is {_brief(value)}, expected a positive number")
+
+
+def _check_bool(name: str, value: Any) -> None:
+    _check(isinstance(value, bool), f"{name} is {_brief(value)}, expected true or false")
+
+
+def _brief(value: Any) -> str:
+    try:
+        return repr(value)[:80]
+    except ValueError:  # Python writes no int of more than 4,300 digits
+        return f"{type(value).__name__} of absurd length"
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """How a picture becomes a normalised float tensor [3, img_size, img_size]."""
+
+    img_size: int = 224
+    resize: Literal["crop", "squash"] = "crop"  # keep the aspect ratio and cut the centre, or stretch to the square
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self) -> None:
+        _check_whole("image.img_size", self.img_size, 1, _MAX_SIDE)
+        _check(self.resize in ("crop", "squash"), f"image.resize is {self.resize!r}, expected 'crop' or 'squash'")
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            wanted = f"image.{name} is {_brief(value)}, expected three numbers, one for each of R, G, B"
+            _check(isinstance(value, tuple | list) and len(value) == 3 and all(map(_is_number, value)), wanted)
+            object.__setattr__(self, name, tuple(float(v) for v in value))
+        _check(min(self.std) > 0, f"image.std is {self.std}, expected positive values")
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """A timm model, by name, and which of its layers gives the patch features.
+
+    kwargs go to timm.create_model: img_size, patch_size, depth, ... Only numbers, bools, short strings, None and lists of numbers, and no
+    option that reads files or reaches the network: a configuration may come from a stranger.
+    """
+
+    name: str = "vit_small_patch16_224"
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    layer: int = -1  # index into the model's intermediate features, as in timm's forward_intermediates
+    norm: bool = False  # apply the model's final norm to them
+    frozen: bool = True
+
+    def __post_init__(self) -> None:
+        plain = isinstance(self.name, str) and re.fullmatch(r"[A-Za-z0-9_.-]{1,128}", self.name)
+        _check(bool(plain), f"backbone.name is {_brief(self.name)}, expected the plain name of a timm model, without source or path")
+        _check(isinstance(self.kwargs, dict), f"backbone.kwargs is {_brief(self.kwargs)}, expected a mapping of options")
+        for option, value in self.kwargs.items():
+            refused = not isinstance(option, str) or option in _REFUSED_OPTIONS or option.startswith("pretrained")
+            _check(not refused, f"backbone.kwargs has {_brief(option)}, which a configuration may not set; leave it out")
+            _check(_is_plain(value), f"backbone.kwargs.{option} is {_brief(value)}, expected a number, bool, short text or list of numbers")
+        _check_whole("backbone.layer", self.layer, -_MAX_COUNT)
+        _check_bool("backbone.norm", self.norm)
+        _check_bool("backbone.frozen", self.frozen)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return len(value) <= _MAX_TEXT and all(map(_is_number, value))
+    return value is None or isinstance(value, bool) or isinstance(value, str) and len(value) <= _MAX_TEXT or _is_number(value)
+
+
+@dataclass(frozen=True)
+class MergerConfig:
+    """The blocks that fold dropped patches into kept ones (paper section 3.1)."""
+
+    depth: int = 12
+    num_heads: int = 16
+    mlp_ratio: float = 4.3637
+    norm: bool = True  # final LayerNorm
+    init_scale: float = 1.0  # factor on the output layer of every residual branch at the start of training
+
+    def __post_init__(self) -> None:
+        _check_blocks("merger", self)
+        _check_bool("merger.norm", self.norm)
+
+
+def _check_blocks(section: str, config: "MergerConfig | DecoderConfig") -> None:
+    _check_whole(f"{section}.depth", config.depth, 0)
+    _check_whole(f"{section}.num_heads", config.num_heads, 1)
+    _check_positive(f"{section}.mlp_ratio", config.mlp_ratio)
+    _check(_is_number(config.init_scale), f"{section}.init_scale is {_brief(config.init_scale)}, expected a number")
+
+
+@dataclass(frozen=True)
+class CodebookConfig:
+    """K codes of dimension C, and the projection (the paper's task layer) that leads to them."""
+
+    size: int = 16384
+    dim: int = 32
+    projection: Literal["mlp", "linear"] = "mlp"  # mlp: Linear, Tanh, Linear as in LaVIT
+
+    def __post_init__(self) -> None:
+        _check_whole("codebook.size", self.size, 1)
+        _check_whole("codebook.dim", self.dim, 1)
+        _check(self.projection in ("mlp", "linear"), f"codebook.projection is {self.projection!r}, expected 'mlp' or 'linear'")
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The blocks that turn code vectors back into features of all N patches."""
+
+    embed_dim: int | None = None  # None: the backbone's width
+    depth: int = 12
+    num_heads: int = 16
+    mlp_ratio: float = 4.3637
+    placement: Literal["rank", "grid"] = "rank"  # rank: queries read tokens by cross-attention, as in LaVIT; grid: tokens lie on the grid
+    conv: bool = False  # a depth-wise 3x3 convolution in every block
+    head: Literal["mlp", "none"] = "mlp"  # mlp: norm, Linear, Tanh, Linear as in LaVIT; none: the last block's output
+    pixels: bool = False  # features -> image with the pixel head (pixels.py)
+    init_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_blocks("decoder", self)
+        if self.embed_dim is not None:
+            _check_whole("decoder.embed_dim", self.embed_dim, 1)
+        _check_bool("decoder.conv", self.conv)
+        _check_bool("decoder.pixels", self.pixels)
+        _check(self.placement in ("rank", "grid"), f"decoder.placement is {self.placement!r}, expected 'rank' or 'grid'")
+        _check(self.head in ("mlp", "none"), f"decoder.head is {self.head!r}, expected 'mlp' or 'none'")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Everything that defines a tokenizer, apart from its weights.
+
+    >>> TokenizerConfig.preset("tiny").codebook.size
+    8192
+    >>> TokenizerConfig.from_dict({"codebook": {"size": 1024, "dim": 8}}).codebook.dim
+    8
+    """
+
+    image: ImageConfig = field(default_factory=ImageConfig)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    merger: MergerConfig = field(default_factory=MergerConfig)
+    codebook: CodebookConfig = field(default_factory=CodebookConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types only; `from_dict` is its inverse."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TokenizerConfig":
+        """Raises `ConfigError` on an unknown section or key, and on a value out of range."""
+        return build_dataclass(cls, values, "")
+
+    @classmethod
+    def preset(cls, name: str) -> "TokenizerConfig":
+        """One of `PRESETS`: tiny, small, lavit."""
+        if name not in PRESETS:
+            raise ConfigError(f"there is no preset {name!r}; expected one of {', '.join(PRESETS)}")
+        return PRESETS[name]
+
+
+def build_dataclass(cls: type, values: Any, where: str) -> Any:
+    """A dataclass of `cls` from plain JSON values, nested ones too; `where` is its path.
+
+    Raises `ConfigError` that names what is unknown or wrong.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where or 'configuration'} is {type(values).__name__}, expected a mapping")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise ConfigError(f"unknown {where}{', '.join(map(str, unknown))}; expected some of {', '.join(fields)}")
+    built = {}
+    for name, value in values.items():
+        section = fields[name].default_factory
+        nested = isinstance(section, type) and dataclasses.is_dataclass(section)
+        built[name] = build_dataclass(section, value, f"{name}.") if nested else value
+    try:
+        return cls(**built)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{where or 'configuration: '}{error}") from error
+
+
+PRESETS = {
+    "tiny": TokenizerConfig(
+        image=ImageConfig(img_size=128),
+        backbone=BackboneConfig(
+            name="vit_tiny_patch16_224",
+            kwargs=dict(
+                img_size=128, patch_size=8, embed_dim=192, depth=4, num_heads=3, init_values=0.1, class_token=False, global_pool="avg"
+            ),
+            frozen=False,
+        ),
+        merger=MergerConfig(depth=2, num_heads=3, mlp_ratio=4.0, norm=False, init_scale=0.1),
+        codebook=CodebookConfig(size=8192, dim=16, projection="linear"),
+        decoder=DecoderConfig(depth=4, num_heads=3, mlp_ratio=4.0, placement="grid", conv=True, head="none", pixels=True, init_scale=0.1),
+    ),
+    "small": TokenizerConfig(
+        backbone=BackboneConfig(name="vit_small_patch16_224"),
+        merger=MergerConfig(depth=4, num_heads=6, mlp_ratio=4.0),
+        codebook=CodebookConfig(size=8192, dim=32),
+        decoder=DecoderConfig(depth=4, num_heads=6, mlp_ratio=4.0),
+    ),
+    "lavit": TokenizerConfig(
+        image=ImageConfig(img_size=224, resize="squash", mean=OPENAI_CLIP_MEAN, std=OPENAI_CLIP_STD),
+        backbone=BackboneConfig(name="eva_giant_patch14_clip_224"),
+        merger=MergerConfig(depth=12, num_heads=16),
+        codebook=CodebookConfig(size=16384, dim=32),
+        decoder=DecoderConfig(depth=12, num_heads=16),
+    ),
+}

@@ -1,0 +1,114 @@
+"""Code vectors to features of all N patches, in one pass.
+
+Two ways to let tokens reach the patches: by cross-attention from learned queries, tokens known by their rank alone (LaVIT), or by
+putting them on the grid at their positions. Not here: pixels (`pixels.py`).
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dyntok.merger import check_heads, scale_branches
+from dyntok_kernels import lengths_of, varlen_attention
+
+
+def spread_positions(length: int, num_patches: int) -> Tensor:
+    """Evenly spread places for tokens whose positions are unknown: LongTensor [length], strictly increasing, all N where length is N."""
+    return ((torch.arange(length) * 2 + 1) * num_patches) // (2 * length)
+
+
+class Decoder(nn.Module):
+    """Code vectors [T, C] of B images -> features [B, N, out_dim].
+
+    placement "grid": tokens are added to the patch queries at their positions; where positions are unknown they are spread evenly in
+    their order, and the blocks are told so. placement "rank": every block's queries attend to the tokens, which carry an embedding of
+    their rank; positions are not used.
+
+    Raises `ConfigError` where num_heads does not divide the width.
+    """
+
+    def __init__(
+        self, grid: tuple[int, int], code_dim: int, embed_dim: int, out_dim: int, depth: int, num_heads: int, mlp_ratio: float,
+        *, placement: str = "rank", conv: bool = False, head: str = "mlp", init_scale: float = 1.0,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        check_heads("decoder", embed_dim, num_heads)
+        self.grid = grid
+        self.placement = placement
+        self.num_patches = grid[0] * grid[1]
+        self.in_proj = nn.Linear(code_dim, embed_dim)
+        self.query_embed = nn.Parameter(torch.randn(self.num_patches, embed_dim) * 0.02)
+        if placement == "rank":
+            self.rank_embed = nn.Parameter(torch.randn(self.num_patches, embed_dim) * 0.02)
+        else:
+            self.placed_embed = nn.Parameter(torch.zeros(2, embed_dim))  # at a known position, at a guessed one
+        self.blocks = nn.ModuleList(
+            DecoderBlock(grid, embed_dim, num_heads, mlp_ratio, cross=placement == "rank", conv=conv, init_scale=init_scale)
+            for _ in range(depth)
+        )
+        self.head = nn.Identity()
+        if head == "mlp":
+            self.head = nn.Sequential(
+                nn.LayerNorm(embed_dim, eps=1e-5), nn.Linear(embed_dim, embed_dim), nn.Tanh(), nn.Linear(embed_dim, out_dim)
+            )
+
+    def forward(self, vectors: Tensor, cu_seqlens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """vectors: [T, C]; cu_seqlens: int32 [B+1]; positions: LongTensor [T], -1 throughout an image whose positions are unknown, or
+        None where all are. Lengths of 1 to N. Returns [B, N, out_dim].
+        """
+        lengths = lengths_of(cu_seqlens)
+        tokens = self.in_proj(vectors)
+        x = self.query_embed.expand(len(lengths), -1, -1)
+        if self.placement == "rank":
+            tokens = tokens + torch.cat([self.rank_embed[:n] for n in [0, *lengths]])
+            cu_queries = torch.arange(len(lengths) + 1, dtype=torch.int32, device=vectors.device) * self.num_patches
+        else:
+            x, tokens, cu_queries = self._place(x, tokens, lengths, positions), None, None
+        for block in self.blocks:
+            x = block(x, tokens, cu_seqlens, cu_queries)
+        return self.head(x)
+
+    def _place(self, queries: Tensor, tokens: Tensor, lengths: list[int], positions: Tensor | None) -> Tensor:
+        none = torch.empty(0, dtype=torch.long)  # so that a batch of no images is one, too
+        guessed = torch.cat([none, *(spread_positions(n, self.num_patches) for n in lengths)]).to(tokens.device)
+        known = torch.zeros_like(guessed, dtype=torch.bool) if positions is None else positions >= 0
+        cell = guessed if positions is None else torch.where(known, positions, guessed)
+        image = torch.repeat_interleave(torch.tensor(lengths, dtype=torch.long)).to(tokens.device)
+        tokens = tokens + torch.where(known[:, None], self.placed_embed[0], self.placed_embed[1])
+        flat = queries.flatten(0, 1).to(tokens.dtype)
+        return flat.index_add(0, image * self.num_patches + cell, tokens).view(len(lengths), self.num_patches, -1)
+
+
+class DecoderBlock(nn.Module):
+    """Self-attention over all patches, cross-attention to the tokens or a 3x3 convolution where wanted, MLP; pre-norm, residual."""
+
+    def __init__(
+        self, grid: tuple[int, int], embed_dim: int, num_heads: int, mlp_ratio: float, *, cross: bool, conv: bool, init_scale: float
+    ) -> None:
+        super().__init__()
+        hidden = int(mlp_ratio * embed_dim)
+        self.grid, self.num_heads = grid, num_heads
+        self.self_norm = nn.LayerNorm(embed_dim, eps=1e-5)
+        self.self_qkv = nn.Linear(embed_dim, 3 * embed_dim)
+        self.self_proj = nn.Linear(embed_dim, embed_dim)
+        self.cross_norm = nn.LayerNorm(embed_dim, eps=1e-5) if cross else None
+        self.cross_query = nn.Linear(embed_dim, embed_dim) if cross else None
+        self.cross_kv = nn.Linear(embed_dim, 2 * embed_dim) if cross else None
+        self.cross_proj = nn.Linear(embed_dim, embed_dim) if cross else None
+        self.conv = nn.Conv2d(embed_dim, embed_dim, 3, padding=1, groups=embed_dim) if conv else None
+        self.mlp_norm = nn.LayerNorm(embed_dim, eps=1e-5)
+        self.mlp = nn.Sequential(nn.Linear(embed_dim, hidden), nn.GELU(), nn.Linear(hidden, embed_dim))
+        scale_branches(init_scale, *(layer for layer in (self.self_proj, self.cross_proj, self.mlp[-1], self.conv) if layer is not None))
+
+    def forward(self, x: Tensor, tokens: Tensor | None, cu_tokens: Tensor, cu_queries: Tensor | None) -> Tensor:
+        """x: [B, N, D]; tokens: [T, D] for the cross-attention."""
+        q, k, v = self.self_qkv(self.self_norm(x)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, H, N, d]
+        x = x + self.self_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
+        if self.cross_query is not None:
+            q = self.cross_query(self.cross_norm(x)).unflatten(-1, (self.num_heads, -1)).flatten(0, 1)  # [B N, H, d]
+            k, v = self.cross_kv(tokens).unflatten(-1, (2, self.num_heads, -1)).unbind(1)
+            x = x + self.cross_proj(varlen_attention(q, k, v, cu_queries, cu_tokens).flatten(-2)).view_as(x)
+        if self.conv is not None:
+            grid = x.transpose(1, 2).unflatten(-1, self.grid)
+            x = x + self.conv(grid).flatten(2).transpose(1, 2)
+        return x + self.mlp(self.mlp_norm(x))

@@ -1,0 +1,1 @@
+"""Training of tokenizers (extra `train`): recipes, data, losses, stages and the loop."""

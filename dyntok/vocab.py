@@ -1,0 +1,119 @@
+"""`VisualVocab`: where codes live in an LLM's vocabulary, and the way there and back.
+
+Not here: text forms of codes and forgiving parsing of what a model wrote; ids that do not fit raise.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dyntok.encoding import Encoding
+from dyntok.errors import CodeError
+from dyntok.packed import counted, integers, refuse
+
+_LARGEST = {
+    "uint8": 2**8 - 1,
+    "int16": 2**15 - 1,
+    "uint16": 2**16 - 1,
+    "int32": 2**31 - 1,
+    "uint32": 2**32 - 1,
+    "int64": 2**63 - 1,
+    "uint64": 2**64 - 1,
+}
+
+
+@dataclass(frozen=True)
+class VisualVocab:
+    """Code k, 0 to size - 1, has id offset + k; an image's codes stand between the ids image_start and image_end.
+
+    >>> VisualVocab.lavit().to_ids([0, 16383])
+    tensor([32000, 32002, 48385, 32001])
+    """
+
+    size: int  # K, the number of codes
+    offset: int  # id of code 0
+    image_start: int
+    image_end: int
+
+    def __post_init__(self) -> None:
+        for name in ("size", "offset", "image_start", "image_end"):
+            value, low = getattr(self, name), int(name == "size")
+            if type(value) is not int or value < low:
+                raise CodeError(f"{name} of the vocabulary is {value!r}, expected an integer of {low} or more")
+        if self.vocab_size > 2**32:
+            raise CodeError(f"the highest id would be {self.vocab_size - 1}, expected at most {2**32 - 1} (uint32)")
+        for name in ("image_start", "image_end"):
+            if self.offset <= getattr(self, name) < self.offset + self.size:
+                raise CodeError(f"{name} is {getattr(self, name)}, expected an id outside the codes' {self._range}")
+        if self.image_start == self.image_end:
+            raise CodeError(f"image_start and image_end are both {self.image_start}, expected two different ids")
+
+    @classmethod
+    def after(cls, vocab_size: int, size: int) -> "VisualVocab":
+        """Appended to a vocabulary of `vocab_size` entries: start, end, then `size` codes, as LaVIT does."""
+        if type(vocab_size) is not int or vocab_size < 0:
+            raise CodeError(f"vocab_size is {vocab_size!r}, expected an integer of 0 or more")
+        return cls(size=size, offset=vocab_size + 2, image_start=vocab_size, image_end=vocab_size + 1)
+
+    @classmethod
+    def lavit(cls) -> "VisualVocab":
+        """LaVIT's layout behind LLaMA's 32,000 entries: start 32000, end 32001, code k = 32002 + k, K = 16,384."""
+        return cls.after(32000, 16384)
+
+    @property
+    def vocab_size(self) -> int:
+        """Highest id + 1: how many rows the LLM's embedding needs."""
+        return max(self.offset + self.size, self.image_start + 1, self.image_end + 1)
+
+    @property
+    def dtype(self) -> str:
+        """The narrowest of uint16 and uint32 that holds every id (names as NumPy has them)."""
+        return "uint16" if self.vocab_size - 1 <= _LARGEST["uint16"] else "uint32"
+
+    def check_dtype(self, dtype: str) -> None:
+        """Raises `CodeError` when some id would overflow `dtype`: a name such as "uint16", a NumPy dtype or a torch dtype."""
+        name = str(dtype).removeprefix("torch.")
+        if name not in _LARGEST:
+            raise CodeError(f"ids can't be stored as {name}; expected one of {', '.join(_LARGEST)}")
+        if self.vocab_size - 1 > _LARGEST[name]:
+            raise CodeError(f"ids up to {self.vocab_size - 1} overflow {name} (at most {_LARGEST[name]}); store them as {self.dtype}")
+
+    def to_ids(self, codes: Tensor | Sequence[int] | Encoding, wrap: bool = True) -> Tensor | list[Tensor]:
+        """int64 [T + 2] of one image's codes [T], between start and end; [T] without `wrap`. An Encoding gives a list, image by image.
+
+        Raises `CodeError` on a code outside 0 to K - 1 and on no codes at all.
+        """
+        if isinstance(codes, Encoding):
+            return [self.to_ids(row, wrap) for row in codes.codes]
+        row = integers(codes, "codes")
+        if not len(row):
+            raise CodeError("no codes; an image has at least one")
+        refuse((row < 0) | (row >= self.size), lambda i: f"code {row[i]} at place {i} is out of range, expected 0 to {self.size - 1}")
+        ids = row + self.offset
+        return torch.cat([ids.new_tensor([self.image_start]), ids, ids.new_tensor([self.image_end])]) if wrap else ids
+
+    def to_codes(self, ids: Tensor | Sequence[int]) -> Tensor:
+        """int64 [T], the inverse of `to_ids`: one image's ids, with start and end around them or with neither.
+
+        Raises `CodeError` on any other id, on start or end in the wrong place or without the other, and on no codes at all.
+        """
+        row = integers(ids, "ids")
+        starts, ends = ((row == marker).nonzero().flatten().tolist() for marker in (self.image_start, self.image_end))
+        if starts or ends:
+            if starts != [0] or ends != [len(row) - 1]:
+                raise CodeError(
+                    f"{counted(len(row), 'id')} with start ({self.image_start}) at {starts} and end ({self.image_end}) at {ends}; "
+                    "expected one image: start first, end last, or neither of them"
+                )
+            row = row[1:-1]
+        if not len(row):
+            raise CodeError("no codes among these ids; an image has at least one")
+        codes = row - self.offset
+        refuse((codes < 0) | (codes >= self.size), lambda i: f"id {row[i]} is not the id of a code, expected {self._range}")
+        return codes
+
+    @property
+    def _range(self) -> str:
+        return f"{self.offset} to {self.offset + self.size - 1}"

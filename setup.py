@@ -1,0 +1,35 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+train = ["accelerate>=1.0", "pyyaml>=6.0", "scikit-image>=0.22", "scikit-learn>=1.3", "scipy>=1.11"]
+test = [*train, "pytest>=8.0", "pytest-cov>=5.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "build>=1.2"]
+
+setup(
+    name="dyntok",
+    version="0.1.0",
+    description="Dynamic discrete visual tokenizer: an image as a short sequence of integers whose length follows the picture.",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["dyntok", "dyntok.*"]) + find_packages("kernels"),
+    package_dir={"dyntok_kernels": "kernels/dyntok_kernels"},
+    package_data={"dyntok": ["pretrained/*/*", "training/recipes/*.yaml", "assets/*"]},
+    install_requires=[
+        "torch>=2.4",
+        "timm>=1.0.11",
+        "einops>=0.7",
+        "safetensors>=0.4.3",
+        "huggingface_hub>=0.30",
+        "numpy>=1.26",
+        "Pillow>=10.1",
+    ],
+    extras_require={"train": train, "test": test, "dev": [*test, "ruff>=0.9"]},
+    entry_points={"console_scripts": ["dyntok = dyntok.cli:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Processing",
+    ],
+)

@@ -1,0 +1,88 @@
+"""What several test files share: photographs, a small untrained tokenizer, and values that LaVIT's own networks gave."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from skimage import data
+
+from dyntok.config import BackboneConfig, CodebookConfig, DecoderConfig, ImageConfig, MergerConfig, TokenizerConfig
+from dyntok.tokenizer import DynamicVisualTokenizer
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Every test starts from the same state of the global generator, whichever tests ran before."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def photos():
+    """Real photographs, uint8 [H, W, 3], of several shapes."""
+    images = [data.astronaut(), data.coffee(), data.cat(), data.rocket()]
+    return [*images, images[0][:, 100:300].copy(), images[1][150:300].copy()]
+
+
+@pytest.fixture(scope="session")
+def small_config():
+    """64 pixels, 64 patches, width 48, 256 codes of dimension 8: quick, and with every part that `tiny` has."""
+    return TokenizerConfig(
+        image=ImageConfig(img_size=64),
+        backbone=BackboneConfig(
+            name="vit_tiny_patch16_224",
+            kwargs=dict(img_size=64, patch_size=8, embed_dim=48, depth=1, num_heads=3, class_token=False, global_pool="avg"),
+            frozen=False,
+        ),
+        merger=MergerConfig(depth=1, num_heads=3, mlp_ratio=2.0, norm=False),
+        codebook=CodebookConfig(size=256, dim=8, projection="linear"),
+        decoder=DecoderConfig(depth=1, num_heads=3, mlp_ratio=2.0, placement="grid", conv=True, head="none", pixels=True),
+    )
+
+
+@pytest.fixture
+def tokenizer(small_config):
+    """Untrained, in evaluation mode, the same weights every time; its selector keeps about half of the patches instead of all."""
+    torch.manual_seed(0)
+    tokenizer = DynamicVisualTokenizer(small_config).eval()
+    with torch.no_grad():
+        tokenizer.selector.head.weight.mul_(30)
+        tokenizer.selector.head.bias.zero_()
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Weights and intermediate values of LaVIT's networks at a small size, random weights; every value was made by their own code."""
+
+    tensors: dict[str, torch.Tensor]
+    config: dict[str, int]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
+    def weights(self, prefix: str, renamed: dict[str, str]) -> dict[str, torch.Tensor]:
+        """All tensors under a prefix, by the rest of their names, in which every key of `renamed` is replaced by its value."""
+        found = {}
+        for name, tensor in self.tensors.items():
+            if name.startswith(prefix):
+                name = name.removeprefix(prefix)
+                for old, new in renamed.items():
+                    name = name.replace(old, new)
+                found[name] = tensor
+        return found
+
+    def error(self, name: str, got: torch.Tensor) -> float:
+        """The worst relative error of a row: norm of the difference over norm."""
+        assert got.shape == self[name].shape
+        return float(((got - self[name]).norm(dim=-1) / self[name].norm(dim=-1)).max())
+
+
+@pytest.fixture(scope="session")
+def parity():
+    with safe_open(FIXTURES / "lavit_parity_a.safetensors", "pt") as file:
+        return Parity({name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["config"]))  # noqa: SIM118

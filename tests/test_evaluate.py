@@ -1,0 +1,580 @@
+"""Evaluation: every figure against a value worked out by hand or by another way, and the whole run on photographs."""
+
+import io
+import json
+import math
+import os
+import tarfile
+
+import numpy as np
+import pytest
+import skimage.data
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+from dyntok import DynamicVisualTokenizer, KeepPolicy, TokenizerConfig
+from dyntok.codebook import perplexity
+from dyntok.errors import CheckpointError, ConfigError, DataError
+from dyntok.image import to_pixels
+from dyntok.training import metrics, probe
+from dyntok.training.data import find_samples
+from dyntok.training.evaluate import evaluate
+from dyntok.training.judge import Judge, load_judge
+from dyntok.training.masks import even_mask, random_mask
+from dyntok.training.probe import LabelledVectors
+from dyntok.training.recipe import Teacher
+from dyntok.training.report import Judgement, Probe, Report, Tokens
+
+TENCH, SPRINGER, CHURCH = "n01440764", "n02102040", "n03028079"  # ImageNet classes 0, 217, 497
+PHOTOGRAPHS = {"astronaut": TENCH, "coffee": SPRINGER, "chelsea": CHURCH, "rocket": TENCH, "camera": SPRINGER, "colorwheel": "buildings"}
+VIT = dict(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, class_token=False, global_pool="avg")
+
+
+def small_tokenizer(**decoder):
+    config = {
+        "image": {"img_size": 32},
+        "backbone": {"name": "vit_tiny_patch16_224", "kwargs": VIT},
+        "merger": {"depth": 1, "num_heads": 2, "mlp_ratio": 2.0},
+        "codebook": {"size": 64, "dim": 8, "projection": "linear"},
+        "decoder": {"depth": 1, "num_heads": 2, "mlp_ratio": 2.0, **decoder},
+    }
+    torch.manual_seed(0)
+    tokenizer = DynamicVisualTokenizer(TokenizerConfig.from_dict(config)).eval()
+    with torch.no_grad():
+        tokenizer.selector.head.bias.zero_()  # else an untrained selector keeps every patch
+        tokenizer.selector.head.weight.mul_(20)
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return small_tokenizer(placement="grid", conv=True, head="none", pixels=True)
+
+
+@pytest.fixture(scope="module")
+def feature_tokenizer():
+    return small_tokenizer()
+
+
+def jpeg(name, box=None):
+    image = Image.fromarray(getattr(skimage.data, name)()).convert("RGB").resize((96, 80), box=box)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def write_tar(path, files):
+    with tarfile.open(path, "w") as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Six photographs in a webdataset tar, keys pic-0 to pic-5, with labels."""
+    files = {}
+    for i, (name, label) in enumerate(PHOTOGRAPHS.items()):
+        files[f"pic-{i}.jpg"] = jpeg(name)
+        files[f"pic-{i}.cls.txt"] = label.encode()
+    return find_samples([write_tar(tmp_path_factory.mktemp("data") / "pics.tar", files)])
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """24 crops of two photographs, the photograph's name as label, in a folder of folders."""
+    root = tmp_path_factory.mktemp("many")
+    for name in ("coffee", "rocket"):
+        (root / name).mkdir()
+        for i in range(12):
+            (root / name / f"{i:02}.jpg").write_bytes(jpeg(name, (10 * i, 5 * i, 10 * i + 260, 5 * i + 220)))
+    return find_samples([root])
+
+
+# The figures alone
+
+
+def test_psnr_by_hand():
+    originals = torch.zeros(3, 3, 4, 4)
+    images = originals.clone()
+    images[0] += 0.1  # MSE 0.01
+    images[1, 0, :2] = 1  # 8 of 48 values are wrong by 1: MSE 1/6
+    assert metrics.psnr(images, originals).tolist() == pytest.approx([20, 10 * math.log10(6), 100], abs=1e-5)
+
+
+def test_ssim_is_one_for_the_same_picture_and_near_nothing_for_noise():
+    image = torch.from_numpy(skimage.data.astronaut()[:64, 200:264] / 255).permute(2, 0, 1)[None].float()
+    noise = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert metrics.ssim(image, image) == pytest.approx([1])
+    assert metrics.ssim(noise, image)[0] < 0.1
+    # of constant images only the luminance term is left: (2ab + c) / (a² + b² + c), c = 0.01²
+    a, b = torch.full((1, 3, 16, 16), 0.5), torch.full((1, 3, 16, 16), 0.25)
+    assert metrics.ssim(a, b) == pytest.approx([(0.25 + 1e-4) / (0.3125 + 1e-4)], abs=1e-5)
+
+
+def test_patch_cosine_by_hand():
+    features = torch.tensor([[[1.0, 0.0], [0.0, 2.0]], [[3.0, 4.0], [1.0, 1.0]]])
+    target = torch.tensor([[[5.0, 0.0], [1.0, 0.0]], [[-3.0, -4.0], [1.0, 1.0]]])
+    assert metrics.patch_cosine(features, target).tolist() == pytest.approx([0.5, 0])
+
+
+def test_bits_per_pixel_by_hand():
+    assert metrics.bits_per_pixel(96, 8192, 128 * 128) == 96 * 13 / 16384
+
+
+def test_rank_correlation_by_hand():
+    # ranks 1 2 3 4 against 2 1 4 3: 1 - 6 * (1 + 1 + 1 + 1) / (4 * 15)
+    assert metrics.rank_correlation([1, 5, 6, 100], [20, 3, 50, 40]) == pytest.approx(0.6)
+    assert metrics.rank_correlation([1, 2, 3], [30, 20, 10]) == pytest.approx(-1)
+    assert metrics.rank_correlation([4, 4, 4], [1, 2, 3]) is None
+
+
+def test_jpeg_bytes_follow_content():
+    flat, busy = Image.new("RGB", (64, 64), "teal"), Image.fromarray(skimage.data.astronaut()[:64, 200:264])
+    buffer = io.BytesIO()
+    busy.save(buffer, "JPEG", quality=75)
+    assert metrics.jpeg_bytes(busy) == len(buffer.getvalue()) > metrics.jpeg_bytes(flat)
+
+
+# Masks
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 7), (5, 1), (3, 5), (16, 16)], ids=str)
+def test_masks_have_exactly_as_many_patches_as_wanted(grid):
+    for count in range(1, grid[0] * grid[1] + 1):
+        assert int(even_mask(count, grid).sum()) == count
+        assert int(random_mask(count, grid, "key").sum()) == count
+
+
+def test_random_masks_are_those_of_their_key():
+    assert torch.equal(random_mask(60, (16, 16), "a"), random_mask(60, (16, 16), "a"))
+    assert not torch.equal(random_mask(60, (16, 16), "a"), random_mask(60, (16, 16), "b"))
+
+
+@pytest.mark.parametrize("count", [16, 32, 64, 85, 128])
+def test_even_masks_leave_no_patch_far_from_a_kept_one(count):
+    cells = torch.cartesian_prod(torch.arange(16.0), torch.arange(16.0))
+    distance = torch.cdist(cells, cells)
+
+    def mean_square(mask):
+        return float(distance[:, mask].amin(1).square().mean())
+
+    drawn = np.mean([mean_square(random_mask(count, (16, 16), str(i))) for i in range(8)])
+    assert mean_square(even_mask(count, (16, 16))) < 0.95 * drawn
+    rows, columns = even_mask(count, (16, 16)).view(16, 16).sum(1), even_mask(count, (16, 16)).view(16, 16).sum(0)
+    assert rows.max() - rows.min() <= 1
+    assert columns.max() - columns.min() <= 3
+
+
+@pytest.fixture(scope="module")
+def pixels(tokenizer):
+    names = ("astronaut", "coffee", "rocket")
+    return torch.stack([to_pixels(getattr(skimage.data, name)(), tokenizer.config.image) for name in names])
+
+
+def test_keep_says_which_patches_are_encoded(tokenizer, pixels):
+    keep = torch.zeros(3, 16, dtype=torch.bool)
+    keep[0, 5], keep[1], keep[2, ::3] = True, True, True
+    encoding = tokenizer.encode_pixels(pixels, keep=keep)
+    assert torch.equal(encoding.keep_mask(), keep)
+    assert encoding.lengths.tolist() == [1, 16, 6]
+    assert encoding[1] == tokenizer.encode_pixels(pixels[1:2], budget=16)
+
+
+def test_keep_of_the_learned_choice_changes_nothing(tokenizer, pixels):
+    learned = tokenizer.encode_pixels(pixels)
+    assert 0 < learned.num_tokens < 48
+    assert tokenizer.encode_pixels(pixels, keep=learned.keep_mask()) == learned
+
+
+@pytest.mark.parametrize("option", [{"budget": 4}, {"threshold": 0.5}, {"sample": torch.Generator()}, {"max_tokens": 3}], ids=lambda o: next(iter(o)))
+def test_keep_and_another_choice_contradict(tokenizer, pixels, option):
+    with pytest.raises(ConfigError, match="the mask alone"):
+        tokenizer.encode_pixels(pixels, keep=torch.ones(3, 16, dtype=torch.bool), **option)
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        (torch.ones(2, 16, dtype=torch.bool), r"torch.bool \[2, 16\], expected a bool tensor \[3, 16\]"),
+        (torch.ones(3, 4, 4, dtype=torch.bool), r"expected a bool tensor \[3, 16\]"),
+        (torch.ones(3, 16), "torch.float32"),
+        ([[True] * 16] * 3, "list"),
+        (torch.tensor([[True] * 16, [False] * 16, [True] * 16]), "every patch of image 1"),
+    ],
+    ids=["images", "dimensions", "dtype", "list", "empty"],
+)
+def test_keep_that_does_not_fit_is_refused(tokenizer, pixels, keep, message):
+    with pytest.raises(ConfigError, match=message):
+        tokenizer.encode_pixels(pixels, keep=keep)
+
+
+def test_no_pixels_give_an_empty_encoding(tokenizer):
+    assert len(tokenizer.encode_pixels(torch.empty(0, 3, 32, 32))) == len(tokenizer.encode([])) == 0
+
+
+# The whole run
+
+
+def test_report_agrees_with_the_tokenizer_used_by_hand(tokenizer, photographs):
+    report = evaluate(tokenizer, photographs, batch_size=4)
+    images = [sample.read() for sample in photographs]
+    encoding = tokenizer.encode(images)
+    lengths = encoding.lengths.double()
+    assert (report.images, report.failures, report.selection, report.policy) == (6, 0, "learned", "learned")
+    assert report.tokens == Tokens(float(lengths.mean()), float(lengths.std(correction=0)), int(lengths.min()), int(lengths.max()))
+    assert report.tokens.std > 0
+    assert report.bits_per_pixel == pytest.approx(float(lengths.mean()) * 6 / 32**2)
+    counts = torch.bincount(encoding.packed_codes, minlength=64)
+    assert report.usage == encoding.packed_codes.unique().numel() / 64
+    assert report.perplexity == pytest.approx(perplexity(counts))
+
+    crops = [(to_pixels(data, tokenizer.config.image) + 1) / 2 for data in images]
+    again = [torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 for image in tokenizer.decode(encoding)]
+    expected = [-10 * math.log10(float((a - b).square().mean())) for a, b in zip(crops, again, strict=True)]
+    assert report.psnr == pytest.approx(np.mean(expected), abs=1e-3)
+    assert -1 < report.ssim < 1
+    assert -1 <= report.jpeg_correlation <= 1
+    assert report.feature_cosine is None and report.teacher is None and report.probe is None
+
+
+def test_batch_size_and_order_do_not_matter(tokenizer, photographs):
+    one, other = (
+        evaluate(tokenizer, samples, batch_size=size, selection="random", policy=KeepPolicy(sample=torch.Generator().manual_seed(3)))
+        for samples, size in ((photographs, 1), (photographs[::-1], 4))
+    )
+    assert one.policy == "sample seed 3"
+    assert (one.tokens, one.usage, one.jpeg_correlation) == (other.tokens, other.usage, other.jpeg_correlation)
+    assert one.psnr == pytest.approx(other.psnr, abs=1e-4)
+
+
+def test_another_seed_draws_another_choice(tokenizer, photographs):
+    def tokens(seed):
+        return evaluate(tokenizer, photographs, policy={"sample": torch.Generator().manual_seed(seed)}).tokens
+
+    assert tokens(3) == tokens(3) != tokens(4)
+
+
+def test_without_positions_the_codes_are_the_same_and_the_picture_another(tokenizer, photographs):
+    placed, bare = (evaluate(tokenizer, photographs, policy={"budget": 5}, positions=flag) for flag in (True, False))
+    assert (placed.tokens, placed.usage) == (bare.tokens, bare.usage) == (Tokens(5, 0, 5, 5), bare.usage)
+    assert placed.psnr != bare.psnr
+    assert placed.jpeg_correlation is None  # all of one length
+    by_hand = tokenizer.decode([codes.tolist() for codes in tokenizer.encode([s.read() for s in photographs], budget=5).codes])
+    crops = [(to_pixels(sample.read(), tokenizer.config.image) + 1) / 2 for sample in photographs]
+    errors = [(torch.from_numpy(np.array(a)).permute(2, 0, 1) / 255 - b).square().mean() for a, b in zip(by_hand, crops, strict=True)]
+    assert bare.psnr == pytest.approx(np.mean([-10 * math.log10(float(error)) for error in errors]), abs=1e-3)
+
+
+def test_rival_selections_take_the_same_lengths_and_other_patches(tokenizer, photographs):
+    reports = {name: evaluate(tokenizer, photographs, selection=name) for name in ("learned", "random", "even")}
+    assert reports["learned"].tokens == reports["random"].tokens == reports["even"].tokens
+    assert len({report.psnr for report in reports.values()}) == 3
+
+
+def test_features_are_compared_where_there_are_no_pixels(feature_tokenizer, photographs):
+    feature_tokenizer.train()
+    report = evaluate(feature_tokenizer, photographs)
+    assert feature_tokenizer.training
+    feature_tokenizer.eval()
+    assert report.psnr is None and report.ssim is None
+    pixels = torch.stack([to_pixels(sample.read(), feature_tokenizer.config.image) for sample in photographs])
+    with torch.no_grad():
+        target = feature_tokenizer.backbone(pixels)
+    decoded = feature_tokenizer.decode_features(feature_tokenizer.encode_pixels(pixels))
+    expected = nn.functional.cosine_similarity(decoded, target, dim=-1).mean()
+    assert report.feature_cosine == pytest.approx(float(expected), abs=1e-5)
+    assert "feature cosine" in report.table() and "PSNR" not in report.table()
+
+
+def test_bad_images_are_counted_and_the_others_kept(tokenizer, tmp_path):
+    files = {"a.jpg": jpeg("coffee"), "b.jpg": b"no image", "c.jpg": jpeg("rocket"), "d.jpg": jpeg("rocket")[:300]}
+    samples = find_samples([write_tar(tmp_path / "mixed.tar", files)])
+    samples.append(type(samples[0])("gone", str(tmp_path / "gone.jpg")))
+    report = evaluate(tokenizer, samples, batch_size=2)
+    assert report.images == 2 and report.failures == 3
+    assert [key for key, _ in report.failed] == ["b", "d", "gone"]
+    assert "2 (3 more could not be read)" in report.table()
+
+
+def test_nothing_usable_is_an_error(tokenizer, tmp_path):
+    samples = find_samples([write_tar(tmp_path / "bad.tar", {"a.jpg": b"no image"})])
+    with pytest.raises(DataError, match="none of 1 images could be read; first: a: "):
+        evaluate(tokenizer, samples)
+    with pytest.raises(DataError, match="none of 0"):
+        evaluate(tokenizer, [])
+
+
+def test_limit_spreads_over_all_samples_and_progress_tells_how_far(tokenizer, many):
+    steps = []
+    report = evaluate(tokenizer, many, limit=6, batch_size=4, probe_samples=None, progress=lambda done, total: steps.append((done, total)))
+    assert report.images == 6 and steps == [(4, 6), (6, 6)]
+    every_fourth = evaluate(tokenizer, many[::4])
+    assert (report.tokens, report.psnr) == (every_fourth.tokens, pytest.approx(every_fourth.psnr, abs=1e-4))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"selection": "best"}, "selection is 'best'"),
+        ({"policy": {"budgets": 3}}, "policy has budgets, expected some of budget"),
+        ({"policy": {"budget": 3, "threshold": 0.5}}, "both given"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"limit": 0}, "limit is 0"),
+    ],
+    ids=["selection", "unknown", "contradiction", "batch", "limit"],
+)
+def test_options_that_do_not_fit_are_refused(tokenizer, photographs, options, message):
+    with pytest.raises(ConfigError, match=message):
+        evaluate(tokenizer, photographs, **options)
+
+
+# Another network's judgement
+
+
+class FakeTeacher(nn.Module):
+    """Knows a picture's class, as long as it is not noise: the logits follow from the mean of its pixels before normalisation."""
+
+    num_classes = 1000
+    pretrained_cfg = {"architecture": "fake", "input_size": (3, 48, 48), "mean": (0.5, 0.25, 0.5), "std": (0.5, 0.25, 0.1)}
+
+    def __init__(self, classes=(0, 217, 497)):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.classes = classes
+        self.inputs = []
+
+    def forward_features(self, pixels):
+        self.inputs.append(pixels)
+        return pixels
+
+    def forward_head(self, features, pre_logits=False):
+        if pre_logits:
+            return features.mean((2, 3))
+        logits = torch.zeros(len(features), 1000)
+        logits[:, 3] = 100  # a class that is not among the labels, and must not count
+        mean = torch.tensor(self.pretrained_cfg["mean"]).view(3, 1, 1)
+        std = torch.tensor(self.pretrained_cfg["std"]).view(3, 1, 1)
+        level = (features * std + mean).mean((1, 2, 3))
+        for row, value in zip(logits, level.tolist(), strict=True):
+            row[self.classes[min(int(value * 3), 2)]] = 10
+        return logits
+
+
+def test_judge_scales_normalises_and_chooses_among_the_classes_that_occur():
+    teacher = FakeTeacher()
+    judge = Judge(teacher, [CHURCH, TENCH, None, SPRINGER, "buildings", TENCH])
+    assert judge.classes == [TENCH, SPRINGER, CHURCH] and judge.name == "fake"
+    images = torch.stack([torch.full((3, 32, 32), value) for value in (0.1, 0.5, 0.9)])
+    pooled, guesses = judge(images)
+    assert teacher.inputs[0].shape == (3, 3, 48, 48)
+    assert pooled[0].tolist() == pytest.approx([-0.8, -0.6, -4.0], abs=1e-5)  # (0.1 - mean) / std
+    assert guesses == [TENCH, SPRINGER, CHURCH]
+
+
+@pytest.mark.parametrize("labels", [[], [TENCH, TENCH], ["cat", "dog", None]], ids=["none", "one class", "other labels"])
+def test_judge_does_not_guess_without_two_imagenet_classes(labels):
+    judge = Judge(FakeTeacher(), labels)
+    assert judge.classes == [] and judge(torch.rand(1, 3, 32, 32))[1] is None
+
+
+def grey_samples(folder, levels):
+    """Flat pictures: {key: (grey level, label)}"""
+    files = {}
+    for key, (level, label) in levels.items():
+        buffer = io.BytesIO()
+        Image.new("RGB", (40, 40), (level,) * 3).save(buffer, "PNG")
+        files[f"{key}.png"], files[f"{key}.cls.txt"] = buffer.getvalue(), label.encode()
+    return find_samples([write_tar(folder / "grey.tar", files)])
+
+
+def test_accuracy_on_originals_and_reconstructions(tokenizer, tmp_path):
+    # dark is tench, middle springer, bright church: e is labelled wrongly, f has no wnid
+    levels = {"a": (10, TENCH), "b": (128, SPRINGER), "c": (250, CHURCH), "d": (20, TENCH), "e": (30, CHURCH), "f": (20, "buildings")}
+    samples = grey_samples(tmp_path, levels)
+    report = evaluate(tokenizer, samples, teacher=FakeTeacher())
+    assert report.teacher.classes == 3 and report.teacher.images == 5
+    assert report.teacher.accuracy_originals == 4 / 5
+    reconstructions = [np.asarray(image).mean() / 255 for image in tokenizer.decode(tokenizer.encode([s.read() for s in samples]))]
+    guesses = [(TENCH, SPRINGER, CHURCH)[min(int(level * 3), 2)] for level in reconstructions]
+    hits = [guess == sample.label for guess, sample in zip(guesses, samples, strict=True) if sample.label != "buildings"]
+    assert report.teacher.accuracy_reconstructions == np.mean(hits)
+    assert "80.0 % of 5 images, 3 classes" in report.table()
+
+
+def test_a_limit_leaves_the_classes_as_they_are(tokenizer, tmp_path):
+    samples = grey_samples(tmp_path, {"a": (10, TENCH), "b": (128, SPRINGER), "c": (250, CHURCH)})
+    report = evaluate(tokenizer, samples, teacher=FakeTeacher(), limit=1)
+    assert (report.teacher.images, report.teacher.classes, report.teacher.accuracy_originals) == (1, 3, 1)
+
+
+def test_a_timm_network_judges(tokenizer, photographs, tmp_path):
+    torch.manual_seed(1)
+    kwargs = {"pretrained_cfg_overlay": {"input_size": [3, 64, 64], "mean": [0.5] * 3, "std": [0.5] * 3}}
+    original = timm.create_model("test_efficientnet", **kwargs)
+    save_file(original.state_dict(), tmp_path / "weights.safetensors")
+    teacher = load_judge(Teacher("test_efficientnet", str(tmp_path / "weights.safetensors"), kwargs))
+    assert not teacher.training
+    report = evaluate(tokenizer, photographs, teacher=teacher)
+    judged = report.teacher
+    assert (judged.name, judged.images, judged.classes) == ("test_efficientnet", 5, 3)
+    assert 0 <= judged.accuracy_originals <= 1 and 0 <= judged.accuracy_reconstructions <= 1
+
+    # the cosine by another way: the network's own forward, without its classifier
+    original.reset_classifier(0)
+    originals = torch.stack([to_pixels(sample.read(), tokenizer.config.image) for sample in photographs])
+    painted = tokenizer.decode_pixels(tokenizer.encode_pixels(originals)).clamp(-1, 1)
+    with torch.no_grad():
+        seen = [original.eval()(nn.functional.interpolate(x, size=64, mode="bicubic", antialias=True).clamp(-1, 1)) for x in (originals, painted)]
+    assert judged.cosine == pytest.approx(float(nn.functional.cosine_similarity(*seen).mean()), abs=1e-3)
+
+
+def test_a_network_without_classifier_compares_features_only(tokenizer, photographs):
+    report = evaluate(tokenizer, photographs, teacher=timm.create_model("test_efficientnet", num_classes=0), limit=2)
+    assert report.teacher.accuracy_originals is None and report.teacher.classes == 0
+    assert "accuracy" not in report.table()
+
+
+def test_teacher_errors_are_helpful(feature_tokenizer, photographs, tmp_path):
+    with pytest.raises(ConfigError, match="no pixel head"):
+        evaluate(feature_tokenizer, photographs, teacher=FakeTeacher())
+    with pytest.raises(ConfigError, match="timm can't make the teacher 'no_such_net'"):
+        load_judge(Teacher("no_such_net", "x.safetensors"))
+    with pytest.raises(CheckpointError, match="x.safetensors"):
+        load_judge(Teacher("test_efficientnet", str(tmp_path / "x.safetensors")))
+
+
+# The semantics probe
+
+
+def test_pooled_vectors_by_hand():
+    vectors = torch.tensor([[1.0, 0.0], [3.0, 4.0], [5.0, -1.0]])
+    assert probe.pooled_vectors(vectors, [2, 1]).tolist() == [[2, 2, 1, 2], [5, -1, 0, 0]]
+
+
+def test_thumbnail_vector_is_the_mean_of_blocks():
+    image = np.zeros((32, 32, 3), np.uint8)
+    image[:2, :1] = 200  # half of the first block
+    vector = probe.thumbnail_vector(Image.fromarray(image))
+    assert vector.shape == (768,) and vector[:4].tolist() == [100, 100, 100, 0]
+
+
+def labelled(codes, pixels, labels):
+    vectors = LabelledVectors()
+    vectors.labels, vectors.codes, vectors.pixels = list(labels), list(codes), list(pixels)
+    return vectors
+
+
+def test_probe_tells_clusters_from_noise():
+    generator = torch.Generator().manual_seed(0)
+    labels = ["a", "b"] * 40
+    noise = torch.randn(80, 6, generator=generator)
+    clusters = 0.3 * torch.randn(80, 6, generator=generator) + torch.tensor([[5.0] * 6, [-5.0] * 6]).repeat(40, 1)
+    train, test = (labelled(clusters[part], noise[part], labels[part]) for part in (slice(40), slice(40, 80)))
+    for result in (probe.probe(test, train), probe.probe(test)):
+        assert result.codes == 1 and 0.2 < result.pixels < 0.8
+        assert result.low > 0.2 and result.low < result.difference < result.high
+        assert (result.images, result.classes, result.neighbours) == (40, 2, 10)
+    assert probe.probe(test, train).train_images == 40 and probe.probe(test).train_images == 0
+
+
+def test_nobody_is_his_own_neighbour():
+    # labels without any relation to the vectors: a point that votes for itself, at distance 0, would always be right
+    vectors = torch.randn(60, 5, generator=torch.Generator().manual_seed(1))
+    assert probe.neighbours_agree(vectors, ["a", "b", "c"] * 20).mean() < 0.6
+
+
+def test_labels_that_the_training_part_lacks_are_left_out():
+    vectors = torch.randn(30, 4, generator=torch.Generator().manual_seed(2))
+    train = labelled(vectors[:20], vectors[:20], ["a", "b"] * 10)
+    assert probe.probe(labelled(vectors[20:], vectors[20:], ["a", "new"] * 5), train).images == 5
+    assert probe.probe(labelled(vectors[20:], vectors[20:], ["new"] * 10), train) is None
+
+
+@pytest.mark.parametrize("labels", [[], ["a"] * 30, ["a", "b"] * 5], ids=["no labels", "one class", "too few"])
+def test_no_probe_without_enough_labels(labels):
+    vectors = torch.randn(len(labels), 4)
+    assert probe.probe(labelled(vectors, vectors, labels)) is None
+
+
+def test_difference_interval_by_another_way():
+    right = np.array([True] * 70 + [False] * 30)
+    rival = np.array([True] * 50 + [False] * 40 + [True] * 10)  # better 20 times, worse 10 times
+    low, high = probe.difference_interval(right, rival)
+    spread = 1.96 * math.sqrt((0.3 - 0.1**2) / 100)  # normal approximation
+    assert (low, high) == (pytest.approx(0.1 - spread, abs=0.015), pytest.approx(0.1 + spread, abs=0.015))
+    assert probe.difference_interval(right, right) == (0, 0)
+
+
+def test_the_run_probes_labelled_photographs(tokenizer, many):
+    alone = evaluate(tokenizer, many).probe
+    assert (alone.images, alone.train_images, alone.classes) == (24, 0, 2)
+    apart = evaluate(tokenizer, many[1::2], probe_samples=many[::2]).probe
+    assert (apart.images, apart.train_images, apart.classes) == (12, 12, 2)
+    # two photographs, slightly shifted crops: their pixels tell them apart without fail
+    assert alone.pixels == apart.pixels == 1 and apart.codes > 0.5
+
+
+def test_the_probe_obeys_its_prefix_and_limit(tokenizer, many):
+    assert evaluate(tokenizer, many[1::2], probe_samples=many[::2], probe_prefix="coffee/").probe is None  # one class
+    few = evaluate(tokenizer, many[::2], probe_samples=many[1::2], probe_limit=11).probe
+    assert few.train_images == 11
+    with pytest.raises(DataError, match="none of 12 probe samples"):
+        evaluate(tokenizer, many[::2], probe_samples=many[1::2], probe_prefix="imagenette-")
+
+
+def test_evaluated_images_must_not_teach_the_probe(tokenizer, many):
+    with pytest.raises(DataError, match="3 images are both evaluated and probe samples"):
+        evaluate(tokenizer, many[:5], probe_samples=many[2:])
+
+
+# The report
+
+
+def report_of_everything():
+    return Report(
+        images=897, failed=(("bad", "not an image"),), policy="learned", selection="learned", positions=True,
+        tokens=Tokens(95.25, 31.0, 12, 201), bits_per_pixel=0.0755, codebook_size=8192, usage=0.713, perplexity=3120.4, jpeg_correlation=0.62,
+        psnr=19.714, ssim=0.531, teacher=Judgement("mobilenetv2_100", 0.71, 300, 10, 0.98, 0.612),
+        probe=Probe(300, 2000, 0, 10, 10, 0.451, 0.312, 0.139, 0.09, 0.188),
+    )  # fmt: skip
+
+
+def test_report_is_plain_json():
+    report = report_of_everything()
+    values = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert values["images"] == 897 and values["failures"] == 1 and values["failed"] == [["bad", "not an image"]]
+    assert values["tokens"] == {"mean": 95.25, "std": 31.0, "min": 12, "max": 201}
+    assert values["teacher"]["accuracy_reconstructions"] == 0.612 and values["probe"]["difference"] == 0.139
+    assert values["feature_cosine"] is None
+
+
+def test_table_is_aligned_and_has_units():
+    lines = report_of_everything().table().splitlines()
+    column = lines[0].index("897")
+    assert all(line[column - 2 : column] == "  " and line[column] != " " for line in lines)
+    text = "\n".join(lines)
+    for part in ("95.2 mean, 31.0 std, 12 to 201", "0.0755 (codes alone)", "71.3 % of 8192 codes", "19.71 dB", "98.0 % of 300 images", "61.2 %"):
+        assert part in text
+    assert "+13.9 points, 95 % interval +9.0 to +18.8" in text
+
+
+@pytest.mark.skipif("DYNTOK_DATA" not in os.environ, reason="DYNTOK_DATA is not set: needs the photographs and the teacher's weights")
+def test_the_real_teacher_recognises_the_originals(tokenizer):
+    data = os.environ["DYNTOK_DATA"]
+    overlay = {"mean": [0.5] * 3, "std": [0.5] * 3}  # these weights want RGB in [-1, 1]
+    weights = os.path.join(data, "teacher", "mobilenetv2_100_imagenet.safetensors")
+    teacher = load_judge(Teacher("mobilenetv2_100", weights, {"pad_type": "same", "pretrained_cfg_overlay": overlay}))
+    samples = [s for s in find_samples([os.path.join(data, "photos", "photos-000.tar")], "train") if s.key.startswith("imagenette-")]
+    config = TokenizerConfig.from_dict(
+        {**tokenizer.config.to_dict(), "image": {"img_size": 128}, "backbone": {"name": "vit_tiny_patch16_224", "kwargs": {**VIT, "img_size": 128, "patch_size": 32}}}
+    )
+    torch.manual_seed(0)
+    report = evaluate(DynamicVisualTokenizer(config).eval(), samples, teacher=teacher, limit=40)
+    assert report.teacher.images == 40 and report.teacher.classes == 10
+    assert report.teacher.accuracy_originals > 0.8 > report.teacher.accuracy_reconstructions
