@@ -85,13 +85,14 @@ def main() -> None:
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     row = {
-        "date": date.today().isoformat(), "commit": commit, "processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "images": len(files), "tokens": alone.num_tokens / len(files), "fingerprint": tokenizer.fingerprint,
+        "date": date.today().isoformat(), "commit": commit, "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "images": len(files), "tokens": alone.num_tokens / len(files), "fingerprint": tokenizer.fingerprint,
         "ms_per_image": {name.strip(): round(1e3 * median / len(files), 3) for name, (median, _) in timed.items()},
         "spread_ms": {name.strip(): round(1e3 * spread / len(files), 3) for name, (_, spread) in timed.items()},
     }  # fmt: skip
     for name, (median, spread) in timed.items():
-        print(f"{name:<28}{1e3 * median / len(files):8.2f} ms/image  +- {500 * spread / len(files):.2f}  {len(files) / median:8.1f} images/s")
+        each = 1e3 / len(files)
+        print(f"{name:<28}{each * median:8.2f} ms/image  +- {each * spread / 2:.2f}  {len(files) / median:8.1f} images/s")
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         with open(options.output, "a") as file:

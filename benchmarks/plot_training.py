@@ -1,6 +1,6 @@
 """Loss curves of a training run as a picture.
 
-    python benchmarks/plot_training.py runs/mine/log.jsonl benchmarks/results/mine.png feature usage perplexity
+python benchmarks/plot_training.py runs/mine/log.jsonl benchmarks/results/mine.png feature usage perplexity
 """
 
 import json

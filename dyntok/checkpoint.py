@@ -34,6 +34,22 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
+MODEL_CARD = """---
+{{ card_data }}
+---
+
+# A dyntok tokenizer
+
+Turns an image into a short sequence of integers whose length follows the picture, and back. `config.json` tells what it is made of.
+
+```python
+import dyntok
+
+tok = dyntok.load("...")  # the name of this repository, or its folder
+enc = tok.encode("cat.jpg")
+```
+"""
+
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_INDEX_BYTES = 16 << 20
 _CHUNK = 1 << 22  # elements hashed at a time
@@ -186,6 +202,35 @@ def resolve(
         raise CheckpointError(_hub_trouble(name_or_path, revision, local_files_only, error)) from error
 
 
+def upload(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    branch: str | None = None,
+    create_pr: bool = False,
+    commit_message: str = "Upload a dyntok checkpoint",
+) -> str:
+    """Sends the checkpoint in `folder` and its README.md, in one commit, to a hub repository that is made if need be.
+
+    Takes the place of a checkpoint there; other files stay. Returns the address of the commit, or of the pull request.
+    Raises `CheckpointError`.
+    """
+    names = [path.name for path in Path(folder).iterdir() if path.name in (CONFIG_NAME, "README.md") or _WEIGHTS.fullmatch(path.name)]
+    try:
+        api = huggingface_hub.HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        # weights in another number of shards would be taken for the new ones
+        stale = [name for name in api.list_repo_files(repo_id, revision=branch) if _WEIGHTS.fullmatch(name) and name not in names]
+        operations = [huggingface_hub.CommitOperationDelete(name) for name in stale]
+        operations += [huggingface_hub.CommitOperationAdd(name, Path(folder) / name) for name in names]
+        commit = api.create_commit(repo_id, operations, commit_message=commit_message, revision=branch, create_pr=create_pr)
+    except Exception as error:  # as in `resolve`
+        raise CheckpointError(f"can't upload {folder} to the hub as {repo_id!r}: {_first_line(error)}") from error
+    return commit.pr_url or commit.commit_url
+
+
 def _hub_trouble(name: str, revision: str | None, local_files_only: bool, error: Exception) -> str:
     if isinstance(error, HFValidationError):
         return f"{name!r} is neither a folder on this machine nor the name of a hub repository, such as 'org/name'"
@@ -201,8 +246,12 @@ def _hub_trouble(name: str, revision: str | None, local_files_only: bool, error:
     elif isinstance(error, LocalEntryNotFoundError):
         why = "the hub can't be reached and the local cache does not hold it; check the connection and HF_HUB_OFFLINE"
     else:
-        why = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no details'}"
+        why = _first_line(error)
     return f"no folder {name!r} on this machine; {looked_for}: {why}. The path of a checkpoint's folder works without the hub."
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no details').splitlines()[0]}"
 
 
 def _read_header(folder: Path) -> dict[str, Any]:

@@ -5,13 +5,19 @@ Exit codes: 0 done; 1 an error of ours, told in one line on stderr; 2 wrong usag
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dyntok import __version__
-from dyntok.errors import CodeError, ConfigError, DyntokError, MissingDependencyError
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from dyntok import Encoding, __version__, load
+from dyntok.errors import CodeError, ConfigError, DataError, DyntokError, MissingDependencyError
+from dyntok.sheet import draw_sheet
 
 OK, FAILED, USAGE, SOME_SKIPPED, INTERRUPTED = 0, 1, 2, 3, 130
 DEMO_PHOTO = Path(__file__).parent / "assets" / "astronaut.jpg"
@@ -21,15 +27,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     options = _parser().parse_args(arguments)
     try:
-        return options.run(options)
+        code = options.run(options)
+        sys.stdout.flush()
+        return code
     except DyntokError as error:
         print(f"dyntok: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         print("dyntok: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output went away, as `head` does
-        sys.stderr.close()
+    except BrokenPipeError:  # the reader of our output went away, as `head` does; what is left in the buffer has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
 
 
@@ -45,11 +53,11 @@ def _parser() -> argparse.ArgumentParser:
     one = keep.add_mutually_exclusive_group()
     one.add_argument("--budget", type=_budget, metavar="N", help="exactly N tokens per image, or a share of the patches such as 0.25")
     one.add_argument("--threshold", type=float, metavar="P", help="keep patches whose keep probability is at least P")
-    one.add_argument("--sample", type=int, metavar="SEED", help="the paper's stochastic choice, from this seed")
-    keep.add_argument("--max-tokens", type=int, metavar="N", help="at most N tokens per image")
+    one.add_argument("--sample", type=_whole(0, 2**63 - 1), metavar="SEED", help="the paper's stochastic choice, from this seed")
+    keep.add_argument("--max-tokens", type=_whole(1, 2**31), metavar="N", help="at most N tokens per image")
 
     add = commands.add_parser("demo", parents=[model, keep], help="a photograph into integers and back")
-    add.add_argument("-o", "--output", default="demo.png", help="where the picture goes (default: %(default)s)")
+    add.add_argument("-o", "--output", default="demo.png", help="where the picture goes, - is stdout (default: %(default)s)")
     add.set_defaults(run=_demo)
 
     add = commands.add_parser("encode", parents=[model, keep], help="images to codes")
@@ -60,13 +68,13 @@ def _parser() -> argparse.ArgumentParser:
 
     add = commands.add_parser("decode", parents=[model], help="codes to images")
     add.add_argument("codes", metavar="CODES", help="JSON made by encode, or a list of lists of codes; - is stdin")
-    add.add_argument("-o", "--output", required=True, metavar="OUT", help="a .png for one image, a folder for many")
+    add.add_argument("-o", "--output", required=True, metavar="OUT", help="a .png for one image (- is stdout), a folder for many")
     add.set_defaults(run=_decode)
 
     add = commands.add_parser("show", parents=[model, keep], help="original, kept patches and reconstruction side by side")
-    add.add_argument("images", nargs="+", metavar="IMAGE")
-    add.add_argument("-o", "--output", required=True, metavar="OUT.png")
-    add.add_argument("--columns", type=int, default=1, help="panels side by side")
+    add.add_argument("images", nargs="+", metavar="IMAGE", help="files, or - for one image on stdin")
+    add.add_argument("-o", "--output", required=True, metavar="OUT.png", help="where the picture goes, - is stdout")
+    add.add_argument("--columns", type=_whole(1, 2**31), default=1, metavar="N", help="panels side by side")
     add.set_defaults(run=_show)
 
     add = commands.add_parser("info", parents=[model], help="what a tokenizer is made of")
@@ -75,14 +83,19 @@ def _parser() -> argparse.ArgumentParser:
     add = commands.add_parser("eval", parents=[model, keep], help="quality on a folder or tar of images")
     add.add_argument("data", nargs="+", metavar="SOURCE", help="folders of images, webdataset tars")
     add.add_argument("--split", choices=["all", "train", "validation"], default="all", help="by a hash of the key, 1 in 20 for validation")
-    add.add_argument("--limit", type=int, metavar="N", help="only the first N images")
+    add.add_argument("--limit", type=_whole(1, 2**31), metavar="N", help="only N images, spread evenly over all")
     add.add_argument("--keys", metavar="PREFIX", default="", help="only images whose key begins so")
     add.add_argument("--without-positions", action="store_true", help="decode codes alone")
-    add.add_argument("--selection", choices=["learned", "random", "even"], default="learned", help="other masks with as many tokens, to compare")
+    add.add_argument(
+        "--selection", choices=["learned", "random", "even"], default="learned", help="other masks with as many tokens, to compare"
+    )
     add.add_argument("--teacher", metavar="NAME", help="a timm model that judges the reconstructions")
     add.add_argument("--teacher-weights", metavar="FILE", default="hub", help="its weights, safetensors (default: from the hub)")
-    add.add_argument("--teacher-args", type=json.loads, default={}, metavar="JSON", help="arguments of timm.create_model")
-    add.add_argument("--probe", action="store_true", help="kNN on pooled code vectors against kNN on pixels (needs labels)")
+    add.add_argument("--teacher-args", type=_mapping, default={}, metavar="JSON", help="arguments of timm.create_model")
+    add.add_argument(
+        "--probe", action="store_true", help="look for neighbours in the training part of SOURCE, not among the evaluated ones"
+    )
+    add.add_argument("--probe-keys", metavar="PREFIX", default="", help="only images whose key begins so take part in the kNN probe")
     add.set_defaults(run=_eval)
 
     add = commands.add_parser("train", help="train a tokenizer from a recipe; goes on where the folder's last checkpoint stands")
@@ -95,138 +108,201 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _budget(text: str) -> int | float:
-    return float(text) if "." in text else int(text)
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of tokens nor a share such as 0.25") from None
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    def whole(text: str) -> int:
+        if not (text.isdecimal() and low <= int(text) <= high):
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {low} to {high}")
+        return int(text)
+
+    return whole
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
+    return values
 
 
 def _policy(options: argparse.Namespace) -> dict[str, Any]:
-    import torch
-
     sample = None if options.sample is None else torch.Generator().manual_seed(options.sample)
     return {"budget": options.budget, "threshold": options.threshold, "sample": sample, "max_tokens": options.max_tokens}
-
-
-def _load(options: argparse.Namespace):
-    import dyntok
-
-    return dyntok.load(options.model)
 
 
 def _sources(names: Sequence[str]) -> list[str | bytes]:
     return [sys.stdin.buffer.read() if name == "-" else name for name in names]
 
 
-def _progress(items, what: str):
-    """A bar on a terminal, nothing elsewhere."""
-    from tqdm import tqdm
-
-    return tqdm(items, desc=what, unit=" images", disable=None if len(items) > 1 else True)
+def _print_json(values: Any) -> None:
+    print(json.dumps(values))
 
 
-def _write_json(values: Any, output: str | None) -> None:
-    text = json.dumps(values)
-    if output in (None, "-"):
-        print(text)
-    else:
-        _guarded(lambda: Path(output).write_text(text + "\n"), output)
-
-
-def _guarded(write, output: str):
+def _guarded(write: Callable[[], Any], output: str | Path) -> None:
     """What the system says about a path of the user's becomes an error of ours."""
     try:
-        return write()
+        write()
     except (OSError, ValueError) as error:
         raise ConfigError(f"can't write {output}: {error}") from error
 
 
-def _demo(options: argparse.Namespace) -> int:
-    from dyntok.sheet import draw_sheet
+def _save_picture(picture: Image.Image, output: str | Path) -> None:
+    if output == "-":
+        picture.save(sys.stdout.buffer, "PNG")
+    else:
+        _guarded(lambda: picture.save(output), output)
 
-    tokenizer = _load(options)
+
+def _demo(options: argparse.Namespace) -> int:
+    tokenizer = load(options.model)
     encoding = tokenizer.encode(DEMO_PHOTO, **_policy(options))
-    _guarded(lambda: draw_sheet(tokenizer, [DEMO_PHOTO], encoding).save(options.output), options.output)
-    if options.json:
-        _write_json({**encoding.to_dict(), "picture": options.output}, None)
-        return OK
+    _save_picture(draw_sheet(tokenizer, [DEMO_PHOTO], encoding), options.output)
     codes, patches = encoding.codes[0].tolist(), tokenizer.grid[0] * tokenizer.grid[1]
     bits = len(codes) * (tokenizer.config.codebook.size - 1).bit_length()
-    print(f"{DEMO_PHOTO.name}: {patches} patches became {len(codes)} integers ({bits / 8:.0f} bytes)\n{' '.join(map(str, codes))}")
-    print(f"original, kept patches and the picture made of those integers: {options.output}")
+    if options.output == "-":
+        return OK
+    if options.json:
+        _print_json({**encoding.to_dict(), "picture": options.output})
+    else:
+        print(f"{DEMO_PHOTO.name}: {patches} patches became {len(codes)} integers ({-(-bits // 8)} bytes)\n{' '.join(map(str, codes))}")
+        print(f"original, kept patches and the picture made of those integers: {options.output}")
     return OK
 
 
 def _encode(options: argparse.Namespace) -> int:
-    tokenizer = _load(options)
-    encoding = tokenizer.encode(
-        _progress(_sources(options.images), "encode"), errors="skip" if options.skip_errors else "raise", **_policy(options)
-    )
+    tokenizer, names = load(options.model), options.images
+    # None: no bar where nobody looks
+    images = tqdm(_sources(names), desc="encode", unit=" images", disable=None if len(names) > 1 else True)
+    encoding = tokenizer.encode(images, errors="skip" if options.skip_errors else "raise", **_policy(options))
     for index, error in encoding.failures:
-        print(f"dyntok: left out {options.images[index]}: {error}", file=sys.stderr)
-    if options.output or options.json:
-        sources = [options.images[index] for index in encoding.source_index]
-        _write_json({**encoding.to_dict(), "sources": sources}, options.output)
-    if not options.json and options.output != "-":
-        for index, codes in zip(encoding.source_index.tolist(), encoding.codes, strict=True):
-            print(f"{options.images[index]}: {len(codes)} tokens" + ("" if options.output else ": " + " ".join(map(str, codes.tolist()))))
+        print(f"dyntok: left out {names[index]}: {error}", file=sys.stderr)
+    sources = [names[index] for index in encoding.source_index.tolist()]
+    values = {**encoding.to_dict(), "sources": sources}
+    to_file = options.output not in (None, "-")
+    if to_file:
+        _guarded(lambda: Path(options.output).write_text(json.dumps(values) + "\n", encoding="utf-8"), options.output)
+    if options.json or options.output == "-":
+        _print_json(values)
+    else:
+        for name, codes in zip(sources, encoding.codes, strict=True):
+            print(f"{name}: {len(codes)} tokens" + ("" if to_file else ": " + " ".join(map(str, codes.tolist()))))
     return SOME_SKIPPED if encoding.failures else OK
 
 
 def _decode(options: argparse.Namespace) -> int:
-    from dyntok.encoding import Encoding
-
-    try:
-        values = json.loads(sys.stdin.read() if options.codes == "-" else Path(options.codes).read_text())
-    except (OSError, ValueError) as error:
-        raise CodeError(f"can't read codes from {options.codes}: {error}; expected JSON as `dyntok encode -o` writes it") from error
-    if isinstance(values, dict):
-        values = Encoding.from_dict({name: value for name, value in values.items() if name not in ("sources", "picture")})
-    elif isinstance(values, list) and values and not isinstance(values[0], list):
-        values = [values]
-    images = _load(options).decode(values)
+    images = load(options.model).decode(_read_codes(options.codes))
     target = Path(options.output)
-    if target.suffix and len(images) == 1:
-        paths = [target]
+    if options.output == "-" or target.suffix.lower() in Image.registered_extensions():
+        if len(images) != 1:
+            raise CodeError(f"{options.codes} holds the codes of {len(images)} images, and {options.output} takes one; give a folder")
+        paths = [options.output]
     else:
-        _guarded(lambda: target.mkdir(parents=True, exist_ok=True), options.output)
-        paths = [target / f"{i:05d}.png" for i in range(len(images))]
+        _guarded(lambda: target.mkdir(parents=True, exist_ok=True), target)
+        paths = [str(target / f"{i:05d}.png") for i in range(len(images))]
     for image, path in zip(images, paths, strict=True):
-        _guarded(lambda image=image, path=path: image.save(path), str(path))
-    _write_json([str(path) for path in paths], None) if options.json else print("\n".join(map(str, paths)))
+        _save_picture(image, path)
+    if options.output == "-":
+        return OK
+    if options.json:
+        _print_json(paths)
+    else:
+        print(*paths, sep="\n")
     return OK
 
 
-def _show(options: argparse.Namespace) -> int:
-    from dyntok.sheet import draw_sheet
+def _read_codes(source: str) -> Encoding | list:
+    """What `encode` wrote, or codes alone: a list of lists, or the list of a single image."""
+    try:
+        text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
+        values = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CodeError(f"can't read codes from {source}: {error}; expected JSON as `dyntok encode -o` writes it") from error
+    if isinstance(values, dict):
+        return Encoding.from_dict({name: value for name, value in values.items() if name not in ("sources", "picture")})
+    if not isinstance(values, list):
+        raise CodeError(f"{source} holds {type(values).__name__}, expected what `dyntok encode -o` writes or a list of lists of codes")
+    return values if not values or isinstance(values[0], list) else [values]
 
-    tokenizer, images = _load(options), _sources(options.images)
+
+def _show(options: argparse.Namespace) -> int:
+    tokenizer, images = load(options.model), _sources(options.images)
     encoding = tokenizer.encode(images, **_policy(options))
-    sheet = draw_sheet(tokenizer, images, encoding, columns=options.columns)
-    _guarded(lambda: sheet.save(options.output), options.output)
+    _save_picture(draw_sheet(tokenizer, images, encoding, columns=options.columns), options.output)
+    lengths = encoding.lengths.tolist()
+    if options.output == "-":
+        return OK
     if options.json:
-        _write_json({"picture": options.output, "lengths": encoding.lengths.tolist()}, None)
+        _print_json({"picture": options.output, "lengths": lengths})
     else:
-        print(f"{options.output}: " + ", ".join(f"{name} {n} tokens" for name, n in zip(options.images, encoding.lengths.tolist(), strict=True)))
+        print(f"{options.output}: " + ", ".join(f"{name} {n} tokens" for name, n in zip(options.images, lengths, strict=True)))
     return OK
 
 
 def _info(options: argparse.Namespace) -> int:
-    tokenizer = _load(options)
+    tokenizer = load(options.model)
     config = tokenizer.config
     parts = {name: sum(p.numel() for p in part.parameters()) for name, part in tokenizer.named_children()}
     parts["codebook"] = tokenizer.codebook.embedding.numel()
+    if options.json:
+        _print_json({"fingerprint": tokenizer.fingerprint, "config": config.to_dict(), "parameters": parts})
+        return OK
     facts = {
         "fingerprint": tokenizer.fingerprint,
         "input": f"{config.image.img_size} x {config.image.img_size} pixels, {config.image.resize}",
         "patches": f"{tokenizer.grid[0]} x {tokenizer.grid[1]}",
         "codebook": f"{config.codebook.size} codes of dimension {config.codebook.dim}",
-        "parameters": sum(parts.values()),
-        **{f"  {name}": count for name, count in parts.items()},
+        "parameters": f"{sum(parts.values()):,}",
+        **{f"  {name}": f"{count:,}" for name, count in parts.items()},
         "makes pixels": "yes" if tokenizer.pixel_head is not None else "no",
     }
-    if options.json:
-        _write_json({"fingerprint": tokenizer.fingerprint, "config": config.to_dict(), "parameters": parts}, None)
-    else:
-        print("\n".join(f"{name:<14}{value:,}" if isinstance(value, int) else f"{name:<14}{value}" for name, value in facts.items()))
+    print(*(f"{name:<14}{value}" for name, value in facts.items()), sep="\n")
     return OK
+
+
+def _eval(options: argparse.Namespace) -> int:
+    try:
+        from dyntok.training.data import find_samples
+        from dyntok.training.evaluate import evaluate
+        from dyntok.training.judge import load_judge
+        from dyntok.training.recipe import Teacher
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError.of(str(error.name), "train") from error
+
+    samples = [sample for sample in find_samples(options.data, options.split) if sample.key.startswith(options.keys)]
+    if not samples:
+        raise DataError(f"no key of an image in {', '.join(options.data)} begins with {options.keys!r}")
+    teacher = load_judge(Teacher(options.teacher, options.teacher_weights, options.teacher_args)) if options.teacher else None
+    with tqdm(desc="eval", unit=" images", disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        report = evaluate(
+            load(options.model),
+            samples,
+            policy=_policy(options),
+            positions=not options.without_positions,
+            selection=options.selection,
+            teacher=teacher,
+            probe_samples=find_samples(options.data, "train") if options.probe else None,
+            probe_prefix=options.probe_keys,
+            limit=options.limit,
+            progress=progress,
+        )
+    if options.json:
+        _print_json(report.to_dict())
+    else:
+        print(report.table())
+    return SOME_SKIPPED if report.failures else OK
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -235,10 +311,8 @@ def _train(options: argparse.Namespace) -> int:
         from dyntok.training.recipe import Recipe
     except ModuleNotFoundError as error:
         raise MissingDependencyError.of(str(error.name), "train") from error
-    import dyntok
-
     recipe = Recipe.find(options.recipe)
-    Trainer(recipe, options.output, tokenizer=dyntok.load(options.init) if options.init else None, cpu=options.cpu).run()
+    Trainer(recipe, options.output, tokenizer=load(options.init) if options.init else None, cpu=options.cpu).run()
     return OK
 
 

@@ -62,7 +62,7 @@ class CodebookTrainer(nn.Module):
     counts: Tensor
     sums: Tensor
 
-    def __init__(self, codebook: Codebook, *, decay: float = 0.99, revive_below: float = 0.03) -> None:
+    def __init__(self, codebook: Codebook, *, decay: float = 0.98, revive_below: float = 0.1) -> None:
         super().__init__()
         self.decay, self.revive_below = decay, revive_below
         self.register_buffer("counts", torch.ones(len(codebook.embedding)))

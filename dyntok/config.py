@@ -109,6 +109,16 @@ def _is_plain(value: Any) -> bool:
 
 
 @dataclass(frozen=True)
+class SelectorConfig:
+    """The head that scores patches."""
+
+    dither: float = 0.0  # amplitude of the position bias at the start, in logits; 0: no position bias
+
+    def __post_init__(self) -> None:
+        _check(_is_number(self.dither) and self.dither >= 0, f"selector.dither is {_brief(self.dither)}, expected a number of 0 or more")
+
+
+@dataclass(frozen=True)
 class MergerConfig:
     """The blocks that fold dropped patches into kept ones (paper section 3.1)."""
 
@@ -180,6 +190,7 @@ class TokenizerConfig:
 
     image: ImageConfig = field(default_factory=ImageConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    selector: SelectorConfig = field(default_factory=SelectorConfig)
     merger: MergerConfig = field(default_factory=MergerConfig)
     codebook: CodebookConfig = field(default_factory=CodebookConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
@@ -235,9 +246,10 @@ PRESETS = {
             ),
             frozen=False,
         ),
+        selector=SelectorConfig(dither=4.0),
         merger=MergerConfig(depth=2, num_heads=3, mlp_ratio=4.0, norm=False, init_scale=0.1),
         codebook=CodebookConfig(size=8192, dim=16, projection="linear"),
-        decoder=DecoderConfig(depth=4, num_heads=3, mlp_ratio=4.0, placement="grid", conv=True, head="none", pixels=True, init_scale=0.1),
+        decoder=DecoderConfig(depth=4, num_heads=3, mlp_ratio=4.0, placement="grid", conv=True, head="none", pixels=True, init_scale=0.0),
     ),
     "small": TokenizerConfig(
         backbone=BackboneConfig(name="vit_small_patch16_224"),

@@ -76,7 +76,7 @@ class Decoder(nn.Module):
         image = torch.repeat_interleave(torch.tensor(lengths, dtype=torch.long)).to(tokens.device)
         tokens = tokens + torch.where(known[:, None], self.placed_embed[0], self.placed_embed[1])
         flat = queries.flatten(0, 1).to(tokens.dtype)
-        return flat.index_add(0, image * self.num_patches + cell, tokens).view(len(lengths), self.num_patches, -1)
+        return flat.index_add(0, image * self.num_patches + cell, tokens).view_as(queries)
 
 
 class DecoderBlock(nn.Module):

@@ -118,7 +118,7 @@ class _PackedAttention:
 
 
 class _GatedAttention:
-    """Kept rows only, with the keep decision as a factor in the attention weights, for its gradient. Image by image: lengths differ widely."""
+    """Kept rows only, the keep decision a factor in the attention weights, for its gradient. Image by image: lengths differ widely."""
 
     def __init__(self, keep: Tensor, gate: Tensor) -> None:
         self.lengths = keep.sum(1).tolist()

@@ -14,14 +14,16 @@ _CAPTION = 22
 _DROPPED = (32, 32, 40)
 
 
-def draw_sheet(tokenizer: DynamicVisualTokenizer, images: Sequence[ImageSource], encoding: Encoding, *, side: int = 256, columns: int = 1) -> Image.Image:
-    """One panel per image: original as the tokenizer sees it, kept patches, reconstruction (where the tokenizer makes pixels), and counts.
+def draw_sheet(
+    tokenizer: DynamicVisualTokenizer, images: Sequence[ImageSource], encoding: Encoding, *, side: int = 256, columns: int = 1
+) -> Image.Image:
+    """One panel per image: the original as the tokenizer sees it, its kept patches, what comes back (where pixels are made), and counts.
 
     encoding: of exactly these images, in this order, with positions. side: pixels per picture. columns: panels side by side.
-    Raises `CodeError` where the encoding does not belong to the images.
+    Raises `CodeError` where there is no image or the encoding does not belong to the images.
     """
-    if len(encoding) != len(images) or encoding.packed_positions is None:
-        raise CodeError(f"a sheet of {len(images)} images got an encoding of {len(encoding)}, expected one row each, with positions")
+    if len(encoding) != len(images) or not images:
+        raise CodeError(f"a sheet of {len(images)} images got an encoding of {len(encoding)}, expected one row for each and at least one")
     originals = [to_image(to_pixels(image, tokenizer.config.image), tokenizer.config.image) for image in images]
     pictures = [[original, _kept(original, part)] for original, part in zip(originals, encoding, strict=True)]
     if tokenizer.pixel_head is not None:
@@ -31,12 +33,12 @@ def draw_sheet(tokenizer: DynamicVisualTokenizer, images: Sequence[ImageSource],
     height = side + _CAPTION + _GAP
     sheet = Image.new("RGB", (width * columns, height * -(-len(images) // columns) + _GAP), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    for i, (row, length) in enumerate(zip(pictures, encoding.lengths.tolist(), strict=True)):
+    for i, (row, part) in enumerate(zip(pictures, encoding, strict=True)):
         left, top = width * (i % columns) + _GAP, height * (i // columns) + _GAP
         for j, picture in enumerate(row):
-            sheet.paste(picture.resize((side, side), Image.Resampling.BICUBIC if j != 1 else Image.Resampling.NEAREST), (left + j * (side + _GAP), top))
-        rows, cols = encoding.grids[i].tolist()
-        draw.text((left, top + side + 3), f"{length} tokens of {rows * cols} patches", "black", font)
+            sheet.paste(picture.resize((side, side), Image.Resampling.BICUBIC), (left + j * (side + _GAP), top))
+        rows, cols = part.grids[0].tolist()
+        draw.text((left, top + side + 3), f"{part.num_tokens} tokens of {rows * cols} patches", "black", font)
     return sheet
 
 

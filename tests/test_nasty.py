@@ -1,4 +1,4 @@
-"""Several hundred awkward and broken files, one at a time: read or refused with `ImageError`, no crash, no hang, at most 2 GB.
+"""Several hundred awkward and broken files, one at a time and mixed: read or refused with `ImageError`, no crash, no hang, at most 2 GB.
 
 Needs the folder `nasty` in the one that DYNTOK_DATA names.
 """
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import dyntok.image
 
@@ -40,6 +41,43 @@ for path in sorted(Path(sys.argv[1]).iterdir()):
     print(json.dumps([path.name, outcomes, kilobytes / 1000]), flush=True)
 """
 
+# The same through `encode`: alone, where a bad file must raise, and in batches with a good photograph at both ends and in the middle.
+ENCODE_ALL = """
+import faulthandler, json, resource, sys
+from pathlib import Path
+
+import dyntok
+
+model, good, folder, seconds = sys.argv[1:]
+tokenizer = dyntok.load(model)
+wanted = tokenizer.encode(good)
+
+def watched(inputs):
+    for source in inputs:
+        faulthandler.dump_traceback_later(int(seconds), exit=True)
+        yield source
+    faulthandler.cancel_dump_traceback_later()
+
+def alone(path):
+    try:
+        return tokenizer.encode(watched([path]))
+    except dyntok.ImageError as error:
+        return str(error)
+
+paths = sorted(Path(folder).iterdir())
+for start in range(0, len(paths), 12):
+    batch = [good, *paths[start : start + 6], good, *paths[start + 6 : start + 12], good]
+    encoding = tokenizer.encode(watched(batch), errors="skip")
+    found = dict(zip(encoding.source_index.tolist(), encoding)) | {i: str(error) for i, error in encoding.failures}
+    for i, source in enumerate(batch):
+        expected = wanted if source is good else alone(source)
+        same = type(found[i]) is type(expected) and found[i] == expected
+        outcome = "good" if source is good else "read" if isinstance(expected, dyntok.Encoding) else "refused"
+        outcome = outcome if same else f"{expected} alone, {found[i]} in a batch"
+        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(json.dumps([Path(source).name, outcome, kilobytes / 1000]), flush=True)
+"""
+
 
 @pytest.fixture(scope="module")
 def folder():
@@ -51,13 +89,17 @@ def folder():
     return Path(root).resolve() / "nasty"
 
 
+def run(*arguments):
+    """Python in a process of its own, and the JSON of its lines."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, *map(str, arguments)], env=environment, capture_output=True, text=True)
+    return done, [json.loads(line) for line in done.stdout.splitlines()]
+
+
 @pytest.fixture(scope="module")
 def results(folder):
     """(name, outcomes for crop and squash, peak memory so far in MB) of every file."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-W", "error::UserWarning", "-c", READ_ALL, str(folder), str(SECONDS)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    done, lines = run("-W", "error::UserWarning", "-c", READ_ALL, folder, SECONDS)
     names = sorted(path.name for path in folder.iterdir())
     at = names[len(lines)] if len(lines) < len(names) else "the end"
     assert done.returncode == 0, f"ended with {done.returncode} at {at}: {done.stderr[-2000:]}"
@@ -90,3 +132,15 @@ def test_all_orientations_show_the_same_picture(folder, kind):
     pictures = [dyntok.image.load_image(folder / f"exif-orientation__{kind}_{k}.jpg").resize((30, 30)).tobytes() for k in range(9)]
     for k, picture in enumerate(pictures):
         assert sum(abs(a - b) for a, b in zip(picture, pictures[1], strict=True)) / len(picture) < 4, k
+
+
+def test_encode_takes_them_one_at_a_time_and_mixed(folder, results, checkpoint_folder, photos, tmp_path):
+    good = tmp_path / "good photograph.png"
+    Image.fromarray(photos[2]).save(good)
+    done, lines = run("-c", ENCODE_ALL, checkpoint_folder, good, folder, SECONDS)
+    last = lines[-1][0] if lines else "nothing"
+    assert done.returncode == 0, f"ended with {done.returncode} after {last}: {done.stderr[-2000:]}"
+    outcomes = {name: outcomes[0] for name, outcomes, _ in results} | {good.name: "good"}
+    assert [line for line in lines if line[1] != outcomes[line[0]]] == []
+    assert {name for name, _, _ in lines} == set(outcomes) and sum(name == good.name for name, _, _ in lines) > 100
+    assert max(megabytes for _, _, megabytes in lines) < MEGABYTES

@@ -1,73 +1,97 @@
-"""The training loop: stages, optimiser, progress line, checkpoints; on `accelerate`, so on one CPU, one GPU or many.
+"""The training loop: stages, optimiser, k-means, checkpoints; on `accelerate`, so on one CPU, one GPU or many.
 
-A run's folder holds `state.pt` (everything needed to go on, written atomically), `log.jsonl` (one line per report) and, at the end of
-every stage, `tokenizer/` (an ordinary checkpoint).
+A run's folder holds `state.pt` (everything needed to go on, see `state.py`), `log.jsonl` (one line per report, see `progress.py`) and,
+from the end of the first stage on, `tokenizer/` (an ordinary checkpoint).
 """
 
-import json
-import os
-import time
-from collections import defaultdict
+import dataclasses
+import logging
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor
 
-from dyntok.codebook import gather_rows_of_ranks, perplexity
-from dyntok.errors import CheckpointError
+from dyntok import checkpoint
+from dyntok.codebook import gather_rows_of_ranks
+from dyntok.errors import CheckpointError, ConfigError, DyntokError
 from dyntok.tokenizer import DynamicVisualTokenizer
 from dyntok.training.data import TrainingImages, find_samples
 from dyntok.training.objective import Objective, StepResult, TeacherFeatures
-from dyntok.training.recipe import Recipe, Stage
+from dyntok.training.progress import Progress, open_log
+from dyntok.training.recipe import Recipe, Stage, differences
 from dyntok.training.start import linear_start
+from dyntok.training.state import check_same_run, describe_run, read_state, write_state
 
 _START_BATCHES = 8  # for the linear start's statistics
 _KMEANS_VECTORS_PER_CODE = 16
+_GIVE_UP = 20  # steps in a row whose gradient is not finite
+_log = logging.getLogger(__name__)
 
 
 class Trainer:
     """One run of a recipe in a folder. `run()` goes on from where the folder's last checkpoint stands.
 
-    tokenizer: start from these weights instead of from scratch.
+    tokenizer: start from these weights instead of from scratch; they are changed in place. cpu: even where there is a GPU.
+
+    Raises `ConfigError` where recipe and tokenizer do not fit, `DataError` without images, `CheckpointError` where the folder can't be
+    written or holds a run of another recipe.
     """
 
     def __init__(self, recipe: Recipe, folder: str | Path, *, tokenizer: DynamicVisualTokenizer | None = None, cpu: bool = False) -> None:
         self.recipe, self.folder = recipe, Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.accelerator = Accelerator(mixed_precision=recipe.precision, cpu=cpu)
-        torch.manual_seed(recipe.seed)
+        self.accelerator = _make_accelerator(recipe, cpu)
+        self.images_per_step = recipe.batch_size * self.accelerator.num_processes
         samples = find_samples(recipe.data, recipe.split)
+        self._run = describe_run(recipe, samples, self.images_per_step)
+        state = read_state(self.folder / "state.pt")
+        if state is not None:
+            check_same_run(self.folder / "state.pt", state, self._run)
+        if self.accelerator.is_main_process:
+            open_log(self.folder / "log.jsonl", state["step"] if state else 0)
+
+        torch.manual_seed(recipe.seed)
         started = tokenizer is not None
-        tokenizer = tokenizer or self._new_tokenizer()
+        if not started:
+            tokenizer = self._new_tokenizer(with_weights=state is None)
+        elif changes := differences(tokenizer.config.to_dict(), recipe.config.to_dict()):
+            raise ConfigError(f"the tokenizer to start from is not the recipe's: {'; '.join(changes[:5])}; change the recipe's tokenizer")
         image = tokenizer.config.image
         self.data = TrainingImages(
             samples, image, recipe.batch_size, seed=recipe.seed, min_crop=recipe.min_crop,
             rank=self.accelerator.process_index, world=self.accelerator.num_processes,
         )  # fmt: skip
-        if recipe.linear_start and not started:
+        if recipe.linear_start and not started and state is None:
             linear_start(tokenizer, torch.cat([self.data[step] for step in range(_START_BATCHES)]))
         teacher = TeacherFeatures(recipe.teacher, image.mean, image.std) if recipe.teacher.name else None
         self.objective = Objective(tokenizer, teacher)
         self.quantizing = started and recipe.stages[0].quantize
         self.step = 0  # of the whole run
-        self._build(recipe.stages[0])
-        self._resume()
+        self._unusable = 0  # steps in a row
+        self._build()
+        if state is not None:
+            self._resume(state)
 
-    def _new_tokenizer(self) -> DynamicVisualTokenizer:
-        tokenizer = DynamicVisualTokenizer(self.recipe.config, pretrained_backbone=self.recipe.backbone_weights == "hub")
-        if self.recipe.backbone_weights not in ("", "hub"):
-            tokenizer.backbone.load_weights(self.recipe.backbone_weights)
+    def _new_tokenizer(self, with_weights: bool) -> DynamicVisualTokenizer:
+        weights = self.recipe.backbone_weights if with_weights else ""
+        tokenizer = DynamicVisualTokenizer(self.recipe.config, pretrained_backbone=weights == "hub")
+        if weights not in ("", "hub"):
+            tokenizer.backbone.load_weights(weights)
         return tokenizer
 
-    def _build(self, stage: Stage) -> None:
-        self.objective.set_stage(stage)
+    def _build(self) -> None:
+        recipe, stages = self.recipe, self.recipe.stages
+        for stage in stages:
+            self.objective.set_stage(stage)  # refuses what does not fit now instead of hours later
+        # data-parallel training looks at what is to be trained once: what the first stage freezes must count, too
+        self.objective.set_stage(dataclasses.replace(stages[0], freeze=()))
         named = [(name, p) for name, p in self.objective.named_parameters() if not name.startswith("teacher.")]
         decayed = [p for _, p in named if p.ndim > 1]
         others = [p for _, p in named if p.ndim <= 1]
-        groups = [{"params": decayed, "weight_decay": self.recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=stage.lr, betas=(0.9, 0.98))
+        groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=stages[0].lr, betas=(0.9, 0.98))
         self.model = self.accelerator.prepare_model(self.objective)
+        self.objective.set_stage(stages[0])
 
     def _stage_at(self, step: int) -> tuple[Stage, int] | None:
         """The stage of a step and the step's number inside it; None after the last."""
@@ -79,15 +103,18 @@ class Trainer:
         return None
 
     def _steps(self, stage: Stage) -> int:
-        return -(-stage.images // (self.recipe.batch_size * self.accelerator.num_processes))
+        return -(-stage.images // self.images_per_step)
 
     def run(self) -> None:
         """Train to the end of the recipe."""
-        total = sum(self._steps(stage) for stage in self.recipe.stages)
+        workers, total = self.recipe.workers, sum(self._steps(stage) for stage in self.recipe.stages)
+        if self.step >= total:
+            self.export()
+            return
         loader = torch.utils.data.DataLoader(
-            self.data, batch_size=None, sampler=range(self.step, total), num_workers=self.recipe.workers, prefetch_factor=4 if self.recipe.workers else None
+            self.data, batch_size=None, sampler=range(self.step, total), num_workers=workers, prefetch_factor=4 if workers else None
         )
-        report = _Report(self)
+        progress = Progress(self.accelerator, self.folder / "log.jsonl", len(self.objective.tokenizer.codebook.embedding))
         current = None
         for pixels in loader:
             stage, step = self._stage_at(self.step)
@@ -98,14 +125,17 @@ class Trainer:
                 self._kmeans()
             result = self.train_step(pixels.to(self.accelerator.device), stage, step)
             self.step += 1
-            report.add(result, len(pixels))
+            progress.add(result, len(pixels))
             if self.step % self.recipe.log_every == 0 or self.step == total:
-                report.print(stage)
+                progress.report(stage.name, self.step, self.step * self.images_per_step, self.data.unreadable)
             last_of_stage = step + 1 == self._steps(stage)
+            if last_of_stage:
+                self.export()  # before the state: a run killed in between comes back here
             if self.step % self.recipe.save_every == 0 or last_of_stage:
                 self.save()
 
     def train_step(self, pixels: Tensor, stage: Stage, step: int) -> StepResult:
+        """One step on normalised pixels [B, 3, S, S]. A gradient that is not finite is left out; `DyntokError` after many in a row."""
         # every step has a seed of its own, so that a resumed run draws what an undisturbed one would
         torch.manual_seed((self.recipe.seed * 1_000_003 + self.step) * 1_009 + self.accelerator.process_index)
         self.model.train()
@@ -116,17 +146,30 @@ class Trainer:
         self.accelerator.backward(result.loss)
         norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), 1.0)
         result.metrics["grad"] = norm.detach()
-        self.optimizer.step()
+        usable = bool(norm.isfinite())  # the same on every rank
+        if usable:
+            self.optimizer.step()
         self.optimizer.zero_grad()
-        if result.codes is not None:
+        if not usable:
+            self._leave_out(result)
+        elif result.codes is not None:
             generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + self.step)
             revived = self.objective.codebook_trainer.update(self.objective.tokenizer.codebook, result.vectors, result.codes, generator)
             result.metrics["revived"] = torch.tensor(float(revived))
+        self._unusable = 0 if usable else self._unusable
         return result
 
+    def _leave_out(self, result: StepResult) -> None:
+        self._unusable += 1
+        _log.warning("step %d left out: its gradient is not finite (loss %g)", self.step, result.loss.item())
+        if self._unusable >= _GIVE_UP:
+            raise DyntokError(
+                f"the gradients of {_GIVE_UP} steps in a row were not finite, the last at step {self.step}; lower the learning rate, "
+                f"or try precision 'no'. The state saved before is in {self.folder}"
+            )
+
     def _schedule(self, stage: Stage, step: int) -> float:
-        per_step = self.recipe.batch_size * self.accelerator.num_processes
-        factor = min(1.0, (step + 1) * per_step / stage.warmup) if stage.warmup else 1.0
+        factor = min(1.0, (step + 1) * self.images_per_step / stage.warmup) if stage.warmup else 1.0
         return factor * (1 - step / self._steps(stage)) if stage.decay == "linear" else factor
 
     @torch.no_grad()
@@ -141,7 +184,7 @@ class Trainer:
             torch.manual_seed(self.recipe.seed * 1_000_003 + step)
             with self.accelerator.autocast():
                 features = tokenizer.backbone(pixels)
-                keep, gate = self.objective.masks(tokenizer.selector(features))
+                keep, gate, _ = self.objective.masks(tokenizer.selector(features))
                 found = tokenizer.projection(tokenizer.merger(features, keep, gate)).float()
             vectors.append(gather_rows_of_ranks(found))
             step += 1
@@ -149,8 +192,14 @@ class Trainer:
         self.objective.codebook_trainer.start(tokenizer.codebook, torch.cat(vectors)[:wanted], generator=generator)
         self.quantizing = True
 
+    def export(self) -> None:
+        """Write `tokenizer/`, which `dyntok.load` opens."""
+        if self.accelerator.is_main_process:
+            tokenizer = self.objective.tokenizer
+            checkpoint.save(self.folder / "tokenizer", tokenizer.config, tokenizer.state_dict())
+
     def save(self) -> None:
-        """Write `state.pt`: first to another name, then renamed, so that a kill leaves the old one."""
+        """Write `state.pt`."""
         if not self.accelerator.is_main_process:
             return
         state = {
@@ -158,63 +207,27 @@ class Trainer:
             "quantizing": self.quantizing,
             "objective": {name: value for name, value in self.objective.state_dict().items() if not name.startswith("teacher.")},
             "optimizer": self.optimizer.state_dict(),
+            "run": self._run,
         }
-        target, temporary = self.folder / "state.pt", self.folder / "state.pt.tmp"
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
+        write_state(self.folder / "state.pt", state)
 
-    def _resume(self) -> None:
+    def _resume(self, state: dict) -> None:
         path = self.folder / "state.pt"
-        if not path.exists():
-            return
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            _, unexpected = self.objective.load_state_dict(state["objective"], strict=False)
+            missing, unexpected = self.objective.load_state_dict(state["objective"], strict=False)
+            wrong = [name for name in (*missing, *unexpected) if not name.startswith("teacher.")]
+            if wrong:
+                raise KeyError(f"{len(wrong)} tensors missing or not expected: {', '.join(wrong[:5])}")
             self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, KeyError, ValueError) as error:
             raise CheckpointError(f"{path} does not fit this recipe: {error}; train into another folder") from error
         self.step, self.quantizing = state["step"], state["quantizing"]
 
 
-class _Report:
-    """Averages between two progress lines, over all ranks."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-        self._clear()
-
-    def _clear(self) -> None:
-        self.sums: dict[str, list[float]] = defaultdict(list)
-        self.lengths: list[Tensor] = []
-        self.counts = torch.zeros(len(self.trainer.objective.tokenizer.codebook.embedding))
-        self.images, self.since = 0, time.perf_counter()
-
-    def add(self, result: StepResult, images: int) -> None:
-        for name, value in result.metrics.items():
-            if value == value:  # a batch without known positions has no PSNR
-                self.sums[name].append(float(value))
-        self.lengths.append(result.lengths)
-        if result.codes is not None:
-            self.counts += torch.bincount(result.codes.cpu(), minlength=len(self.counts))
-        self.images += images
-
-    def print(self, stage: Stage) -> None:
-        accelerator = self.trainer.accelerator
-        values = {name: sum(v) / len(v) for name, v in self.sums.items()}
-        lengths = accelerator.gather_for_metrics(torch.cat(self.lengths)).float()
-        counts = accelerator.reduce(self.counts.to(accelerator.device))
-        world = accelerator.num_processes
-        line = {
-            "stage": stage.name, "step": self.trainer.step, "images": self.trainer.step * self.trainer.recipe.batch_size * world, **values,
-            "tokens": float(lengths.mean()), "tokens_std": float(lengths.std()) if len(lengths) > 1 else 0.0,
-            "usage": float((counts > 0).float().mean()), "perplexity": perplexity(counts),
-            "images_per_second": self.images * world / (time.perf_counter() - self.since),
-        }  # fmt: skip
-        if accelerator.is_main_process:
-            with open(self.trainer.folder / "log.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
-            accelerator.print("  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in line.items()), flush=True)
-        self._clear()
+def _make_accelerator(recipe: Recipe, cpu: bool) -> Accelerator:
+    # a batch need not use every parameter: masks without gradient, images without positions, parts that a stage freezes
+    options = DistributedDataParallelKwargs(find_unused_parameters=True)
+    try:
+        return Accelerator(mixed_precision=recipe.precision, cpu=cpu, kwargs_handlers=[options])
+    except ValueError as error:  # accelerate keeps one state per process
+        raise ConfigError(f"precision {recipe.precision!r} does not work here: {error}") from error

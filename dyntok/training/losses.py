@@ -6,13 +6,19 @@ from torch import Tensor
 
 
 def feature_cosine(features: Tensor, target: Tensor) -> Tensor:
-    """Mean over patches of 1 - cosine (LaVIT, section 3.1). features, target: [B, N, D] -> scalar in 0..2."""
-    return (1 - F.cosine_similarity(features.float(), target.float(), dim=-1)).mean()
+    """Mean over patches of 1 - cosine (LaVIT, section 3.1); no gradient flows into the target.
+
+    features, target: [B, N, D] -> scalar in 0..2.
+    """
+    return (1 - F.cosine_similarity(features.float(), target.detach().float(), dim=-1)).mean()
 
 
-def rate(gate: Tensor, rho: float) -> Tensor:
-    """(rho - mean keep)^2 (LaVIT, section 3.1), the mean taken over the whole batch, so that images may differ. gate: [B, N] -> scalar."""
-    return (rho - gate.mean()).square()
+def rate(mean_keep: Tensor, rho: float) -> Tensor:
+    """(rho - mean keep)^2 (LaVIT, section 3.1).
+
+    mean_keep: scalar, the mean over all patches of the whole batch and not per image, so that lengths may differ.
+    """
+    return (rho - mean_keep).square()
 
 
 def commitment(z: Tensor, rows: Tensor) -> Tensor:
@@ -30,7 +36,7 @@ def patch_error(pixels: Tensor, target: Tensor, patch_size: int) -> Tensor:
 
 def perceptual(maps: list[Tensor], targets: list[Tensor]) -> Tensor:
     """Distance of feature maps of a fixed network, each position normalised over its channels (as LPIPS, arXiv 1801.03924, without its
-    learned channel weights). Lists of [B, D, h, w] -> scalar: mean over maps and positions.
+    learned channel weights). Lists of [B, D, h, w] -> scalar: mean over maps and positions. Gradients flow into both.
     """
     distances = [_normalised_distance(a, b).mean() for a, b in zip(maps, targets, strict=True)]
     return torch.stack(distances).mean()
@@ -47,9 +53,17 @@ def _normalised_distance(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).square().sum(1, keepdim=True)  # [B, 1, h, w]
 
 
-def local_choice(log_probs: Tensor, gain: Tensor) -> Tensor:
-    """Minus the expected gain of keeping: gives each patch's keep probability the direction of its own estimated benefit.
+def around(error: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Mean over each patch and its neighbours, because a kept patch helps those, too. [B, N] -> [B, N]"""
+    return F.avg_pool2d(error.unflatten(1, grid)[:, None], 3, stride=1, padding=1, count_include_pad=False).flatten(1)
 
-    log_probs: [B, N, 2], index 0 = keep; gain: [B, N], the error that keeping the patch saves; no gradient flows into it.
+
+def local(score: Tensor, error: Tensor, logits_per_nat: float = 2.5) -> Tensor:
+    """Mean squared distance of scores from the log of the error that random masks leave around each patch, both centred over the batch.
+
+    Where a picture is hard to fill in, its patches are to be kept more densely; how many are kept in all is the rate loss's business.
+
+    score: [B, N], in logits; error: [B, N], positive, no gradient flows into it; logits_per_nat: how steeply scores follow.
     """
-    return -(log_probs[..., 0].exp() * gain.detach()).mean()
+    wanted = (error / error.mean()).clamp(min=0.03).log().detach()
+    return ((score - score.mean()) - logits_per_nat * (wanted - wanted.mean())).square().mean()

@@ -27,7 +27,7 @@ def even_mask(count: int, grid: tuple[int, int]) -> Tensor:
     """`count` of rows * columns patches, spread evenly over the picture in both directions: bool [N].
 
     Rows get as equal numbers as possible. Within a row the patches lie at equal distances, and each row that has any begins by the golden
-    ratio further, so that columns fill evenly, too (a Fibonacci lattice).
+    ratio of that distance further, so that no column is preferred (a Fibonacci lattice).
     """
     rows, columns = grid
     mask = torch.zeros(rows, columns, dtype=torch.bool)

@@ -13,22 +13,33 @@ from dyntok.tokenizer import DynamicVisualTokenizer
 
 _CONSTANT = 2.5  # of the bottleneck, in units of the kept components' root mean square
 
+_POSITION = 0.15  # standard deviation of the position embedding's coordinates
+
 
 @torch.no_grad()
 def linear_start(tokenizer: DynamicVisualTokenizer, pixels: Tensor) -> None:
     """Initialise from normalised training pixels [B, 3, H, W].
 
-    Raises `ConfigError` where the tokenizer has no linear patch embedding of width 3 p^2 (or less), linear projection, grid decoder of the
-    same width and pixel head.
+    Raises `ConfigError` where something between pixels and pixels is not linear at the start (a ViT's patch embedding, a linear projection,
+    a grid decoder and the pixel head are, norms and MLP heads are not), where widths do not fit, and on too few patches.
     """
     embed = getattr(getattr(tokenizer.backbone.model, "patch_embed", None), "proj", None)
-    decoder, head, projection = tokenizer.decoder, tokenizer.pixel_head, tokenizer.projection
-    if not isinstance(embed, nn.Conv2d) or not isinstance(projection, nn.Linear) or head is None or decoder.placement != "grid":
-        raise ConfigError("linear_start needs a ViT backbone, codebook.projection 'linear', decoder.placement 'grid' and decoder.pixels")
+    decoder, head, projection, config = tokenizer.decoder, tokenizer.pixel_head, tokenizer.projection, tokenizer.config
+    linear = isinstance(embed, nn.Conv2d) and isinstance(projection, nn.Linear) and head is not None and decoder.placement == "grid"
+    if not linear or config.backbone.norm or config.merger.norm or config.decoder.head != "none":
+        raise ConfigError(
+            "linear_start needs a ViT backbone with norm: false, merger.norm: false, codebook.projection: linear, and a decoder with "
+            "placement: grid, head: none and pixels: true"
+        )
     p, width = tokenizer.backbone.patch_size, tokenizer.backbone.embed_dim
-    if width > 3 * p * p or decoder.in_proj.out_features != width:
-        raise ConfigError(f"linear_start needs a width of at most {3 * p * p} (3 x patch {p} squared), the same in the decoder, not {width}")
+    if not projection.out_features - 1 <= width <= 3 * p * p or projection.out_features < 2 or decoder.in_proj.out_features != width:
+        raise ConfigError(
+            f"the tokenizer has width {width}, {decoder.in_proj.out_features} in the decoder, {projection.out_features} in codes; expected "
+            f"for linear_start one width of at most {3 * p * p} (3 x patch {p} squared), and codes of dimension 2 to width + 1"
+        )
     patches = nn.functional.unfold(pixels, p, stride=p).transpose(1, 2).flatten(0, 1)  # [n, 3 p p]
+    if len(patches) < width:
+        raise ConfigError(f"linear_start got {len(patches)} patches for {width} components; give at least as many (a larger batch_size)")
     mean = patches.mean(0)
     variances, vectors = torch.linalg.eigh(torch.cov((patches - mean).T))
     variances, vectors = variances.flip(0)[:width].clamp(min=1e-8), vectors.flip(1)[:, :width]
@@ -37,6 +48,9 @@ def linear_start(tokenizer: DynamicVisualTokenizer, pixels: Tensor) -> None:
     embed.bias.copy_(-(vectors / scale).T @ mean)
 
     components = projection.out_features - 1
+    position = getattr(tokenizer.backbone.model, "pos_embed", None)
+    if position is not None:  # in coordinates that the bottleneck does not pass on: known to all blocks, and no noise in the codes
+        position.normal_(std=_POSITION)[..., :components] = 0
     constant = _CONSTANT * variances[:components].sum().sqrt()
     projection.weight.zero_()
     projection.weight[:components, :components] = torch.diag(scale[:components])

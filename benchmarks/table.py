@@ -1,0 +1,60 @@
+"""The table of the bundled tokenizer's model card: quality on the validation part, by budget, without positions, and against other masks.
+
+    DYNTOK_DATA=... python benchmarks/table.py [--model NAME] [--limit N] [--output benchmarks/results/tiny.json]
+
+`DYNTOK_DATA` is a folder with `photos/`, `captioned/` (webdataset tars) and `teacher/mobilenetv2_100_imagenet.safetensors`.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import dyntok
+from dyntok.training.data import find_samples
+from dyntok.training.evaluate import evaluate
+from dyntok.training.judge import load_judge
+from dyntok.training.recipe import Teacher
+
+BUDGETS = (32, 64, 96, 128, 192, 256)
+# these weights want RGB in -1 to 1
+MOBILENET = {"pad_type": "same", "pretrained_cfg_overlay": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model")
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    data = Path(os.environ["DYNTOK_DATA"])
+    sources = [data / "photos", data / "captioned"]
+    tokenizer = dyntok.load(options.model)
+    judge = load_judge(Teacher("mobilenetv2_100", weights=str(data / "teacher" / "mobilenetv2_100_imagenet.safetensors"), kwargs=MOBILENET))
+    validation = find_samples(sources, "validation")
+    runs = {
+        "learned": {"probe_samples": find_samples(sources, "train"), "probe_prefix": "imagenette-", "probe_limit": 2000},
+        "learned, without positions": {"positions": False},
+        "random": {"selection": "random"},
+        "even": {"selection": "even"},
+        **{f"budget {budget}": {"policy": {"budget": budget}} for budget in BUDGETS},
+    }
+    reports = {}
+    for name, arguments in runs.items():
+        report = evaluate(tokenizer, validation, teacher=judge, limit=options.limit, **arguments)
+        reports[name] = report.to_dict()
+        teacher = report.teacher
+        print(
+            f"{name:<28}{report.tokens.mean:6.1f} +- {report.tokens.std:4.1f} tokens  {report.psnr:6.2f} dB  SSIM {report.ssim:.3f}  "
+            f"accuracy {teacher.accuracy_reconstructions:.1%} (originals {teacher.accuracy_originals:.1%})",
+            flush=True,
+        )
+        if name == "learned":
+            print(report.table(), flush=True)
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps({"fingerprint": tokenizer.fingerprint, "runs": reports}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

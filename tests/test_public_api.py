@@ -1,0 +1,70 @@
+"""What `import dyntok` gives and costs, and what a wheel holds."""
+
+import os
+import shutil
+import subprocess
+import sys
+import types
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import dyntok
+
+ROOT = Path(dyntok.__file__).parents[1]
+PUBLIC = {
+    "CheckpointError",
+    "CodeError",
+    "ConfigError",
+    "DynamicVisualTokenizer",
+    "DyntokError",
+    "Encoding",
+    "Features",
+    "FingerprintError",
+    "ImageError",
+    "KeepPolicy",
+    "TokenizerConfig",
+    "VisualVocab",
+    "load",
+}
+OPTIONAL = ["triton", "transformers", "ray", "pyarrow", "accelerate", "timm", "matplotlib", "scipy", "skimage", "sklearn"]
+
+
+def test_the_names_are_these():
+    names = {name for name, value in vars(dyntok).items() if not name.startswith("_") and not isinstance(value, types.ModuleType)}
+    assert names == PUBLIC
+    assert all(getattr(dyntok, name).__doc__ for name in PUBLIC)
+
+
+def test_every_error_is_a_dyntok_error():
+    errors = [getattr(dyntok, name) for name in PUBLIC if name.endswith("Error")]
+    assert len(errors) == 6 and all(issubclass(error, dyntok.DyntokError) for error in errors)
+    assert issubclass(dyntok.ImageError, ValueError) and issubclass(dyntok.CheckpointError, OSError)
+
+
+def test_importing_loads_nothing_optional_and_wakes_no_device():
+    code = f"import sys, dyntok, torch; print([m for m in {OPTIONAL} if m in sys.modules], torch.cuda.is_initialized())"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[] False"
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_two_packages_and_their_data(tmp_path):
+    """Built from a copy, so that nothing is left in the working tree."""
+    pytest.importorskip("setuptools")  # a virtual environment of Python 3.12 and newer begins without it
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in ("dyntok", "kernels"):
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"dyntok", "dyntok_kernels"}
+    expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "dyntok").rglob("*.*") if path.suffix != ".pyc"}
+    assert "dyntok/assets/astronaut.jpg" in expected and expected <= set(names)
