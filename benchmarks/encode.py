@@ -86,7 +86,8 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     row = {
         "date": date.today().isoformat(), "commit": commit, "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(), "torch": torch.__version__, "images": len(files), "tokens": alone.num_tokens / len(files), "fingerprint": tokenizer.fingerprint,
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "images": len(files),
+        "tokens": alone.num_tokens / len(files), "fingerprint": tokenizer.fingerprint,
         "ms_per_image": {name.strip(): round(1e3 * median / len(files), 3) for name, (median, _) in timed.items()},
         "spread_ms": {name.strip(): round(1e3 * spread / len(files), 3) for name, (_, spread) in timed.items()},
     }  # fmt: skip
