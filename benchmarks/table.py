@@ -1,6 +1,8 @@
 """The table of the bundled tokenizer's model card: quality on the validation part, by budget, without positions, and against other masks.
 
-    DYNTOK_DATA=... python benchmarks/table.py [--model NAME] [--limit N] [--output benchmarks/results/tiny.json]
+    DYNTOK_DATA=... python benchmarks/table.py [--model NAME] [--limit N] [--runs NAME...] [--output benchmarks/results/tiny.json]
+
+Runs already in the output are kept, unless they are made again; figures of another model are not mixed in.
 
 `DYNTOK_DATA` is a folder with `photos/`, `captioned/` (webdataset tars) and `teacher/mobilenetv2_100_imagenet.safetensors`.
 """
@@ -25,6 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model")
     parser.add_argument("--limit", type=int)
+    parser.add_argument("--runs", nargs="+", metavar="NAME", help="only those runs (default: all)")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     data = Path(os.environ["DYNTOK_DATA"])
@@ -39,21 +42,22 @@ def main() -> None:
         "even": {"selection": "even"},
         **{f"budget {budget}": {"policy": {"budget": budget}} for budget in BUDGETS},
     }
-    reports = {}
-    for name, arguments in runs.items():
-        report = evaluate(tokenizer, validation, teacher=judge, limit=options.limit, **arguments)
+    kept = json.loads(options.output.read_text()) if options.output and options.output.exists() else {}
+    reports = kept["runs"] if kept.get("fingerprint") == tokenizer.fingerprint else {}
+    for name in options.runs or runs:
+        report = evaluate(tokenizer, validation, teacher=judge, limit=options.limit, **runs[name])
         reports[name] = report.to_dict()
         teacher = report.teacher
         print(
-            f"{name:<28}{report.tokens.mean:6.1f} +- {report.tokens.std:4.1f} tokens  {report.psnr:6.2f} dB  SSIM {report.ssim:.3f}  "
-            f"accuracy {teacher.accuracy_reconstructions:.1%} (originals {teacher.accuracy_originals:.1%})",
+            f"{name:<28}{report.images:5} images {report.tokens.mean:6.1f} +- {report.tokens.std:4.1f} tokens {report.psnr:6.2f} dB "
+            f"SSIM {report.ssim:.3f} accuracy {teacher.accuracy_reconstructions:.1%} (originals {teacher.accuracy_originals:.1%})",
             flush=True,
         )
         if name == "learned":
             print(report.table(), flush=True)
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps({"fingerprint": tokenizer.fingerprint, "runs": reports}, indent=1) + "\n")
+        if options.output:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            options.output.write_text(json.dumps({"fingerprint": tokenizer.fingerprint, "runs": reports}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
