@@ -16,7 +16,7 @@ KEEP, DROP = 0, 1
 
 
 class Selector(nn.Module):
-    """Log-probabilities of keeping and dropping each patch (paper section 3.1), in the precision of its weights even under autocast.
+    """Log-probabilities of keeping and dropping each patch (paper section 3.1), in float32 or better whatever the weights are stored as.
 
     The second half of the channels is replaced by its mean over all patches, so that every patch is judged in the light of the picture.
     Starts by keeping: the last bias favours it (a selector that starts by dropping may never recover).
