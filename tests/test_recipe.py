@@ -135,6 +135,7 @@ def test_wrong_types(tmp_path, where, value, told):
         ("workers", -1, "workers is -1"),
         ("log_every", 0, "log_every is 0"),
         ("save_every", 0, "save_every is 0"),
+        ("weight_decay", -1, "weight_decay is -1"),
         ("tokenizer.codebook", {"size": 0}, "codebook"),
     ],
 )

@@ -11,6 +11,7 @@ import torch.multiprocessing
 from PIL import Image
 
 from dyntok.tokenizer import DynamicVisualTokenizer
+from dyntok.training.data import TrainingImages, find_samples
 from dyntok.training.loop import Trainer
 from dyntok.training.recipe import Recipe
 from dyntok.training.typed import build
@@ -44,6 +45,10 @@ def one_step(values, folder, batch_size):
     recipe = build(Recipe, {**values, "batch_size": batch_size})
     torch.manual_seed(0)
     tokenizer = DynamicVisualTokenizer(recipe.config)
+    data = TrainingImages(find_samples(recipe.data), recipe.config.image, 4, seed=recipe.seed, min_crop=recipe.min_crop)
+    with torch.no_grad():  # half of the batch's patches are kept, of some images more
+        keep, drop = tokenizer.selector(tokenizer.backbone(data[0])).unbind(-1)
+        tokenizer.selector.head.bias[0] -= (keep - drop).median()
     trainer = Trainer(recipe, folder, tokenizer=tokenizer, cpu=True)
     trainer.objective.codebook_trainer.revive_below = 0.0  # picks from candidates by place, and ranks order them otherwise
     gradients = {}
@@ -57,7 +62,7 @@ def one_step(values, folder, batch_size):
     result = trainer.train_step(trainer.data[0], recipe.stages[0], 0)
     state = trainer.objective.codebook_trainer
     statistics = {"counts": state.counts, "sums": state.sums, "codebook": tokenizer.codebook.embedding}
-    return {"gradients": gradients, **statistics, "codes": result.codes}
+    return {"gradients": gradients, **statistics, "codes": result.codes, "lengths": result.lengths}
 
 
 def work(rank, port, certain, mixed, folder):
@@ -97,6 +102,7 @@ def alone(values, tmp_path_factory):
 
 def test_gradients_are_those_of_one_process_with_the_whole_batch(ranks, alone):
     (first, second), _ = ranks
+    assert first["lengths"].sum() != second["lengths"].sum()  # the rate is of both
     assert set(first["gradients"]) == set(second["gradients"]) == set(alone["gradients"])
     assert {"tokenizer.selector.head.weight", "tokenizer.backbone.model.patch_embed.proj.weight"} <= set(alone["gradients"])
     for name, expected in alone["gradients"].items():

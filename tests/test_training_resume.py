@@ -202,6 +202,9 @@ def test_a_kill_while_saving_leaves_the_old_state(undisturbed, values, tmp_path,
     assert (tmp_path / "state.tmp").exists()
     resumed = trainer(values, tmp_path)
     assert resumed.step == 10
-    run_until(resumed, 21)
+    before = (tmp_path / "state.pt").read_bytes()
+    with open(tmp_path / "state.pt", "rb") as old:
+        run_until(resumed, 21)
+        assert old.read() == before  # not written over but replaced, at once
     assert log_of(tmp_path) == log_of(undisturbed)[:21]
     assert not (tmp_path / "state.tmp").exists()

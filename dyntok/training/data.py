@@ -6,7 +6,6 @@ Not here: decoding of single images (`dyntok/image.py`).
 
 import hashlib
 import logging
-import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -169,7 +168,3 @@ class TrainingImages(torch.utils.data.Dataset):
                     _log.warning("left out %s of %s, unreadable image number %d: %s", sample.key, sample.path, len(self.unreadable), error)
                 last = error
         raise DataError(f"{tries} images in a row can't be read, the last one {sample.key} of {sample.path}: {last}")
-
-
-def available_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

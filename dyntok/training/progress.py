@@ -78,7 +78,8 @@ class Progress:
         self._clear()
         if not self.accelerator.is_main_process:
             return
-        merged = {name: [value for rank in ranks for value in rank["values"].get(name, [])] for name in finite}
+        names = dict.fromkeys(name for rank in ranks for name in rank["values"])  # ranks draw masks of different kinds
+        merged = {name: [value for rank in ranks for value in rank["values"].get(name, [])] for name in names}
         means = {name: sum(values) / len(values) for name, values in merged.items() if values}
         lengths = torch.tensor([length for rank in ranks for length in rank["lengths"]], dtype=torch.float32)
         unreadable = sorted({index for rank in ranks for index in rank["unreadable"]})

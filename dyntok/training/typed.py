@@ -7,7 +7,6 @@ Ranges are not checked here; the dataclasses do that themselves.
 import dataclasses
 import math
 import re
-import types
 import typing
 from typing import Any, Literal, TypeVar
 
@@ -37,8 +36,6 @@ def build(cls: type[T], values: Any, where: str = "") -> T:
 
 def _convert(expected: Any, value: Any, where: str) -> Any:
     kind, arguments = typing.get_origin(expected) or expected, typing.get_args(expected)
-    if kind is Any:
-        return value
     if dataclasses.is_dataclass(kind):
         return value if isinstance(value, kind) else build(kind, value, where)
     if kind is Literal:
@@ -46,10 +43,6 @@ def _convert(expected: Any, value: Any, where: str) -> Any:
             hint = "; YAML reads no, off, yes and on as booleans: put the word in quotes" if isinstance(value, bool) else ""
             raise ConfigError(f"{where} is {_shown(value)}, expected {' or '.join(map(repr, arguments))}{hint}")
         return value
-    if kind in (typing.Union, types.UnionType):  # X | None
-        if value is None:
-            return None
-        return _convert(next(argument for argument in arguments if argument is not types.NoneType), value, where)
     accepted = {float: (float, int), tuple: (tuple, list)}.get(kind, kind)
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool) or (kind is float and not math.isfinite(value)):
         hint = "; YAML reads 1e-3 as text, write 1.0e-3" if kind is float and _NUMERAL.fullmatch(str(value)) else ""
