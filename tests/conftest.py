@@ -102,3 +102,21 @@ class Parity:
 def parity():
     with safe_open(FIXTURES / "lavit_parity_a.safetensors", "pt") as file:
         return Parity({name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["config"]))  # noqa: SIM118
+
+
+@pytest.fixture(scope="session")
+def values(tmp_path_factory, photos, small_config):
+    """The recipe of a small training run, as YAML gives it."""
+    from small_run import write_recipe  # here, because it loads what only training needs
+
+    return write_recipe(tmp_path_factory.mktemp("photos"), photos, small_config)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(values, tmp_path_factory):
+    """The folder of that run from beginning to end; not to be changed."""
+    from small_run import trainer
+
+    folder = tmp_path_factory.mktemp("undisturbed") / "a" / "run"  # folders are made
+    trainer(values, folder).run()
+    return folder

@@ -7,25 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_run import CODES, EXTRA, WARM, changed, log_of, run_until, trainer, write_recipe
+from small_run import CODES, EXTRA, WARM, changed, log_of, run_until, trainer
 
 import dyntok
 from dyntok.errors import CheckpointError, ConfigError, DataError, DyntokError
 from dyntok.tokenizer import DynamicVisualTokenizer
 from dyntok.training.recipe import Recipe
 from dyntok.training.typed import build
-
-
-@pytest.fixture(scope="module")
-def values(tmp_path_factory, photos, small_config):
-    return write_recipe(tmp_path_factory.mktemp("photos"), photos, small_config)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(values, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed") / "a" / "run"  # folders are made
-    trainer(values, folder).run()
-    return folder
 
 
 def test_a_run_learns_and_leaves_a_tokenizer(undisturbed, values, photos):

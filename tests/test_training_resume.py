@@ -12,25 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from small_run import CODES, EXTRA, SAVE_EVERY, WARM, Stop, changed, copy_run, log_of, run_until, trainer, write_recipe
+from small_run import CODES, EXTRA, SAVE_EVERY, WARM, Stop, changed, copy_run, log_of, run_until, trainer
 
 import dyntok
 from dyntok.errors import CheckpointError
 from dyntok.training.loop import Trainer
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def values(tmp_path_factory, photos, small_config):
-    return write_recipe(tmp_path_factory.mktemp("photos"), photos, small_config)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(values, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed") / "a" / "run"  # folders are made
-    trainer(values, folder).run()
-    return folder
 
 
 def test_killed_and_started_again(undisturbed, values, tmp_path):

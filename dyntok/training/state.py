@@ -4,9 +4,9 @@ Not here: what the state consists of (`loop.py`).
 """
 
 import os
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError  # what torch.load raises on a file that holds more than weights
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ def read_state(path: Path) -> dict[str, Any] | None:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         return {name: state[name] for name in ("step", "quantizing", "objective", "optimizer")} | {"run": state.get("run")}
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, UnpicklingError) as error:
         raise CheckpointError(f"{path} is damaged or no state of a training run ({error}); remove it to begin anew") from error
 
 
