@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dyntok.errors import CodeError
+from dyntok.errors import CodeError, ConfigError
 from dyntok_kernels import nearest_code
 
 
@@ -39,7 +39,7 @@ class Codebook(nn.Module):
     def quantize(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """For training: vectors [T, C] -> (rows [T, C] with the gradient of the normalised vectors, codes [T])."""
         codes = self(vectors)
-        z = F.normalize(vectors.float(), dim=-1)
+        z = F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1)
         return z + (self.embedding[codes] - z).detach(), codes
 
 
@@ -104,9 +104,12 @@ class CodebookTrainer(nn.Module):
     def start(self, codebook: Codebook, vectors: Tensor, *, iterations: int = 10, generator: torch.Generator) -> None:
         """k-means on the sphere from vectors [T, C] (T of at least K wants to be several times K); fills the codebook.
 
-        The same vectors and generator must be given on every rank. Raises `CodeError` with fewer vectors than codes.
+        The same vectors and generator must be given on every rank. Raises `CodeError` with fewer vectors than codes, `ConfigError` without
+        iterations.
         """
         size = len(codebook.embedding)
+        if iterations < 1:
+            raise ConfigError(f"k-means got {iterations} iterations, expected at least 1")
         if len(vectors) < size:
             raise CodeError(f"k-means got {len(vectors)} vectors for {size} codes, expected at least as many vectors as codes")
         z = F.normalize(vectors.float(), dim=-1)

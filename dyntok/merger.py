@@ -126,7 +126,7 @@ class _GatedAttention:
         self.dropped_weights = 1 - gate
 
     def _attend(self, q: Tensor, keys: Iterable[Tensor], values: Iterable[Tensor], weights: Iterable[Tensor]) -> Tensor:
-        outputs = []
+        outputs = [q[:0]]  # also where there is no image at all
         for qi, ki, vi, wi in zip(q.split(self.lengths), keys, values, weights, strict=True):
             qi, ki, vi = (x.transpose(0, 1)[None] for x in (qi, ki, vi))  # [1, H, T_i or N, d]
             outputs.append(weighted_attention(qi, ki, vi, wi.view(1, -1, wi.shape[-1]))[0].transpose(0, 1))

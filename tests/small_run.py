@@ -36,6 +36,7 @@ def write_recipe(folder, photos, config):
         "split": "all",
         "batch_size": 4,
         "linear_start": True,
+        "optimizer": "muon",
         "seed": 5,
         "workers": 0,
         "log_every": 1,

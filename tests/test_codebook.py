@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from dyntok.codebook import Codebook, CodebookTrainer, gather_rows_of_ranks, perplexity
-from dyntok.errors import CodeError
+from dyntok.errors import CodeError, ConfigError
 from dyntok_kernels import reference
 
 
@@ -103,6 +103,7 @@ def test_quantize_passes_the_gradient_straight_to_the_normalised_vectors():
     got = torch.autograd.grad((rows * towards).sum(), vectors)
     assert_close(got, torch.autograd.grad((F.normalize(vectors, dim=-1) * towards).sum(), vectors))
     assert not codebook.embedding.requires_grad  # rows move by statistics, never by gradients
+    assert codebook.double().quantize(vectors.double())[0].dtype == torch.float64
 
 
 def test_perplexity_by_hand():
@@ -174,6 +175,8 @@ def test_k_means_is_reproducible_and_says_when_there_is_too_little():
     assert torch.equal(books[0].embedding, books[1].embedding)
     with pytest.raises(CodeError, match="k-means got 31 vectors for 32 codes"):
         CodebookTrainer(books[0]).start(books[0], vectors[:31], generator=generator())
+    with pytest.raises(ConfigError, match="k-means got 0 iterations, expected at least 1"):
+        CodebookTrainer(books[0]).start(books[0], vectors, iterations=0, generator=generator())
 
 
 def test_dead_codes_come_back_as_recent_vectors():

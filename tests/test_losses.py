@@ -59,6 +59,18 @@ def test_perceptual_by_hand():
     assert float(per_patch.mean()) == pytest.approx(float(losses.perceptual(maps, targets)))
 
 
+def test_perceptual_tells_images_apart():
+    maps, targets = torch.tensor([[1.0, 0.0], [1.0, 0.0]]).view(2, 2, 1, 1), torch.tensor([[1.0, 0.0], [-1.0, 0.0]]).view(2, 2, 1, 1)
+    assert losses.perceptual([maps], [targets]).tolist() == [0.0, 4.0]
+
+
+def test_centred_cosine_by_hand():
+    targets = torch.tensor([[5.0, 1.0], [5.0, 3.0]])  # around (5, 2)
+    assert float(losses.centred_cosine(targets, targets)) == pytest.approx(0)
+    assert float(losses.centred_cosine(targets.flip(0), targets)) == pytest.approx(2)
+    assert float(losses.centred_cosine(torch.tensor([[9.0, 2.0], [5.0, 9.0]]), targets)) == pytest.approx(0.5)
+
+
 def test_perceptual_per_patch_knows_where():
     target = [torch.ones(1, 3, 8, 8), torch.ones(1, 3, 2, 2)]
     changed = [x.clone() for x in target]

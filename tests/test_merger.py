@@ -299,7 +299,8 @@ def test_depth_zero_passes_kept_features_on():
 
 def test_a_batch_of_no_images():
     merger, none = new_merger(), torch.empty(0, PATCHES, dtype=torch.bool)
-    assert merger(torch.empty(0, PATCHES, WIDTH, dtype=torch.float64), none).shape == (0, WIDTH)
+    for options in ({}, {"gate": none.double()}, {"exact": True}):
+        assert merger(torch.empty(0, PATCHES, WIDTH, dtype=torch.float64), none, **options).shape == (0, WIDTH)
 
 
 def test_a_small_start_is_near_the_identity():

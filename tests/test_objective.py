@@ -1,5 +1,6 @@
 """The forward pass of training: masks, which losses reach which parts, freezing; and the linear start."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -14,7 +15,7 @@ from dyntok.errors import CheckpointError, ConfigError
 from dyntok.image import to_pixels
 from dyntok.selector import KEEP
 from dyntok.tokenizer import DynamicVisualTokenizer
-from dyntok.training.objective import Objective, TeacherFeatures
+from dyntok.training.objective import Objective, TeacherFeatures, View
 from dyntok.training.recipe import Masks, Stage, Teacher, Weights
 from dyntok.training.start import linear_start
 
@@ -206,9 +207,39 @@ def test_teacher_sees_its_own_normalisation(teacher, pixels):
     images = pixels * 0.5 + 0.5
     config = teacher.model.pretrained_cfg
     mean, std = (torch.tensor(config[name]).view(3, 1, 1) for name in ("mean", "std"))
-    expected = teacher.model.forward_intermediates((images - mean) / std, intermediates_only=True)
-    for got, wanted in zip(teacher(pixels), expected, strict=True):
+    last, expected = teacher.model.forward_intermediates((images - mean) / std)
+    maps, pooled = teacher(pixels, View())
+    for got, wanted in zip([*maps, pooled], [*expected, teacher.model.forward_head(last)], strict=True):
         assert torch.allclose(got, wanted, atol=1e-4)
+
+
+def test_views_move_by_a_pixel_and_scale(pixels):
+    moved = View(1, 0)(pixels)
+    assert torch.equal(moved[:, :, :-1], pixels[:, :, 1:]) and torch.equal(moved[:, :, -1], pixels[:, :, -1])
+    assert torch.equal(View(0, 1)(pixels)[..., :-1], pixels[..., 1:])
+    assert View(1, 1, 96)(pixels).shape[2:] == (96, 96)
+    flat = torch.full((1, 3, 64, 64), 0.25)
+    assert torch.allclose(View(size=80)(flat), torch.tensor(0.25))
+
+
+def test_the_teacher_looks_at_every_size_it_was_given(teacher):
+    assert teacher.draw_view().size is None
+    several = copy.copy(teacher)
+    several.sizes = (64, 96)
+    assert {several.draw_view().size for _ in range(40)} == {64, 96}
+    assert {(view.top, view.left) for view in (several.draw_view() for _ in range(80))} == {(0, 0), (0, 1), (1, 0), (1, 1)}
+
+
+def test_images_without_positions_may_count_less_for_the_teacher(make, teacher, pixels):
+    def perceptual(share, drop):
+        torch.manual_seed(0)
+        weights = Weights(pixel=1e-9, perceptual=1, perceptual_unplaced=share, rate=0)
+        result = make(weights, teacher, position_drop=drop)(pixels)
+        return float(result.loss.detach()), float(result.metrics["perceptual"])
+
+    assert perceptual(0.25, 0.0) == perceptual(1.0, 0.0)
+    whole, unweighted = perceptual(1.0, 1.0)
+    assert whole == pytest.approx(unweighted, rel=1e-4) and perceptual(0.25, 1.0)[0] == pytest.approx(whole / 4, rel=1e-4)
 
 
 def test_semantic_loss_without_pixels_and_with_one_image(small_config, make, teacher, pixels):

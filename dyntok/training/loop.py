@@ -18,6 +18,7 @@ from dyntok.errors import CheckpointError, ConfigError, DyntokError
 from dyntok.tokenizer import DynamicVisualTokenizer
 from dyntok.training.data import TrainingImages, find_samples
 from dyntok.training.objective import Objective, StepResult, TeacherFeatures
+from dyntok.training.optimizer import Optimizer
 from dyntok.training.progress import Progress, open_log
 from dyntok.training.recipe import Recipe, Stage, differences
 from dyntok.training.start import linear_start
@@ -25,6 +26,7 @@ from dyntok.training.state import check_same_run, describe_run, read_state, writ
 
 _START_BATCHES = 8  # for the linear start's statistics
 _KMEANS_VECTORS_PER_CODE = 16
+_CODEBOOK_DECAY = 0.98
 _GIVE_UP = 20  # steps in a row whose gradient is not finite
 _log = logging.getLogger(__name__)
 
@@ -86,10 +88,7 @@ class Trainer:
         # data-parallel training looks at what is to be trained once: what the first stage freezes must count, too
         self.objective.set_stage(dataclasses.replace(stages[0], freeze=()))
         named = [(name, p) for name, p in self.objective.named_parameters() if not name.startswith("teacher.")]
-        decayed = [p for _, p in named if p.ndim > 1]
-        others = [p for _, p in named if p.ndim <= 1]
-        groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=stages[0].lr, betas=(0.9, 0.98))
+        self.optimizer = Optimizer(named, recipe.optimizer, lr=stages[0].lr, weight_decay=recipe.weight_decay)
         self.model = self.accelerator.prepare_model(self.objective)
         self.objective.set_stage(stages[0])
 
@@ -139,8 +138,7 @@ class Trainer:
         # every step has a seed of its own, so that a resumed run draws what an undisturbed one would
         torch.manual_seed((self.recipe.seed * 1_000_003 + self.step) * 1_009 + self.accelerator.process_index)
         self.model.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = stage.lr * self._schedule(stage, step)
+        schedule = self._schedule(stage, step)
         with self.accelerator.autocast():
             result: StepResult = self.model(pixels)
         self.accelerator.backward(result.loss)
@@ -148,13 +146,16 @@ class Trainer:
         result.metrics["grad"] = norm.detach()
         usable = bool(norm.isfinite())  # the same on every rank
         if usable:
-            self.optimizer.step()
+            self.optimizer.step(stage.lr * schedule)
         self.optimizer.zero_grad()
         if not usable:
             self._leave_out(result)
         elif result.codes is not None:
             generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + self.step)
-            revived = self.objective.codebook_trainer.update(self.objective.tokenizer.codebook, result.vectors, result.codes, generator)
+            trainer, codebook = self.objective.codebook_trainer, self.objective.tokenizer.codebook
+            # as the weights come to rest, rows are averaged over more vectors
+            trainer.decay = 1 - (1 - _CODEBOOK_DECAY) * max(schedule, 0.1)
+            revived = trainer.update(codebook, result.vectors, result.codes, generator)
             result.metrics["revived"] = torch.tensor(float(revived))
         self._unusable = 0 if usable else self._unusable
         return result

@@ -36,16 +36,24 @@ def patch_error(pixels: Tensor, target: Tensor, patch_size: int) -> Tensor:
 
 def perceptual(maps: list[Tensor], targets: list[Tensor]) -> Tensor:
     """Distance of feature maps of a fixed network, each position normalised over its channels (as LPIPS, arXiv 1801.03924, without its
-    learned channel weights). Lists of [B, D, h, w] -> scalar: mean over maps and positions. Gradients flow into both.
+    learned channel weights). Lists of [B, D, h, w] -> [B]: mean over maps and positions. Gradients flow into both.
     """
-    distances = [_normalised_distance(a, b).mean() for a, b in zip(maps, targets, strict=True)]
-    return torch.stack(distances).mean()
+    return torch.stack([_normalised_distance(a, b).mean((1, 2, 3)) for a, b in zip(maps, targets, strict=True)]).mean(0)
 
 
 def perceptual_per_patch(maps: list[Tensor], targets: list[Tensor], grid: tuple[int, int]) -> Tensor:
     """The same distance, per patch of the grid: lists of [B, D, h, w] -> [B, N]."""
     distances = [F.adaptive_avg_pool2d(_normalised_distance(a, b), grid) for a, b in zip(maps, targets, strict=True)]
     return torch.stack(distances).mean(0).flatten(1)
+
+
+def centred_cosine(features: Tensor, targets: Tensor) -> Tensor:
+    """1 - cosine of feature vectors from which the mean of the targets over the batch was taken away, so that only what tells the pictures
+    of a batch apart counts. [B, D] twice -> scalar in 0..2; no gradient flows into the targets.
+    """
+    targets = targets.detach().float()
+    centre = targets.mean(0)
+    return (1 - F.cosine_similarity(features.float() - centre, targets - centre, dim=-1)).mean()
 
 
 def _normalised_distance(a: Tensor, b: Tensor) -> Tensor:

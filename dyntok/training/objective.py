@@ -26,7 +26,7 @@ class TeacherFeatures(nn.Module):
 
     def __init__(self, teacher: Teacher, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
-        self.layers = list(teacher.layers) or None
+        self.layers, self.sizes = list(teacher.layers) or None, teacher.sizes
         try:
             model = timm.create_model(teacher.name, pretrained=teacher.weights == "hub", num_classes=0, **teacher.kwargs)
             self.out_dim = model.feature_info[self.layers[-1] if self.layers else -1]["num_chs"]
@@ -45,10 +45,29 @@ class TeacherFeatures(nn.Module):
     def train(self, mode: bool = True) -> "TeacherFeatures":
         return super().train(False)
 
-    def forward(self, pixels: Tensor) -> list[Tensor]:
-        """[B, 3, H, W] -> feature maps [B, D, h, w], from fine to coarse."""
-        pixels = (pixels * self.factor + self.shift).contiguous(memory_format=torch.channels_last)
-        return self.model.forward_intermediates(pixels, indices=self.layers, output_fmt="NCHW", intermediates_only=True)
+    def draw_view(self) -> "View":
+        """How one step's pictures are shown to it. Draws from the global random generator."""
+        top, left = torch.randint(2, (2,)).tolist()
+        return View(top, left, self.sizes[int(torch.randint(len(self.sizes), ()))] if self.sizes else None)
+
+    def forward(self, pixels: Tensor, view: "View") -> tuple[list[Tensor], Tensor]:
+        """[B, 3, H, W] -> feature maps [B, D, h, w], from fine to coarse; pooled features [B, D]."""
+        pixels = (view(pixels) * self.factor + self.shift).contiguous(memory_format=torch.channels_last)
+        last, maps = self.model.forward_intermediates(pixels, indices=self.layers, output_fmt="NCHW")
+        return maps, self.model.forward_head(last)
+
+
+@dataclass(frozen=True)
+class View:
+    """A picture moved up and to the left by a pixel or none (or a teacher's strides leave a grid), and scaled to `size` where given."""
+
+    top: int = 0
+    left: int = 0
+    size: int | None = None
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        moved = F.pad(pixels[..., self.top :, self.left :], (0, self.left, 0, self.top), mode="replicate")
+        return moved if self.size is None else F.interpolate(moved, size=self.size, mode="bicubic", antialias=True)
 
 
 @dataclass
@@ -80,10 +99,10 @@ class Objective(nn.Module):
         Raises `ConfigError` where the tokenizer lacks what the stage's losses need.
         """
         tok, weights = self.tokenizer, stage.weights
-        if tok.pixel_head is None and (weights.pixel or weights.perceptual or "pixel_head" in stage.freeze):
+        if tok.pixel_head is None and (weights.pixel or weights.perceptual or weights.recognition or "pixel_head" in stage.freeze):
             raise ConfigError(f"stage {stage.name!r} trains pixels, but the tokenizer makes none; set decoder.pixels: true")
-        if self.teacher is None and (weights.perceptual or weights.semantic):
-            raise ConfigError(f"stage {stage.name!r} has a perceptual or semantic loss, but there is no teacher")
+        if self.teacher is None and weights.teaches:
+            raise ConfigError(f"stage {stage.name!r} has a perceptual, recognition or semantic loss, but there is no teacher")
         decoder, width = tok.config.decoder, tok.backbone.embed_dim
         if weights.feature and decoder.head == "none" and decoder.embed_dim not in (None, width):
             raise ConfigError(
@@ -140,8 +159,8 @@ class Objective(nn.Module):
             metrics["psnr"] = -10 * squared[known].log10().mean()  # NaN where no image has positions
             loss = loss + weights.pixel * metrics["pixel"]
             error = patch_error.detach() if error is None else error
-        if weights.perceptual or weights.semantic:
-            loss, error = self._teach(pixels, painted, rows, keep, loss, error, metrics)
+        if weights.teaches:
+            loss, error = self._teach(pixels, painted, rows, keep, known, loss, error, metrics)
         if codes is not None:
             metrics["commitment"] = losses.commitment(F.normalize(vectors, dim=-1), tok.codebook.lookup(codes))
             loss = loss + weights.commitment * metrics["commitment"]
@@ -168,17 +187,21 @@ class Objective(nn.Module):
         return noise.argsort(1).argsort(1) < count, None, True
 
     def _teach(
-        self, pixels: Tensor, painted: Tensor | None, rows: Tensor, keep: Tensor, loss: Tensor, error: Tensor | None, metrics: dict
-    ) -> tuple[Tensor, Tensor | None]:
+        self, pixels: Tensor, painted: Tensor | None, rows: Tensor, keep: Tensor, known: Tensor, loss: Tensor, error: Tensor | None,
+        metrics: dict[str, Tensor],
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Adds the losses with the teacher, and the perceptual one to each patch's error."""
         weights = self.stage.weights
-        shift = torch.randint(2, (2,)).tolist()
+        view = self.teacher.draw_view()
         with torch.no_grad():
-            targets = self.teacher(_shifted(pixels, *shift))
-        if weights.perceptual:
-            maps = self.teacher(_shifted(painted, *shift))
-            metrics["perceptual"] = losses.perceptual(maps, targets)
-            loss = loss + weights.perceptual * metrics["perceptual"]
+            targets, wanted = self.teacher(pixels, view)
+        if weights.perceptual or weights.recognition:
+            maps, seen = self.teacher(painted, view)
+            metrics["recognition"] = losses.centred_cosine(seen, wanted)
+            loss = loss + weights.recognition * metrics["recognition"]
+            distances = losses.perceptual(maps, targets)  # [B]
+            metrics["perceptual"] = distances.mean()
+            loss = loss + weights.perceptual * (distances * torch.where(known, 1.0, weights.perceptual_unplaced)).mean()
             with torch.no_grad():
                 per_patch = losses.perceptual_per_patch(maps, targets, self.tokenizer.backbone.grid)
                 error = error / error.mean() + 0.5 * per_patch / per_patch.mean()
@@ -207,11 +230,6 @@ class Objective(nn.Module):
             metrics["local"] = losses.local(score, losses.around(error, self.tokenizer.backbone.grid))
             total = total + stage.weights.local * metrics["local"]
         return total
-
-
-def _shifted(pixels: Tensor, top: int, left: int) -> Tensor:
-    """Moved up and to the left, last rows and columns repeated: by a pixel at random, or a teacher's strides leave a grid."""
-    return F.pad(pixels[..., top:, left:], (0, left, 0, top), mode="replicate")
 
 
 def _mean_over_ranks(value: Tensor) -> Tensor:

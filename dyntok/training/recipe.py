@@ -31,6 +31,8 @@ class Weights:
     pixel: float = 0.0  # mean squared error of normalised pixels
     feature: float = 0.0  # cosine to the backbone's features (LaVIT)
     perceptual: float = 0.0  # distance of the teacher's feature maps
+    perceptual_unplaced: float = 1.0  # its share on images that are decoded without positions: what is in another place can't look alike
+    recognition: float = 0.0  # distance of the teacher's pooled features: is it still the same picture to it?
     semantic: float = 0.0  # teacher's pooled features from the mean code vector
     commitment: float = 0.25
     rate: float = 2.0
@@ -39,6 +41,11 @@ class Weights:
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
             _check(value >= 0, f"weights.{name} is {value}, expected 0 or more")
+
+    @property
+    def teaches(self) -> bool:
+        """Whether any loss looks through the teacher."""
+        return self.perceptual + self.recognition + self.semantic > 0
 
 
 @dataclass(frozen=True)
@@ -96,9 +103,12 @@ class Teacher:
     weights: str = "hub"
     kwargs: dict[str, Any] = field(default_factory=dict)
     layers: tuple[int, ...] = ()  # indices of its intermediate features; none: all
+    sizes: tuple[int, ...] = ()  # sides in pixels that pictures are scaled to before it looks, one drawn per step; none: as they are
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "sizes", tuple(self.sizes))
+        _check(all(size >= 1 for size in self.sizes), f"teacher.sizes are {self.sizes}, expected sides of at least 1 pixel")
 
 
 @dataclass(frozen=True)
@@ -117,6 +127,7 @@ class Recipe:
     stages: tuple[Stage, ...] = ()
     batch_size: int = 32  # per process
     precision: Literal["no", "bf16"] = "no"
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of transformer blocks
     linear_start: bool = False  # begin as a linear (PCA) codec: see training/start.py
     weight_decay: float = 0.02
     seed: int = 0
@@ -137,8 +148,8 @@ class Recipe:
         _check(0 <= self.seed < 2**31, f"seed is {self.seed}, expected 0 to {2**31 - 1}")
         quantize = [stage.quantize for stage in stages]
         _check(quantize == sorted(quantize), "a stage without quantize follows one with it; quantization can't be switched off again")
-        wants_teacher = any(stage.weights.perceptual or stage.weights.semantic for stage in stages)
-        _check(bool(self.teacher.name) or not wants_teacher, "a perceptual or semantic loss needs `teacher.name` (a timm model)")
+        taught = any(stage.weights.teaches for stage in stages)
+        _check(bool(self.teacher.name) or not taught, "perceptual, recognition and semantic losses need teacher.name (a timm model)")
         self.to_dict()  # refuses a wrong tokenizer
 
     @property

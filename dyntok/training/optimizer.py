@@ -1,0 +1,58 @@
+"""The optimiser of a run: AdamW, or Muon for the matrices of the transformer blocks and AdamW for everything else."""
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from dyntok.errors import MissingDependencyError
+
+_BETAS = (0.9, 0.98)
+
+
+class Optimizer:
+    """One or two of PyTorch's optimisers that step together.
+
+    kind: "muon" orthogonalises the updates of the matrices in transformer blocks (Jordan 2024; PyTorch's own), scaled to the size of
+    AdamW's, so that one learning rate serves both. weight_decay counts for tensors of two dimensions and more.
+    """
+
+    def __init__(
+        self, parameters: Iterable[tuple[str, nn.Parameter]], kind: Literal["adamw", "muon"], *, lr: float, weight_decay: float
+    ) -> None:
+        named = list(parameters)
+        is_muon = {name: kind == "muon" and "blocks." in name and p.ndim == 2 for name, p in named}
+        matrices = [p for name, p in named if is_muon[name]]
+        others = [p for name, p in named if not is_muon[name]]
+        groups = [
+            {"params": [p for p in others if p.ndim > 1], "weight_decay": weight_decay},
+            {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=lr, betas=_BETAS)]
+        if matrices:
+            if not hasattr(torch.optim, "Muon"):
+                raise MissingDependencyError(
+                    "optimizer 'muon' needs PyTorch 2.9 or newer: pip install -U torch, or choose 'adamw'"
+                )
+            self.parts.append(torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+
+    def step(self, lr: float) -> None:
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = lr
+            part.step()
+
+    def zero_grad(self) -> None:
+        for part in self.parts:
+            part.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {str(i): part.state_dict() for i, part in enumerate(self.parts)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises `KeyError` or `ValueError` where the state is that of another kind or of other parameters."""
+        if len(state) != len(self.parts):
+            raise ValueError(f"the state is of {len(state)} optimisers, expected {len(self.parts)}")
+        for i, part in enumerate(self.parts):
+            part.load_state_dict(state[str(i)])
