@@ -32,9 +32,7 @@ class Optimizer:
         self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=lr, betas=_BETAS)]
         if matrices:
             if not hasattr(torch.optim, "Muon"):
-                raise MissingDependencyError(
-                    "optimizer 'muon' needs PyTorch 2.9 or newer: pip install -U torch, or choose 'adamw'"
-                )
+                raise MissingDependencyError("optimizer 'muon' needs PyTorch 2.9 or newer: pip install -U torch, or choose 'adamw'")
             self.parts.append(torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
 
     def step(self, lr: float) -> None:
