@@ -2,8 +2,9 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+diffusion = ["diffusers>=0.30"]
 train = ["accelerate>=1.0", "pyyaml>=6.0", "scikit-image>=0.22", "scikit-learn>=1.3", "scipy>=1.11"]
-test = [*train, "pytest>=8.0", "pytest-cov>=5.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "setuptools>=77"]
+test = [*train, *diffusion, "pytest>=8.0", "pytest-cov>=5.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "setuptools>=77"]
 
 setup(
     name="dyntok",
@@ -26,7 +27,7 @@ setup(
         "Pillow>=10.1",
         "tqdm>=4.60",
     ],
-    extras_require={"train": train, "test": test, "dev": [*test, "ruff>=0.9"]},
+    extras_require={"train": train, "diffusion": diffusion, "test": test, "dev": [*test, "ruff>=0.9"]},
     entry_points={"console_scripts": ["dyntok = dyntok.cli:main"]},
     classifiers=[
         "Programming Language :: Python :: 3",

@@ -16,9 +16,9 @@ from dyntok.errors import DyntokError as DyntokError
 from dyntok.errors import FingerprintError as FingerprintError
 from dyntok.errors import ImageError as ImageError
 from dyntok.features import Features as Features
+from dyntok.registry import load as load
 from dyntok.selector import KeepPolicy as KeepPolicy
 from dyntok.tokenizer import DynamicVisualTokenizer as DynamicVisualTokenizer
-from dyntok.tokenizer import load as load
 from dyntok.vocab import VisualVocab as VisualVocab
 
 __version__ = "0.1.0"

@@ -1,6 +1,7 @@
-"""Checkpoints: a folder of `config.json` and safetensors, its fingerprint, and the way to one on the Hugging Face hub.
+"""Checkpoints: a folder of `config.json` and safetensors, and its fingerprint.
 
 No pickle is ever read, and nothing here builds a model: `save` takes and `load` returns a configuration and named tensors.
+Not here: the way to a folder on the Hugging Face hub (`hub.py`).
 """
 
 import hashlib
@@ -12,15 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -50,13 +44,14 @@ enc = tok.encode("cat.jpg")
 ```
 """
 
+_ENCODING_SECTIONS = ("image", "backbone", "selector", "merger", "codebook")
+READING_PARTS = ("decoder.", "highres_decoder.", "pixel_head.", "understanding.")
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_INDEX_BYTES = 16 << 20
 _CHUNK = 1 << 22  # elements hashed at a time
 _SHARD = re.compile(r"model[\w.-]*\.safetensors")
-_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-_TEMPORARY = re.compile(rf"({_WEIGHTS.pattern}|config\.json)\.tmp")
-_WANTED = {"allow_patterns": [CONFIG_NAME, "model*.safetensors", INDEX_NAME, "README.md"], "ignore_patterns": ["*/*"]}
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+_TEMPORARY = re.compile(rf"({WEIGHTS.pattern}|config\.json)\.tmp")
 _STORED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -87,7 +82,7 @@ def save(
         "config": config.to_dict(),
     }
     try:
-        split = huggingface_hub.split_state_dict_into_shards_factory(
+        split = split_state_dict_into_shards_factory(
             dict(state_dict),
             get_storage_size=lambda t: t.numel() * (dtype if dtype and t.is_floating_point() else t.dtype).itemsize,
             filename_pattern="model{suffix}.safetensors",
@@ -105,7 +100,7 @@ def save(
             _write_json(folder / f"{INDEX_NAME}.tmp", {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
         _write_json(folder / f"{CONFIG_NAME}.tmp", header)
         (folder / CONFIG_NAME).unlink(missing_ok=True)
-        _remove(folder, _WEIGHTS)
+        _remove(folder, WEIGHTS)
         for name in names:
             os.replace(folder / f"{name}.tmp", folder / name)
     except (OSError, SafetensorError) as error:
@@ -118,30 +113,35 @@ def save(
 def load(folder: str | os.PathLike) -> tuple[TokenizerConfig, dict[str, Tensor]]:
     """The configuration and the tensors, on the CPU in the dtype they are stored in. Raises `CheckpointError`."""
     folder = Path(folder)
-    config = _build_config(folder, _read_header(folder))
+    config = _build_config(folder, read_header(folder))
     return config, _load_weights(folder)
 
 
 def recorded_fingerprint(folder: str | os.PathLike) -> str | None:
     """The fingerprint as config.json states it, without reading the weights; None where it states none."""
-    value = _read_header(Path(folder)).get("fingerprint")
+    value = read_header(Path(folder)).get("fingerprint")
     if value is not None and not isinstance(value, str):
         raise CheckpointError(f"{Path(folder) / CONFIG_NAME} states a fingerprint of type {type(value).__name__}, expected a string")
     return value
 
 
 def fingerprint(config: TokenizerConfig, state_dict: Mapping[str, Tensor], *, dtype: torch.dtype | None = None) -> str:
-    """16 hexadecimal digits (SHA-256) over the configuration and every tensor's name, shape and values.
+    """16 hexadecimal digits (SHA-256) over what makes codes and what they mean: sections and tensors from the image to the codebook, by
+    name, shape and value. What reads codes (decoders, the pixel head, the understanding path) may change or be missing, and options that
+    have their default values do not count, so that a later version with more of them agrees.
 
     Floating tensors count as their float32 values, so a checkpoint stored in fp16 and its float32 upcast agree. With `dtype`: the
     fingerprint they would have after being stored as that. Read piece by piece; no copy of the model is made.
     """
     try:
-        digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True, separators=(",", ":"), allow_nan=False).encode())
+        sections = {name: value for name, value in config.stated().items() if name in _ENCODING_SECTIONS}
+        digest = hashlib.sha256(json.dumps(sections, sort_keys=True, separators=(",", ":"), allow_nan=False).encode())
     except (TypeError, ValueError) as error:
         raise ConfigError(f"the configuration can't be written as JSON: {error}") from error
     for name in sorted(state_dict):
         tensor = _checked(name, state_dict[name])
+        if name.startswith(READING_PARTS):
+            continue
         kind = "float32" if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
         digest.update(f"\n{json.dumps([name, kind, list(tensor.shape)])}\n".encode())
         for piece in tensor.reshape(-1).split(_CHUNK):
@@ -170,91 +170,8 @@ def check_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None:
         raise CheckpointError(f"the weights do not fit the configuration: {told}. Use the config.json that was saved with them.")
 
 
-def resolve(
-    name_or_path: str | os.PathLike,
-    *,
-    revision: str | None = None,
-    local_files_only: bool = False,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike | None = None,
-    force_download: bool = False,
-) -> Path:
-    """The folder of a checkpoint: an existing folder as it is, else the hub repository `org/name`, downloaded into the hub's cache.
-
-    Fetches config.json first and the weights only when it is a dyntok checkpoint. Raises `CheckpointError`, which says the ways out.
-    """
-    path = os.path.expanduser(name_or_path)
-    if os.path.isdir(path):
-        return Path(path)
-    if os.path.exists(path) or not isinstance(name_or_path, str):
-        raise CheckpointError(f"{path} is {'a file' if os.path.exists(path) else 'not there'}; expected the folder of a checkpoint")
-    options = {"local_files_only": local_files_only, "token": token, "cache_dir": cache_dir, "force_download": force_download}
-    try:
-        folder = Path(huggingface_hub.snapshot_download(name_or_path, revision=revision, allow_patterns=[CONFIG_NAME], **options))
-        if not (folder / CONFIG_NAME).is_file():
-            raise CheckpointError(f"it has no {CONFIG_NAME}, so it is no dyntok checkpoint")
-        _read_header(folder)
-        commit = folder.name  # a branch may have moved since config.json was fetched
-        return Path(huggingface_hub.snapshot_download(name_or_path, revision=commit, **_WANTED, **options))
-    except CheckpointError as error:
-        raise CheckpointError(f"{name_or_path} on the hub can't be used: {error}") from error
-    except Exception as error:  # from the hub's client, whose HTTP library, and so its errors, change between versions
-        raise CheckpointError(_hub_trouble(name_or_path, revision, local_files_only, error)) from error
-
-
-def upload(
-    folder: str | os.PathLike,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    branch: str | None = None,
-    create_pr: bool = False,
-    commit_message: str = "Upload a dyntok checkpoint",
-) -> str:
-    """Sends the checkpoint in `folder` and its README.md, in one commit, to a hub repository that is made if need be.
-
-    Takes the place of a checkpoint there; other files stay. Returns the address of the commit, or of the pull request.
-    Raises `CheckpointError`.
-    """
-    names = [path.name for path in Path(folder).iterdir() if path.name in (CONFIG_NAME, "README.md") or _WEIGHTS.fullmatch(path.name)]
-    try:
-        api = huggingface_hub.HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        # weights in another number of shards would be taken for the new ones
-        stale = [name for name in api.list_repo_files(repo_id, revision=branch) if _WEIGHTS.fullmatch(name) and name not in names]
-        operations = [huggingface_hub.CommitOperationDelete(name) for name in stale]
-        operations += [huggingface_hub.CommitOperationAdd(name, Path(folder) / name) for name in names]
-        commit = api.create_commit(repo_id, operations, commit_message=commit_message, revision=branch, create_pr=create_pr)
-    except Exception as error:  # as in `resolve`
-        raise CheckpointError(f"can't upload {folder} to the hub as {repo_id!r}: {_first_line(error)}") from error
-    return commit.pr_url or commit.commit_url
-
-
-def _hub_trouble(name: str, revision: str | None, local_files_only: bool, error: Exception) -> str:
-    if isinstance(error, HFValidationError):
-        return f"{name!r} is neither a folder on this machine nor the name of a hub repository, such as 'org/name'"
-    looked_for = f"looked for the hub repository {name!r}" + (f" at revision {revision!r}" if revision else "")
-    if isinstance(error, GatedRepoError):
-        why = "it is gated; ask for access on its page, then pass token=... or run `hf auth login`"
-    elif isinstance(error, RepositoryNotFoundError):
-        why = "it does not exist or is private; check the name, pass token=... or run `hf auth login`"
-    elif isinstance(error, RevisionNotFoundError):
-        why = "it has no such revision"
-    elif local_files_only:
-        why = "it is not in the local cache, or not all of it; download it once without local_files_only"
-    elif isinstance(error, LocalEntryNotFoundError):
-        why = "the hub can't be reached and the local cache does not hold it; check the connection and HF_HUB_OFFLINE"
-    else:
-        why = _first_line(error)
-    return f"no folder {name!r} on this machine; {looked_for}: {why}. The path of a checkpoint's folder works without the hub."
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no details').splitlines()[0]}"
-
-
-def _read_header(folder: Path) -> dict[str, Any]:
+def read_header(folder: Path) -> dict[str, Any]:
+    """What config.json says, if it is one of dyntok in a format known here. Raises `CheckpointError`."""
     path = folder / CONFIG_NAME
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {folder}; expected one with {CONFIG_NAME} and {WEIGHTS_NAME}")

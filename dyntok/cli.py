@@ -1,4 +1,4 @@
-"""The command `dyntok`: demo, encode, decode, show, info, eval, train.
+"""The command `dyntok`: demo, encode, decode, show, info, eval, train, import-lavit.
 
 Exit codes: 0 done; 1 an error of ours, told in one line on stderr; 2 wrong usage; 3 done, but some images were left out; 130 interrupted.
 """
@@ -15,11 +15,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dyntok import Encoding, __version__, load
+from dyntok import Encoding, __version__, lavit, load
 from dyntok.errors import CodeError, ConfigError, DataError, DyntokError, MissingDependencyError
 from dyntok.sheet import draw_sheet
 
 OK, FAILED, USAGE, SOME_SKIPPED, INTERRUPTED = 0, 1, 2, 3, 130
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEMO_PHOTO = Path(__file__).parent / "assets" / "astronaut.jpg"
 
 
@@ -104,6 +105,15 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--init", metavar="NAME", help="start from the weights of this tokenizer")
     add.add_argument("--cpu", action="store_true", help="even where there is a GPU")
     add.set_defaults(run=_train)
+
+    add = commands.add_parser("import-lavit", help="LaVIT's released files as an ordinary checkpoint, under LaVIT's licence")
+    add.add_argument("source", metavar="SOURCE", help="a folder laid out like the repository, or rain1011/LaVIT-7B-v2")
+    add.add_argument("output", metavar="OUT", help="the folder of the new checkpoint")
+    add.add_argument("--dtype", choices=list(_DTYPES), default="fp32", help="of most weights (default: %(default)s)")
+    add.add_argument("--parts", nargs="*", choices=lavit.PARTS, help="what to take besides the encoder (default: all there is)")
+    add.add_argument("--config", type=_mapping, metavar="JSON", help="head counts, where they are not the released ones")
+    add.add_argument("--revision", metavar="NAME", help="of the repository on the hub")
+    add.set_defaults(run=_import_lavit)
     return parser
 
 
@@ -313,6 +323,13 @@ def _train(options: argparse.Namespace) -> int:
         raise MissingDependencyError.of(str(error.name), "train") from error
     recipe = Recipe.find(options.recipe)
     Trainer(recipe, options.output, tokenizer=load(options.init) if options.init else None, cpu=options.cpu).run()
+    return OK
+
+
+def _import_lavit(options: argparse.Namespace) -> int:
+    choices = {"parts": options.parts, "config": options.config, "revision": options.revision}
+    tokenizer = lavit.convert(options.source, options.output, dtype=_DTYPES[options.dtype], **choices)
+    print(f"{options.output}: fingerprint {tokenizer.fingerprint}; the licence of these weights is LaVIT's, see README.md there")
     return OK
 
 

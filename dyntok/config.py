@@ -5,6 +5,7 @@ Not here: how to train one (`dyntok/training/recipes/*.yaml`).
 
 import dataclasses
 import re
+import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -155,10 +156,33 @@ class CodebookConfig:
 
 
 @dataclass(frozen=True)
+class ConditionConfig:
+    """What a diffusion U-Net reads in place of a text prompt, made from the decoder's features (extra `diffusion`)."""
+
+    embed_dims: tuple[int, ...] = (768,)  # a linear layer for each; side by side they are the prompt's embeddings
+    pooled_dim: int | None = None  # of the pooled embedding that SDXL's U-Net wants; None: there is none
+    num_heads: int = 16  # of the attention that pools
+    folder: str = "pixel_decoding"  # of the U-Net, VAE and scheduler, beside the checkpoint
+
+    def __post_init__(self) -> None:
+        dims = self.embed_dims
+        _check(isinstance(dims, tuple | list) and 0 < len(dims) <= _MAX_TEXT, f"embed_dims is {_brief(dims)}, expected a list of widths")
+        object.__setattr__(self, "embed_dims", tuple(dims))
+        for dim in dims:
+            _check_whole("embed_dims", dim, 1)
+        if self.pooled_dim is not None:
+            _check_whole("pooled_dim", self.pooled_dim, 1)
+        _check_whole("num_heads", self.num_heads, 1)
+        plain = isinstance(self.folder, str) and re.fullmatch(r"\w[\w-]{0,63}", self.folder)
+        _check(bool(plain), f"folder is {_brief(self.folder)}, expected the plain name of a folder beside the checkpoint")
+
+
+@dataclass(frozen=True)
 class DecoderConfig:
     """The blocks that turn code vectors back into features of all N patches."""
 
     embed_dim: int | None = None  # None: the backbone's width
+    out_dim: int | None = None  # of the features it makes (with head "mlp"); None: the backbone's width
     depth: int = 12
     num_heads: int = 16
     mlp_ratio: float = 4.3637
@@ -167,11 +191,14 @@ class DecoderConfig:
     head: Literal["mlp", "none"] = "mlp"  # mlp: norm, Linear, Tanh, Linear as in LaVIT; none: the last block's output
     pixels: bool = False  # features -> image with the pixel head (pixels.py)
     init_scale: float = 1.0
+    conditions: ConditionConfig | None = None  # features -> image with a diffusion model (diffusion.py)
 
     def __post_init__(self) -> None:
         _check_blocks("decoder", self)
-        if self.embed_dim is not None:
-            _check_whole("decoder.embed_dim", self.embed_dim, 1)
+        for name in ("embed_dim", "out_dim"):
+            if getattr(self, name) is not None:
+                _check_whole(f"decoder.{name}", getattr(self, name), 1)
+        _check(not (self.out_dim and self.head == "none"), "decoder.out_dim needs decoder.head: mlp")
         _check_bool("decoder.conv", self.conv)
         _check_bool("decoder.pixels", self.pixels)
         _check(self.placement in ("rank", "grid"), f"decoder.placement is {self.placement!r}, expected 'rank' or 'grid'")
@@ -193,11 +220,21 @@ class TokenizerConfig:
     selector: SelectorConfig = field(default_factory=SelectorConfig)
     merger: MergerConfig = field(default_factory=MergerConfig)
     codebook: CodebookConfig = field(default_factory=CodebookConfig)
-    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    decoder: DecoderConfig | None = field(default_factory=DecoderConfig)  # None: it only encodes
+    highres_decoder: DecoderConfig | None = None  # a second one for larger pictures
+    understanding_dim: int | None = None  # of continuous tokens with a merger of their own; None: there are none
+
+    def __post_init__(self) -> None:
+        if self.understanding_dim is not None:
+            _check_whole("understanding_dim", self.understanding_dim, 1)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types only; `from_dict` is its inverse."""
         return dataclasses.asdict(self)
+
+    def stated(self) -> dict[str, Any]:
+        """As `to_dict`, without what has its default value: the same when a later version knows more options."""
+        return _stated(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TokenizerConfig":
@@ -219,21 +256,31 @@ def build_dataclass(cls: type, values: Any, where: str) -> Any:
     """
     if not isinstance(values, dict):
         raise ConfigError(f"{where or 'configuration'} is {type(values).__name__}, expected a mapping")
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - set(fields))
+    fields = typing.get_type_hints(cls)
+    unknown = sorted(set(values) - set(fields), key=str)
     if unknown:
         raise ConfigError(f"unknown {where}{', '.join(map(str, unknown))}; expected some of {', '.join(fields)}")
     built = {}
     for name, value in values.items():
-        section = fields[name].default_factory
-        nested = isinstance(section, type) and dataclasses.is_dataclass(section)
-        built[name] = build_dataclass(section, value, f"{name}.") if nested else value
+        section = next((kind for kind in (typing.get_args(fields[name]) or (fields[name],)) if dataclasses.is_dataclass(kind)), None)
+        absent = value is None and type(None) in typing.get_args(fields[name])
+        built[name] = build_dataclass(section, value, f"{name}.") if section and not absent else value
     try:
         return cls(**built)
     except (TypeError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{where or 'configuration: '}{error}") from error
+
+
+def _stated(config: Any) -> dict[str, Any]:
+    stated = {}
+    for option in dataclasses.fields(config):
+        value = getattr(config, option.name)
+        default = option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
+        if value != default:
+            stated[option.name] = _stated(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+    return stated
 
 
 PRESETS = {
@@ -262,6 +309,6 @@ PRESETS = {
         backbone=BackboneConfig(name="eva_giant_patch14_clip_224"),
         merger=MergerConfig(depth=12, num_heads=16),
         codebook=CodebookConfig(size=16384, dim=32),
-        decoder=DecoderConfig(depth=12, num_heads=16),
+        decoder=DecoderConfig(depth=12, num_heads=16, conditions=ConditionConfig()),
     ),
 }

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dyntok.conditions import Conditions
+from dyntok.config import DecoderConfig
 from dyntok.merger import check_heads, scale_branches
 from dyntok_kernels import lengths_of, varlen_attention
 
@@ -24,33 +26,39 @@ class Decoder(nn.Module):
     their order, and the blocks are told so. placement "rank": every block's queries attend to the tokens, which carry an embedding of
     their rank; positions are not used.
 
-    Raises `ConfigError` where num_heads does not divide the width.
+    Where the configuration has conditions, `conditions` turns its features into those of a diffusion U-Net.
+
+    config: with its `embed_dim` and `out_dim`, or the backbone's `width` where they are None. Raises `ConfigError` where num_heads does
+    not divide the width.
     """
 
-    def __init__(
-        self, grid: tuple[int, int], code_dim: int, embed_dim: int, out_dim: int, depth: int, num_heads: int, mlp_ratio: float,
-        *, placement: str = "rank", conv: bool = False, head: str = "mlp", init_scale: float = 1.0,
-    ) -> None:  # fmt: skip
+    def __init__(self, grid: tuple[int, int], code_dim: int, width: int, config: DecoderConfig) -> None:
         super().__init__()
-        check_heads("decoder", embed_dim, num_heads)
+        embed_dim = config.embed_dim or width
+        self.out_dim = (config.out_dim or width) if config.head == "mlp" else embed_dim
+        check_heads("decoder", embed_dim, config.num_heads)
         self.grid = grid
-        self.placement = placement
+        self.placement = config.placement
         self.num_patches = grid[0] * grid[1]
         self.in_proj = nn.Linear(code_dim, embed_dim)
         self.query_embed = nn.Parameter(torch.randn(self.num_patches, embed_dim) * 0.02)
-        if placement == "rank":
+        if self.placement == "rank":
             self.rank_embed = nn.Parameter(torch.randn(self.num_patches, embed_dim) * 0.02)
         else:
             self.placed_embed = nn.Parameter(torch.zeros(2, embed_dim))  # at a known position, at a guessed one
         self.blocks = nn.ModuleList(
-            DecoderBlock(grid, embed_dim, num_heads, mlp_ratio, cross=placement == "rank", conv=conv, init_scale=init_scale)
-            for _ in range(depth)
-        )
-        self.head = nn.Identity()
-        if head == "mlp":
-            self.head = nn.Sequential(
-                nn.LayerNorm(embed_dim, eps=1e-5), nn.Linear(embed_dim, embed_dim), nn.Tanh(), nn.Linear(embed_dim, out_dim)
+            DecoderBlock(
+                grid, embed_dim, config.num_heads, config.mlp_ratio,
+                cross=self.placement == "rank", conv=config.conv, init_scale=config.init_scale,
             )
+            for _ in range(config.depth)
+        )  # fmt: skip
+        self.head = nn.Identity()
+        if config.head == "mlp":
+            self.head = nn.Sequential(
+                nn.LayerNorm(embed_dim, eps=1e-5), nn.Linear(embed_dim, embed_dim), nn.Tanh(), nn.Linear(embed_dim, self.out_dim)
+            )
+        self.conditions = None if config.conditions is None else Conditions(self.out_dim, self.num_patches, config.conditions)
 
     def forward(self, vectors: Tensor, cu_seqlens: Tensor, positions: Tensor | None = None) -> Tensor:
         """vectors: [T, C]; cu_seqlens: int32 [B+1]; positions: LongTensor [T], -1 throughout an image whose positions are unknown, or

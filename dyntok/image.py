@@ -12,7 +12,7 @@ import os
 import stat
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeAlias
 
@@ -90,6 +90,14 @@ def to_image(pixels: torch.Tensor, config: ImageConfig) -> Image.Image:
         raise ImageError(f"{name}: holds NaN or infinite values, expected finite ones")
     values = values * _per_channel(config.std) + _per_channel(config.mean)
     return Image.fromarray(values.clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
+
+
+def is_single(images: object) -> bool:
+    """Whether it is one source, and not an iterable of several."""
+    if isinstance(images, torch.Tensor | np.ndarray):
+        return images.ndim < 4
+    # strings, bytes and open files can be iterated over, but not image by image
+    return isinstance(images, str | bytes | os.PathLike | Image.Image) or hasattr(images, "read") or not isinstance(images, Iterable)
 
 
 def describe(source: Any) -> str:

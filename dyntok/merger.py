@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from dyntok.config import MergerConfig
 from dyntok.errors import ConfigError
 from dyntok_kernels import varlen_attention, weighted_attention
 
@@ -39,6 +40,10 @@ class Merger(nn.Module):
         self.context_kv = nn.Linear(embed_dim, 2 * depth * embed_dim)  # for each block its keys, then its values
         self.blocks = nn.ModuleList(MergerBlock(embed_dim, num_heads, mlp_ratio, init_scale) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-5) if norm else nn.Identity()
+
+    @classmethod
+    def of(cls, embed_dim: int, config: MergerConfig) -> "Merger":
+        return cls(embed_dim, config.depth, config.num_heads, config.mlp_ratio, norm=config.norm, init_scale=config.init_scale)
 
     def forward(self, features: Tensor, keep: Tensor, gate: Tensor | None = None, *, exact: bool = False) -> Tensor:
         """Merged tokens [T, D] of the kept patches, image by image, in raster order.

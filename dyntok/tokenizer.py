@@ -1,44 +1,47 @@
 """The tokenizer: all parts together, and the doors users come through. The only file that knows all the parts."""
 
+import dataclasses
 import itertools
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
-import numpy as np
 import torch
-from huggingface_hub import ModelHubMixin
 from PIL import Image
 from torch import Tensor, nn
 
-from dyntok import checkpoint
 from dyntok.backbone import Backbone
 from dyntok.codebook import Codebook
-from dyntok.config import TokenizerConfig
+from dyntok.config import ImageConfig, TokenizerConfig
 from dyntok.decoder import Decoder
+from dyntok.diffusion import DiffusionPainter
 from dyntok.encoding import Encoding
 from dyntok.errors import CheckpointError, CodeError, ConfigError, FingerprintError, ImageError
 from dyntok.features import Features
-from dyntok.image import ImageSource, to_image, to_pixels
+from dyntok.image import ImageSource, is_single, to_image, to_pixels
 from dyntok.merger import Merger, cu_seqlens_of
+from dyntok.persistence import HALF, Persistent
 from dyntok.pixels import PixelHead
 from dyntok.selector import KeepPolicy, Selector
-
-BUNDLED = Path(__file__).parent / "pretrained" / "tiny"
+from dyntok.understanding import Understanding
 
 _Rows: TypeAlias = Iterable[Tensor | Sequence[int]]  # one row of integers per image
 Codes: TypeAlias = Encoding | _Rows
 
 _Policy: TypeAlias = Callable[[Tensor, Sequence[int]], Tensor]  # log-probabilities [B, N, 2], places in the call -> keep mask [B, N]
 _CHUNK = 32  # images at once, where they need not be taken singly
+_PAINTED = ImageConfig(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))  # of pixels in [0, 1]
 
 
-class DynamicVisualTokenizer(
-    nn.Module, ModelHubMixin, library_name="dyntok", tags=["image-tokenizer"], model_card_template=checkpoint.MODEL_CARD
-):
+class LateParts(Protocol):
+    """Fetches parts of a tokenizer when they are first needed."""
+
+    def fetch(self, name: str, tokenizer: "DynamicVisualTokenizer") -> tuple[dict[str, Any], nn.Module]:
+        """Sections of the configuration that change, and the part: "decoder", "highres_decoder" or "understanding"."""
+        ...
+
+
+class DynamicVisualTokenizer(Persistent):
     """Images to short sequences of integers, and back.
 
     >>> tok = dyntok.load()
@@ -57,21 +60,20 @@ class DynamicVisualTokenizer(
         self.backbone = Backbone(config.backbone, config.image.img_size, pretrained=pretrained_backbone)
         width, code_dim = self.backbone.embed_dim, config.codebook.dim
         self.selector = Selector(width, self.backbone.grid, config.selector.dither)
-        merger = config.merger
-        self.merger = Merger(width, merger.depth, merger.num_heads, merger.mlp_ratio, norm=merger.norm, init_scale=merger.init_scale)
+        self.merger = Merger.of(width, config.merger)
         self.projection = nn.Linear(width, code_dim)
         if config.codebook.projection == "mlp":
             self.projection = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, code_dim))
         self.codebook = Codebook(config.codebook.size, code_dim)
-        decoder = config.decoder
-        decoder_dim = decoder.embed_dim or width
-        self.decoder = Decoder(
-            self.backbone.grid, code_dim, decoder_dim, width, decoder.depth, decoder.num_heads, decoder.mlp_ratio,
-            placement=decoder.placement, conv=decoder.conv, head=decoder.head, init_scale=decoder.init_scale,
-        )  # fmt: skip
-        features_dim = decoder_dim if decoder.head == "none" else width
-        self.pixel_head = PixelHead(features_dim, self.backbone.grid, self.backbone.patch_size) if decoder.pixels else None
-        self._fingerprint: tuple[list, str] | None = None  # of which state, and the hash
+        for name in ("decoder", "highres_decoder"):
+            section = getattr(config, name)
+            self.add_module(name, None if section is None else Decoder(self.backbone.grid, code_dim, width, section))
+        paints = config.decoder is not None and config.decoder.pixels
+        self.pixel_head = PixelHead(self.decoder.out_dim, self.backbone.grid, self.backbone.patch_size) if paints else None
+        reads = config.understanding_dim is not None
+        self.understanding = Understanding(width, config.merger, config.understanding_dim) if reads else None
+        self.late_parts: LateParts | None = None  # of parts that are fetched when they are first needed
+        self._painters: dict[str, DiffusionPainter] = {}  # by folder
 
     # The easy door: pictures in, pictures out.
 
@@ -105,17 +107,42 @@ class DynamicVisualTokenizer(
             parts.append(self._encode(pixels, policy, places, exact))
         return self._pack(parts, failures, source_index)
 
-    def decode(self, codes: Codes, *, positions: _Rows | None = None, grid: tuple[int, int] | None = None) -> list[Image.Image]:
+    def decode(
+        self,
+        codes: Codes,
+        *,
+        positions: _Rows | None = None,
+        grid: tuple[int, int] | None = None,
+        highres: bool = False,
+        size: tuple[int, int] | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        generator: torch.Generator | None = None,
+        batch_size: int | None = None,
+    ) -> list[Image.Image]:
         """Images from an `Encoding`, or from codes alone as an LLM writes them: one list of integers per image.
 
-        With positions the picture is sharper; without, the decoder guesses them from the order. grid: (rows, columns), where it is not
-        the tokenizer's own.
+        With positions the picture is sharper; without, the decoder guesses them from the order. A decoder that knows tokens by their rank
+        (placement "rank", as LaVIT's) does not use those of an `Encoding`. grid: (rows, columns), where it is not the tokenizer's own.
 
-        Raises `CodeError` on codes or positions out of range, an image without codes or with more codes than patches, or a tokenizer
-        without a pixel head; `FingerprintError` on codes of another tokenizer.
+        Where a diffusion model paints (LaVIT), the other arguments are its options, see `DiffusionPainter`; highres: by the decoder for
+        larger pictures. It is loaded when it is first needed.
+
+        Raises `CodeError` on codes or positions out of range, an image without codes or with more codes than patches, positions given to a
+        decoder that has no use for them, or a tokenizer that makes no images; `ConfigError` on options that it has no use for;
+        `FingerprintError` on codes of another tokenizer.
         """
         encoding = self._as_encoding(codes, positions, grid)
         pieces = (encoding[i : i + _CHUNK] for i in range(0, len(encoding), _CHUNK))
+        options = {"size": size, "steps": steps, "guidance": guidance, "generator": generator, "batch_size": batch_size}
+        options = {name: value for name, value in options.items() if value is not None}
+        if self.pixel_head is None:
+            painter = self._painter(highres)
+            painted = (painter(*self.decode_conditions(piece, highres=highres), **options) for piece in pieces)
+            return [to_image(pixels, _PAINTED) for piece in painted for pixels in piece]
+        if options or highres:
+            names = ", ".join([*options, *["highres"] * highres])
+            raise ConfigError(f"{names} given, but this tokenizer paints without a diffusion model; leave them out")
         return [to_image(pixels, self.config.image) for piece in pieces for pixels in self.decode_pixels(piece)]
 
     # The raw door: tensors in, tensors out.
@@ -126,7 +153,8 @@ class DynamicVisualTokenizer(
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.codebook.embedding.dtype
+        """Of most weights; see `in_precision`."""
+        return next(self.backbone.parameters()).dtype
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -162,43 +190,94 @@ class DynamicVisualTokenizer(
             if policy != KeepPolicy():
                 raise ConfigError("keep was given with budget, threshold, sample or max_tokens, expected the mask alone")
             policy = self._given(keep, len(pixels))
-        places = range(len(pixels))
-        parts = []
-        for start in range(0, len(pixels), self._chunk):
-            rows = slice(start, start + self._chunk)
-            # a copy, always laid out and aligned alike: how a kernel rounds may depend on both
-            part = pixels[rows].clone(memory_format=torch.contiguous_format)
-            parts.append(self._encode(part, policy, places[rows], exact))
-        return self._pack(parts, [], list(places))
+        parts = [self._encode(part, policy, places, exact) for places, part in self._pieces(pixels)]
+        return self._pack(parts, [], list(range(len(pixels))))
 
     def features(
         self,
         images: ImageSource | Iterable[ImageSource],
         *,
+        path: Literal["codes", "understanding"] = "codes",
         budget: int | float | None = None,
         threshold: float | None = None,
         sample: torch.Generator | None = None,
         max_tokens: int | None = None,
         exact: bool = False,
     ) -> Features:
-        """Continuous merged tokens, not quantized, for LLMs that read embeddings; options and errors are those of `encode`."""
-        policy = KeepPolicy(budget, threshold, sample, max_tokens)
-        parts = [self._merge(pixels, policy, places, exact) for places, pixels in self._chunks(images, None)]
-        return Features(*self._join(parts, torch.empty(0, self.backbone.embed_dim, device=self.device, dtype=self.dtype)))
+        """Continuous merged tokens, not quantized, for LLMs that read embeddings; other options and errors are those of `encode`.
 
-    def decode_features(self, codes: Codes, *, positions: _Rows | None = None, grid: tuple[int, int] | None = None) -> Tensor:
-        """Patch features [B, N, D] from codes; arguments and errors as in `decode`, but no pixel head is needed."""
+        path: "codes", the tokens that `encode` would quantize, or "understanding", what LaVIT feeds its LLM: a merger of its own and a
+            projection, loaded when first needed. Raises `ConfigError` where the tokenizer has no such path.
+        """
+        policy = KeepPolicy(budget, threshold, sample, max_tokens)
+        return self._continuous(self._chunks(images, None), policy, exact, path)
+
+    def features_pixels(
+        self,
+        pixels: Tensor,
+        *,
+        path: Literal["codes", "understanding"] = "codes",
+        budget: int | float | None = None,
+        threshold: float | None = None,
+        sample: torch.Generator | None = None,
+        max_tokens: int | None = None,
+        exact: bool = False,
+    ) -> Features:
+        """`features` of normalised pixels, float [B, 3, S, S]."""
+        policy = KeepPolicy(budget, threshold, sample, max_tokens)
+        self._check_pixels(pixels)
+        return self._continuous(self._pieces(pixels), policy, exact, path)
+
+    def decode_features(
+        self, codes: Codes, *, positions: _Rows | None = None, grid: tuple[int, int] | None = None, highres: bool = False
+    ) -> Tensor:
+        """Patch features [B, N, D] from codes; arguments and errors as in `decode`, but nothing that paints is needed."""
         encoding = self._as_encoding(codes, positions, grid)
+        decoder = self._decoder(highres)
+        if positions is not None and decoder.placement == "rank":
+            raise CodeError("positions were given, but this decoder knows tokens by their rank alone; leave positions out")
         with _evaluating(self):
             vectors = self.codebook.lookup(encoding.packed_codes)
-            return self.decoder(vectors, encoding.cu_seqlens, encoding.packed_positions)
+            return decoder(vectors, encoding.cu_seqlens, encoding.packed_positions)
+
+    def decode_conditions(
+        self, codes: Codes, *, positions: _Rows | None = None, grid: tuple[int, int] | None = None, highres: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """What a diffusion U-Net reads: prompt embeddings [B, N, E], and the pooled embedding [B, P] or None; otherwise as `decode`."""
+        decoder = self._decoder(highres)
+        if decoder.conditions is None:
+            raise CodeError("this tokenizer has neither pixel head nor conditions, so it can't make images; decode_features(codes) works")
+        with _evaluating(self):
+            return decoder.conditions(self.decode_features(codes, positions=positions, grid=grid, highres=highres))
 
     def decode_pixels(self, codes: Codes, *, positions: _Rows | None = None, grid: tuple[int, int] | None = None) -> Tensor:
-        """Normalised pixels [B, 3, S, S] from codes; arguments and errors as in `decode`."""
+        """Normalised pixels [B, 3, S, S] from codes, by the pixel head; arguments and errors as in `decode`."""
         if self.pixel_head is None:
-            raise CodeError("this tokenizer has no pixel head, so it can't make images; decode_features(codes) gives patch features")
+            raise CodeError("this tokenizer has no pixel head, so it makes no pixels at once; decode_features(codes) gives patch features")
         with _evaluating(self):
             return self.pixel_head(self.decode_features(codes, positions=positions, grid=grid))
+
+    def part(self, name: Literal["decoder", "highres_decoder", "understanding"]) -> nn.Module:
+        """That part, fetched now where it was not needed before. Raises `ConfigError` where the tokenizer has none."""
+        if getattr(self, name) is None:
+            if self.late_parts is None:
+                raise ConfigError(f"this tokenizer has no {name.replace('_', ' ')}; load one that has, or do without it")
+            sections, part = self.late_parts.fetch(name, self)
+            self.config = dataclasses.replace(self.config, **sections)
+            setattr(self, name, part)
+        return getattr(self, name)
+
+    def _decoder(self, highres: bool) -> Decoder:
+        return self.part("highres_decoder" if highres else "decoder")
+
+    def _painter(self, highres: bool) -> DiffusionPainter:
+        self.decode_conditions([], highres=highres)  # refuses a tokenizer that makes no images
+        folder = (self.config.highres_decoder if highres else self.config.decoder).conditions.folder
+        if folder not in self._painters:
+            if self.origin is None:
+                raise CheckpointError("this tokenizer was not loaded from anywhere, so no diffusion model lies beside it; load a saved one")
+            self._painters[folder] = DiffusionPainter.load(self.origin.folder(folder), device=self.device, dtype=self.dtype)
+        return self._painters[folder]
 
     def _given(self, keep: Tensor, images: int) -> _Policy:
         """A policy that keeps what the caller's mask says."""
@@ -218,7 +297,7 @@ class DynamicVisualTokenizer(
         """(places among the inputs, normalised pixels [b, 3, S, S]) of readable images; the others go to `failures`, or raise if None."""
 
         def readable() -> Iterator[tuple[int, Tensor]]:
-            for place, image in enumerate([images] if _is_single(images) else images):
+            for place, image in enumerate([images] if is_single(images) else images):
                 try:
                     yield place, to_pixels(image, self.config.image)
                 except ImageError as error:
@@ -230,18 +309,35 @@ class DynamicVisualTokenizer(
             places, pixels = zip(*chunk, strict=True)
             yield places, torch.stack(pixels)
 
-    def _merge(self, pixels: Tensor, policy: _Policy, places: Sequence[int], exact: bool) -> tuple[Tensor, Tensor]:
-        """[B, 3, S, S] -> merged tokens [T, D], keep mask [B, N]"""
-        with _evaluating(self):
-            features = self.backbone(pixels.to(self.device, self.dtype))
-            keep = policy(self.selector(features), places)
-            return self.merger(features, keep, exact=exact), keep
+    def _pieces(self, pixels: Tensor) -> Iterator[tuple[range, Tensor]]:
+        """(places, normalised pixels [b, 3, S, S])"""
+        for start in range(0, len(pixels), self._chunk):
+            part = pixels[start : start + self._chunk]
+            # a copy, always laid out and aligned alike: how a kernel rounds may depend on both
+            yield range(start, start + len(part)), part.clone(memory_format=torch.contiguous_format)
+
+    def _choose(self, pixels: Tensor, policy: _Policy, places: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """[B, 3, S, S] -> backbone features [B, N, D], keep mask [B, N]"""
+        features = self.backbone(pixels.to(self.device, self.dtype))
+        return features, policy(self.selector(features), places)
 
     def _encode(self, pixels: Tensor, policy: _Policy, places: Sequence[int], exact: bool) -> tuple[Tensor, Tensor]:
         """[B, 3, S, S] -> codes [T], keep mask [B, N]"""
-        merged, keep = self._merge(pixels, policy, places, exact)
         with _evaluating(self):
-            return self.codebook(self.projection(merged)), keep
+            features, keep = self._choose(pixels, policy, places)
+            return self.codebook(self.projection(self.merger(features, keep, exact=exact))), keep
+
+    def _continuous(self, chunks: Iterable[tuple[Sequence[int], Tensor]], policy: _Policy, exact: bool, path: str) -> Features:
+        if path not in ("codes", "understanding"):
+            raise ConfigError(f"path is {path!r}, expected 'codes' or 'understanding'")
+        merger = self.merger if path == "codes" else self.part("understanding")
+        width = self.backbone.embed_dim if path == "codes" else self.config.understanding_dim
+        parts = []
+        for places, pixels in chunks:
+            with _evaluating(self):
+                features, keep = self._choose(pixels, policy, places)
+                parts.append((merger(features, keep, exact=exact), keep))
+        return Features(*self._join(parts, torch.empty(0, width, device=self.device, dtype=self.dtype)))
 
     def _join(self, parts: list[tuple[Tensor, Tensor]], nothing: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(rows, keep mask) pairs -> all rows [T, ...], their positions [T], cu_seqlens [B+1], grids [B, 2]; `nothing` is rows [0, ...]."""
@@ -277,90 +373,6 @@ class DynamicVisualTokenizer(
             raise CodeError(f"an image has another grid than {self.grid[0]} x {self.grid[1]}, which is all that this tokenizer decodes")
         return codes.to(self.device)
 
-    # Checkpoints.
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of configuration and weights: whatever stores codes stores it beside them.
-
-        Kept until weights change in any way that PyTorch notices; writing through `.data` is not one.
-        """
-        tensors = self.state_dict().values()
-        state = [(t.data_ptr(), t.dtype, t._version) for t in tensors if not t.is_inference()]
-        if self._fingerprint is None or self._fingerprint[0] != state or len(state) < len(tensors):
-            self._fingerprint = state, checkpoint.fingerprint(self.config, self.state_dict())
-        return self._fingerprint[1]
-
-    def _apply(self, *args, **kwargs) -> "DynamicVisualTokenizer":
-        self._fingerprint = None  # moving to another dtype and back changes values, but no version
-        return super()._apply(*args, **kwargs)
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        *,
-        dtype: torch.dtype | None = None,
-        push_to_hub: bool = False,
-        repo_id: str | None = None,
-        **push_options,
-    ) -> str | None:
-        """Write `config.json`, `model.safetensors` and, where there is none, a short model card into a folder.
-
-        dtype: of the stored weights. Codes are defined on what is stored: rounding to half precision makes another tokenizer.
-        push_to_hub: send the folder's checkpoint to the hub as `repo_id` (default: the folder's name); options as in `push_to_hub`.
-
-        Returns the address of the hub's commit, if there is one. Raises `CheckpointError`.
-        """
-        if push_options and not push_to_hub:
-            raise TypeError(f"save_pretrained got {', '.join(push_options)}, which only push_to_hub=True has a use for")
-        folder = Path(save_directory)
-        checkpoint.save(folder, self.config, self.state_dict(), dtype=dtype)
-        if not (folder / "README.md").exists():
-            self.generate_model_card().save(folder / "README.md")
-        return checkpoint.upload(folder, repo_id or folder.absolute().name, **push_options) if push_to_hub else None
-
-    def push_to_hub(self, repo_id: str, *, dtype: torch.dtype | None = None, **options) -> str:
-        """Send the tokenizer to the hub with a short model card; to send your own card, use `save_pretrained(..., push_to_hub=True)`.
-
-        options: private, token, branch, create_pr, commit_message. Returns the commit's address. Raises `CheckpointError`.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, dtype=dtype)
-            return checkpoint.upload(folder, repo_id, **options)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name_or_path: str | os.PathLike,
-        *,
-        revision: str | None = None,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike | None = None,
-        force_download: bool = False,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> "DynamicVisualTokenizer":
-        """From a folder or a hub repository, in evaluation mode. Raises `CheckpointError` on anything that does not fit."""
-        options = {"revision": revision, "local_files_only": local_files_only, "token": token}
-        folder = checkpoint.resolve(name_or_path, cache_dir=cache_dir, force_download=force_download, **options)
-        config, state = checkpoint.load(folder)
-        try:
-            tokenizer = cls(config)
-        except ConfigError as error:
-            raise CheckpointError(f"no tokenizer can be made from {folder / checkpoint.CONFIG_NAME}: {error}") from error
-        checkpoint.check_state_dict(tokenizer, state)
-        tokenizer.load_state_dict(state)
-        return tokenizer.to(device, dtype).eval()
-
-
-def load(name_or_path: str | os.PathLike | None = None, **options) -> DynamicVisualTokenizer:
-    """A tokenizer by hub name or folder; without a name the bundled `tiny`, which needs no network.
-
-    Options are those of `DynamicVisualTokenizer.from_pretrained`: revision, device, dtype, local_files_only, ...
-    """
-    return DynamicVisualTokenizer.from_pretrained(BUNDLED if name_or_path is None else name_or_path, **options)
-
 
 def batched(items: Iterable, size: int) -> Iterator[tuple]:
     """Tuples of `size` items, the last of what is left."""
@@ -369,21 +381,15 @@ def batched(items: Iterable, size: int) -> Iterator[tuple]:
         yield chunk
 
 
-def _is_single(images: object) -> bool:
-    if isinstance(images, torch.Tensor | np.ndarray):
-        return images.ndim < 4
-    # strings, bytes and open files can be iterated over, but not image by image
-    return isinstance(images, str | bytes | os.PathLike | Image.Image) or hasattr(images, "read") or not isinstance(images, Iterable)
-
-
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Without gradients, and in evaluation mode while it lasts."""
-    training = [part for part in module.modules() if part.training]
+def _evaluating(tokenizer: DynamicVisualTokenizer) -> Iterator[None]:
+    """Without gradients, in evaluation mode and, with half-precision weights, under autocast while it lasts."""
+    training = [part for part in tokenizer.modules() if part.training]
     for part in training:
         part.training = False
+    half = tokenizer.dtype in HALF
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(tokenizer.device.type, tokenizer.dtype if half else None, enabled=half):
             yield
     finally:
         for part in training:

@@ -1,72 +1,23 @@
-"""`checkpoint.resolve` with the real hub client, over HTTP, against a small hub on this machine's loopback interface."""
+"""`hub.resolve` with the real hub client, over HTTP, against a small hub on this machine's loopback interface."""
 
 import functools
-import hashlib
-import json
 import os
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import huggingface_hub
 import pytest
 import torch
+from loopback_hub import COMMIT, TOKEN, Hub, downloads, serve
 
 from dyntok import checkpoint
+from dyntok import hub as hub_module
 from dyntok.config import TokenizerConfig
 from dyntok.errors import CheckpointError
 
 CONFIG = TokenizerConfig.preset("tiny")
 STATE = {f"layer{i}": torch.full((100,), float(i)) for i in range(3)}
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-TOKEN = "hf_secret"
-
-
-class Hub(BaseHTTPRequestHandler):
-    """The four routes that a download needs: revision, tree, and HEAD and GET of a file."""
-
-    repos: dict[str, dict[str, bytes]] = {}
-    requests: list[str] = []
-    tokens: set[str] = set()
-
-    def do_GET(self):
-        path = unquote(urlsplit(self.path).path)
-        self.requests.append(f"{self.command} {path}")
-        self.tokens.add(self.headers.get("Authorization", ""))
-        owner, name, *rest = path.removeprefix("/api/models").strip("/").split("/")
-        repo, files = f"{owner}/{name}", self.repos.get(f"{owner}/{name}")
-        if repo == "org/gated":
-            return self.answer(403, error="GatedRepo")
-        if files is None or repo == "org/private" and self.headers.get("Authorization") != f"Bearer {TOKEN}":
-            return self.answer(404, error="RepoNotFound")
-        if rest[1] not in ("main", COMMIT):
-            return self.answer(404, error="RevisionNotFound")
-        if rest[0] == "revision":
-            siblings = [{"rfilename": file} for file in files]
-            return self.answer(200, json.dumps({"id": repo, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False}).encode())
-        if rest[0] == "tree":
-            entries = [{"type": "file", "path": f, "size": len(raw), "oid": hashlib.sha1(raw).hexdigest()} for f, raw in files.items()]
-            return self.answer(200, json.dumps(entries).encode())
-        return self.answer(200, files["/".join(rest[2:])])
-
-    do_HEAD = do_GET
-
-    def answer(self, status, raw=b"", error=None):
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(raw)))
-        self.send_header("ETag", f'"{hashlib.sha1(raw).hexdigest()}"')
-        self.send_header("X-Repo-Commit", COMMIT)
-        if error:
-            self.send_header("X-Error-Code", error)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(raw)
-
-    def log_message(self, *_):
-        pass
 
 
 def contents(folder):
@@ -93,11 +44,8 @@ def endpoint(tmp_path_factory):
         "org/vit": {"config.json": b'{"model_type": "vit"}', "model.safetensors": b"gigabytes"},
         "org/bare": {"README.md": b"card"},
     }
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with serve() as address:
+        yield address
 
 
 @pytest.fixture
@@ -108,11 +56,7 @@ def hub(endpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", functools.partial(huggingface_hub.snapshot_download, endpoint=endpoint))
     Hub.requests.clear()
     Hub.tokens.clear()
-    return functools.partial(checkpoint.resolve, cache_dir=tmp_path / "cache", token=False)
-
-
-def downloads():
-    return sorted({Path(r).name for r in Hub.requests if r.startswith("GET") and "/resolve/" in r})
+    return functools.partial(hub_module.resolve, cache_dir=tmp_path / "cache", token=False)
 
 
 def check(folder):
@@ -220,7 +164,7 @@ def test_files_and_missing_paths_are_not_looked_up(hub, tmp_path):
 def test_it_works_with_nothing_but_the_hub_s_own_environment(endpoint, tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"}
-    code = "from dyntok import checkpoint; print(len(checkpoint.load(checkpoint.resolve('org/sharded'))[1]))"
+    code = "from dyntok import checkpoint, hub; print(len(checkpoint.load(hub.resolve('org/sharded'))[1]))"
     root = Path(checkpoint.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout.strip() == "3", done.stderr

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from dyntok import cli
-from dyntok.tokenizer import BUNDLED
+from dyntok.registry import BUNDLED
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from dyntok.config import PRESETS, BackboneConfig, CodebookConfig, MergerConfig, TokenizerConfig
+from dyntok.config import PRESETS, BackboneConfig, CodebookConfig, ConditionConfig, DecoderConfig, MergerConfig, TokenizerConfig
 from dyntok.errors import ConfigError
 
 HUGE = 10**400  # no float is so large
@@ -17,6 +17,43 @@ def test_presets_survive_json(name):
     config = TokenizerConfig.preset(name)
     again = TokenizerConfig.from_dict(json.loads(json.dumps(config.to_dict(), allow_nan=False)))
     assert again == config and hash(again.image) == hash(config.image)
+
+
+def test_optional_sections_are_built_too():
+    conditions = {"embed_dims": [8, 16], "pooled_dim": 16, "folder": "highres"}
+    config = TokenizerConfig.from_dict({"decoder": None, "highres_decoder": {"depth": 3, "conditions": conditions}, "understanding_dim": 7})
+    assert config.decoder is None and config.understanding_dim == 7
+    assert config.highres_decoder == DecoderConfig(depth=3, conditions=ConditionConfig((8, 16), pooled_dim=16, folder="highres"))
+    assert TokenizerConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(ConfigError, match="unknown conditions.dims"):
+        TokenizerConfig.from_dict({"decoder": {"conditions": {"dims": [8]}}})
+    with pytest.raises(ConfigError, match="backbone. is NoneType, expected a mapping"):
+        TokenizerConfig.from_dict({"backbone": None})
+
+
+@pytest.mark.parametrize("folder", ["../unet", "a/b", "", ".", "x" * 65, 3, "unet\n"], ids=repr)
+def test_a_folder_of_a_configuration_stays_beside_it(folder):
+    with pytest.raises(ConfigError, match="expected the plain name of a folder"):
+        ConditionConfig(folder=folder)
+
+
+@pytest.mark.parametrize(
+    "options", [{"embed_dims": []}, {"embed_dims": [0]}, {"embed_dims": 768}, {"pooled_dim": 0}, {"num_heads": 0}], ids=str
+)
+def test_wrong_conditions(options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        ConditionConfig(**options)
+
+
+def test_out_dim_needs_a_head():
+    with pytest.raises(ConfigError, match="decoder.out_dim needs decoder.head: mlp"):
+        DecoderConfig(out_dim=8, head="none")
+
+
+def test_stated_leaves_defaults_out():
+    assert TokenizerConfig().stated() == {}
+    config = TokenizerConfig(backbone=BackboneConfig(layer=3), codebook=CodebookConfig(size=64), decoder=None, understanding_dim=5)
+    assert config.stated() == {"backbone": {"layer": 3}, "codebook": {"size": 64}, "decoder": None, "understanding_dim": 5}
 
 
 def test_sections_and_values_may_be_left_out():

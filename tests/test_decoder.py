@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+from dyntok.config import DecoderConfig
 from dyntok.decoder import Decoder, spread_positions
 from dyntok.errors import ConfigError
 from dyntok.pixels import PixelHead
@@ -28,7 +29,7 @@ RELEASED_NAMES = {
 def new_decoder(placement="grid", **options):
     torch.manual_seed(1)
     options = {"depth": 2, "conv": placement == "grid", "head": "none"} | options
-    decoder = Decoder(GRID, CODE_DIM, WIDTH, WIDTH, num_heads=3, mlp_ratio=2.0, placement=placement, **options).double()
+    decoder = Decoder(GRID, CODE_DIM, WIDTH, DecoderConfig(num_heads=3, mlp_ratio=2.0, placement=placement, **options)).double()
     with torch.no_grad():
         for parameter in decoder.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -200,7 +201,8 @@ def test_rank_decoder_gives_lavits_numbers(parity):
     for name in ("query_embed", "rank_embed"):
         state[name] = state[name][0]
     grid, out_dim = (config["grid"],) * 2, len(state["head.3.bias"])
-    decoder = Decoder(grid, config["code_dim"], config["dim"], out_dim, config["decoder_depth"], config["heads"], 4.3637)
+    options = DecoderConfig(depth=config["decoder_depth"], num_heads=config["heads"], out_dim=out_dim)
+    decoder = Decoder(grid, config["code_dim"], config["dim"], options)
     decoder.load_state_dict(state)
     features = decoder(parity["io/quantized"], bounds(parity["io/token_counts"].tolist()))
     assert parity.error("io/decoder_lowres", F.linear(features, *unet)) < 1e-5
@@ -208,7 +210,7 @@ def test_rank_decoder_gives_lavits_numbers(parity):
 
 def test_heads_must_divide_the_width():
     with pytest.raises(ConfigError, match="decoder.num_heads is 5, expected a divisor of its width 24"):
-        Decoder(GRID, CODE_DIM, WIDTH, WIDTH, 1, 5, 2.0)
+        Decoder(GRID, CODE_DIM, WIDTH, DecoderConfig(depth=1, num_heads=5, mlp_ratio=2.0))
 
 
 # Pixels.

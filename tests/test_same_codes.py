@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import dyntok
-from dyntok.tokenizer import BUNDLED
+from dyntok.registry import BUNDLED
 from dyntok.training.data import find_samples
 
 PHOTOGRAPHS = 208

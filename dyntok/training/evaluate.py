@@ -204,7 +204,7 @@ def _probe_samples(
 
 def _compare(tokenizer: DynamicVisualTokenizer, batch: _Batch, positions: bool, judge: Judge | None, tally: _Tally) -> None:
     codes = batch.encoding if positions else dataclasses.replace(batch.encoding, packed_positions=None)
-    if tokenizer.config.decoder.head == "mlp":
+    if tokenizer.config.decoder is not None and tokenizer.config.decoder.head == "mlp" and tokenizer.config.decoder.out_dim is None:
         tally.feature_cosine += metrics.patch_cosine(tokenizer.decode_features(codes), _backbone_features(tokenizer, batch.pixels)).tolist()
     if tokenizer.pixel_head is None:
         return

@@ -99,6 +99,8 @@ class Objective(nn.Module):
         Raises `ConfigError` where the tokenizer lacks what the stage's losses need.
         """
         tok, weights = self.tokenizer, stage.weights
+        if tok.config.decoder is None:
+            raise ConfigError("the tokenizer has no decoder, so nothing can be learned from what it makes; leave `decoder: null` out")
         if tok.pixel_head is None and (weights.pixel or weights.perceptual or weights.recognition or "pixel_head" in stage.freeze):
             raise ConfigError(f"stage {stage.name!r} trains pixels, but the tokenizer makes none; set decoder.pixels: true")
         if self.teacher is None and weights.teaches:

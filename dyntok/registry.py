@@ -1,0 +1,22 @@
+"""`dyntok.load`: a tokenizer by name, whatever kind of files it comes in."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from dyntok import lavit
+from dyntok.tokenizer import DynamicVisualTokenizer
+
+BUNDLED = Path(__file__).parent / "pretrained" / "tiny"
+
+
+def load(name_or_path: str | os.PathLike | None = None, *, config: dict[str, Any] | None = None, **options) -> DynamicVisualTokenizer:
+    """A tokenizer by hub name or folder; without a name the bundled `tiny`, which needs no network.
+
+    The name or folder of LaVIT's released files ("rain1011/LaVIT-7B-v2") works, too: see `lavit.load`, to which `config` belongs.
+    Options are those of `DynamicVisualTokenizer.from_pretrained`: revision, device, dtype, local_files_only, ...
+    """
+    name = BUNDLED if name_or_path is None else name_or_path
+    if config is not None or lavit.is_release(name):
+        return lavit.load(name, config=config, **options)
+    return DynamicVisualTokenizer.from_pretrained(name, **options)
