@@ -8,16 +8,11 @@ paths agree with each other where they must.
 
 import argparse
 import io
-import json
-import platform
-import statistics
-import subprocess
-import time
-from datetime import date
 from pathlib import Path
 
 import torch
 from PIL import Image
+from timing import append, environment, seconds
 
 import dyntok
 from dyntok.image import load_image, to_pixels
@@ -38,16 +33,6 @@ def photographs(count: int) -> list[bytes]:
         photo.resize((160, 160), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)).save(file, "JPEG", quality=90)
         files.append(file.getvalue())
     return files
-
-
-def seconds(work, repeats: int = 5) -> tuple[float, float]:
-    """Median and spread (max - min) of the seconds of `work()`."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times), max(times) - min(times)
 
 
 def main() -> None:
@@ -83,10 +68,8 @@ def main() -> None:
         }
         timed = {name: seconds(work) for name, work in stages.items()}
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     row = {
-        "date": date.today().isoformat(), "commit": commit, "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(), "torch": torch.__version__, "images": len(files),
+        **environment(), "images": len(files),
         "tokens": alone.num_tokens / len(files), "fingerprint": tokenizer.fingerprint,
         "ms_per_image": {name.strip(): round(1e3 * median / len(files), 3) for name, (median, _) in timed.items()},
         "spread_ms": {name.strip(): round(1e3 * spread / len(files), 3) for name, (_, spread) in timed.items()},
@@ -94,10 +77,7 @@ def main() -> None:
     for name, (median, spread) in timed.items():
         each = 1e3 / len(files)
         print(f"{name:<28}{each * median:8.2f} ms/image  +- {each * spread / 2:.2f}  {len(files) / median:8.1f} images/s")
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        with open(options.output, "a") as file:
-            file.write(json.dumps(row) + "\n")
+    append(options.output, row)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Weights come from timm's hub, from a local file, or later from the checkpoint th
 
 from pathlib import Path
 
+from einops import rearrange
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ class Backbone(nn.Module):
             raise ConfigError(
                 f"the backbone gives {got} patches instead of {side} x {side}; choose an image.img_size divisible by {self.patch_size}"
             )
-        return features.flatten(2).transpose(1, 2)
+        return rearrange(features, "b d rows cols -> b (rows cols) d")
 
     def load_weights(self, path: str | Path) -> None:
         """Fill the model from a safetensors file in timm's own naming; see `load_timm_weights`."""

@@ -4,6 +4,7 @@ Not here: the U-Net (`diffusion.py`).
 """
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -43,6 +44,6 @@ class AttentionPool(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1) + self.pos_embed  # [B, 1 + N, D]
-        q = self.query(tokens[:, :1]).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        k, v = self.kv(tokens).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, H, 1 + N, d]
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(1))
+        q = rearrange(self.query(tokens[:, :1]), "b n (h d) -> b h n d", h=self.num_heads)
+        k, v = rearrange(self.kv(tokens), "b n (two h d) -> two b h n d", two=2, h=self.num_heads)
+        return self.out(rearrange(F.scaled_dot_product_attention(q, k, v), "b h 1 d -> b (h d)"))

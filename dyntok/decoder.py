@@ -5,6 +5,7 @@ putting them on the grid at their positions. Not here: pixels (`pixels.py`).
 """
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -110,13 +111,13 @@ class DecoderBlock(nn.Module):
 
     def forward(self, x: Tensor, tokens: Tensor | None, cu_tokens: Tensor, cu_queries: Tensor | None) -> Tensor:
         """x: [B, N, D]; tokens: [T, D] for the cross-attention."""
-        q, k, v = self.self_qkv(self.self_norm(x)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, H, N, d]
-        x = x + self.self_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
+        q, k, v = rearrange(self.self_qkv(self.self_norm(x)), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        x = x + self.self_proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
         if self.cross_query is not None:
-            q = self.cross_query(self.cross_norm(x)).unflatten(-1, (self.num_heads, -1)).flatten(0, 1)  # [B N, H, d]
-            k, v = self.cross_kv(tokens).unflatten(-1, (2, self.num_heads, -1)).unbind(1)
+            q = rearrange(self.cross_query(self.cross_norm(x)), "b n (h d) -> (b n) h d", h=self.num_heads)
+            k, v = rearrange(self.cross_kv(tokens), "t (two h d) -> two t h d", two=2, h=self.num_heads)
             x = x + self.cross_proj(varlen_attention(q, k, v, cu_queries, cu_tokens).flatten(-2)).view_as(x)
         if self.conv is not None:
-            grid = x.transpose(1, 2).unflatten(-1, self.grid)
-            x = x + self.conv(grid).flatten(2).transpose(1, 2)
+            grid = rearrange(x, "b (rows cols) d -> b d rows cols", rows=self.grid[0])
+            x = x + rearrange(self.conv(grid), "b d rows cols -> b (rows cols) d")
         return x + self.mlp(self.mlp_norm(x))

@@ -13,6 +13,9 @@ from dyntok.encoding import Encoding
 from dyntok.errors import CodeError
 from dyntok.packed import counted, integers, refuse
 
+LAVIT_IMAGE_START, LAVIT_IMAGE_END, LAVIT_OFFSET = 32000, 32001, 32002  # ids in LaVIT's LLM: code k is LAVIT_OFFSET + k
+LAVIT_CODES = 16384
+
 _LARGEST = {
     "uint8": 2**8 - 1,
     "int16": 2**15 - 1,
@@ -60,7 +63,7 @@ class VisualVocab:
     @classmethod
     def lavit(cls) -> "VisualVocab":
         """LaVIT's layout behind LLaMA's 32,000 entries: start 32000, end 32001, code k = 32002 + k, K = 16,384."""
-        return cls.after(32000, 16384)
+        return cls(LAVIT_CODES, LAVIT_OFFSET, LAVIT_IMAGE_START, LAVIT_IMAGE_END)
 
     @property
     def vocab_size(self) -> int:
