@@ -283,7 +283,7 @@ def test_the_training_choice_keeps_as_often_as_the_probability_says():
 
 def test_sampling_may_drop_the_best_patch_but_never_all():
     scores = torch.tensor([[0.1, 0.0, -0.1, 0.0]])
-    log_probs = F.log_softmax(torch.stack([scores, torch.zeros_like(scores)], dim=-1), dim=-1)
+    log_probs = torch.log_softmax(torch.stack([scores, torch.zeros_like(scores)], dim=-1), dim=-1)
     masks = torch.cat([KeepPolicy(sample=torch.Generator().manual_seed(seed))(log_probs) for seed in range(400)])
     assert masks.any(1).all()
     nothing = 0.5**4  # of draws, which keep the best patch instead
