@@ -117,6 +117,17 @@ def load(folder: str | os.PathLike) -> tuple[TokenizerConfig, dict[str, Tensor]]
     return config, _load_weights(folder)
 
 
+def licensed_card(folder: Path) -> str | None:
+    """The README.md of a checkpoint, where it names another licence than this package's: such weights carry it along."""
+    try:
+        with open(folder / "README.md", encoding="utf-8", errors="replace") as file:
+            card = file.read(_MAX_CONFIG_BYTES)
+    except OSError:
+        return None
+    licence = re.search(r"^license: *(\S+)", card, re.MULTILINE)
+    return card if licence and licence[1] != "apache-2.0" else None
+
+
 def recorded_fingerprint(folder: str | os.PathLike) -> str | None:
     """The fingerprint as config.json states it, without reading the weights; None where it states none."""
     value = read_header(Path(folder)).get("fingerprint")
@@ -152,7 +163,7 @@ def fingerprint(config: TokenizerConfig, state_dict: Mapping[str, Tensor], *, dt
     return digest.hexdigest()[:16]
 
 
-def check_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+def check_state_dict(module: nn.Module, state: Mapping[str, Tensor], advice: str = "Use the config.json that was saved with them.") -> None:
     """Raises a `CheckpointError` that names the tensors which are missing, not expected, or of another shape than the module's."""
     expected = module.state_dict()
     shapes = [
@@ -167,7 +178,7 @@ def check_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     }
     if any(problems.values()):
         told = "; ".join(f"{len(names)} {what}: {_few(names)}" for what, names in problems.items() if names)
-        raise CheckpointError(f"the weights do not fit the configuration: {told}. Use the config.json that was saved with them.")
+        raise CheckpointError(f"the weights do not fit the configuration: {told}. {advice}")
 
 
 def read_header(folder: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dyntok import Encoding, __version__, lavit, load
+from dyntok import DynamicVisualTokenizer, Encoding, __version__, lavit, load
 from dyntok.errors import CodeError, ConfigError, DataError, DyntokError, MissingDependencyError
 from dyntok.sheet import draw_sheet
 
@@ -271,10 +271,17 @@ def _info(options: argparse.Namespace) -> int:
         "codebook": f"{config.codebook.size} codes of dimension {config.codebook.dim}",
         "parameters": f"{sum(parts.values()):,}",
         **{f"  {name}": f"{count:,}" for name, count in parts.items()},
-        "makes pixels": "yes" if tokenizer.pixel_head is not None else "no",
+        "makes pixels": _how_it_paints(tokenizer),
     }
-    print(*(f"{name:<14}{value}" for name, value in facts.items()), sep="\n")
+    print(*(f"{name:<18}{value}" for name, value in facts.items()), sep="\n")
     return OK
+
+
+def _how_it_paints(tokenizer: DynamicVisualTokenizer) -> str:
+    if tokenizer.pixel_head is not None:
+        return "yes"
+    conditions = tokenizer.config.decoder is not None and tokenizer.config.decoder.conditions is not None
+    return "with a diffusion model" if conditions or tokenizer.late_parts is not None else "no"
 
 
 def _eval(options: argparse.Namespace) -> int:

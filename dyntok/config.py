@@ -166,15 +166,18 @@ class ConditionConfig:
 
     def __post_init__(self) -> None:
         dims = self.embed_dims
-        _check(isinstance(dims, tuple | list) and 0 < len(dims) <= _MAX_TEXT, f"embed_dims is {_brief(dims)}, expected a list of widths")
+        _check(
+            isinstance(dims, tuple | list) and 0 < len(dims) <= _MAX_TEXT,
+            f"conditions.embed_dims is {_brief(dims)}, expected widths",
+        )
         object.__setattr__(self, "embed_dims", tuple(dims))
         for dim in dims:
-            _check_whole("embed_dims", dim, 1)
+            _check_whole("conditions.embed_dims", dim, 1)
         if self.pooled_dim is not None:
-            _check_whole("pooled_dim", self.pooled_dim, 1)
-        _check_whole("num_heads", self.num_heads, 1)
+            _check_whole("conditions.pooled_dim", self.pooled_dim, 1)
+        _check_whole("conditions.num_heads", self.num_heads, 1)
         plain = isinstance(self.folder, str) and re.fullmatch(r"\w[\w-]{0,63}", self.folder)
-        _check(bool(plain), f"folder is {_brief(self.folder)}, expected the plain name of a folder beside the checkpoint")
+        _check(bool(plain), f"conditions.folder is {_brief(self.folder)}, expected the plain name of a folder beside the checkpoint")
 
 
 @dataclass(frozen=True)
@@ -199,6 +202,7 @@ class DecoderConfig:
             if getattr(self, name) is not None:
                 _check_whole(f"decoder.{name}", getattr(self, name), 1)
         _check(not (self.out_dim and self.head == "none"), "decoder.out_dim needs decoder.head: mlp")
+        _check(not (self.pixels and self.conditions), "decoder has pixels and conditions, expected one way to make images")
         _check_bool("decoder.conv", self.conv)
         _check_bool("decoder.pixels", self.pixels)
         _check(self.placement in ("rank", "grid"), f"decoder.placement is {self.placement!r}, expected 'rank' or 'grid'")
@@ -227,6 +231,8 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         if self.understanding_dim is not None:
             _check_whole("understanding_dim", self.understanding_dim, 1)
+        highres = self.highres_decoder
+        _check(highres is None or not highres.pixels, "highres_decoder.pixels is true, but only the decoder can have a pixel head")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types only; `from_dict` is its inverse."""

@@ -16,16 +16,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dyntok.errors import CheckpointError, ConfigError, MissingDependencyError
+from dyntok.persistence import HALF
 
 LAVIT_SIZES = ((1024, 1024), (896, 1152), (832, 1216), (768, 1344), (1216, 832), (1152, 896))  # (height, width)
+
+FILES = ("unet/*", "vae/*", "scheduler/*", "uncond_embeddings.safetensors")  # of a saved painter, below its folder
 
 _WEIGHTS = "diffusion_pytorch_model"
 _INDEX = f"{_WEIGHTS}.safetensors.index.json"
 _UNCOND = "uncond_embeddings"
 _SHOWN = 400  # characters of diffusers' messages, which can list every tensor of a network
 _TIME_IDS = 6  # numbers per image: original size, crop, target size
-_HALF = (torch.float16, torch.bfloat16)
-_DTYPES = (*_HALF, torch.float32, torch.float64)
+_DTYPES = (*HALF, torch.float32, torch.float64)
 
 
 class DiffusionPainter:
@@ -40,7 +42,7 @@ class DiffusionPainter:
         pooled embedding. Both networks are put into evaluation mode; a half-precision VAE with `force_upcast` becomes float32.
         Raises `ConfigError` on parts that do not fit together."""
         _check_parts(unet.config, vae.config)
-        if vae.config.force_upcast and vae.dtype in _HALF:
+        if vae.config.force_upcast and vae.dtype in HALF:
             vae = vae.float()  # its activations overflow float16: pictures would be black
         self.unet, self.vae, self.scheduler = unet.eval(), vae.eval(), scheduler
         self.uncond_embeddings = None if self.wants_pooled else uncond_embeddings
@@ -56,11 +58,13 @@ class DiffusionPainter:
         folder: str | os.PathLike,
         *,
         uncond_file: str | os.PathLike | None = None,
+        pickles: bool = False,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> "DiffusionPainter":
-        """From a folder with the diffusers folders `unet`, `vae` and `scheduler`; nothing is downloaded, no code in a pickle runs.
+        """From a folder with the diffusers folders `unet`, `vae` and `scheduler`; nothing is downloaded.
 
+        pickles: also read weights that are torch pickles, as released; only of what a user named as LaVIT's. No code in them runs.
         A U-Net without a pooled embedding also needs `uncond_file`, a torch pickle of one tensor [L, E] or [1, L, E], or safetensors
         with the key `uncond_embeddings`; by default the one of that name in `folder`. It is not read for other U-Nets. `dtype` is
         the networks'; a VAE with `force_upcast` is float32 where that is a half-precision one.
@@ -73,12 +77,12 @@ class DiffusionPainter:
         except ImportError as error:
             raise MissingDependencyError.of("diffusers", "diffusion") from error
         folder = Path(folder)
-        unet = _load_network(UNet2DConditionModel, folder / "unet", dtype)
-        vae = _load_network(AutoencoderKL, folder / "vae", dtype)
-        if vae.config.force_upcast and dtype in _HALF:  # once more, because numbers too large for a half are infinite by now
-            vae = _load_network(AutoencoderKL, folder / "vae", torch.float32)
+        unet = _load_network(UNet2DConditionModel, folder / "unet", dtype, pickles)
+        vae = _load_network(AutoencoderKL, folder / "vae", dtype, pickles)
+        if vae.config.force_upcast and dtype in HALF:  # once more, because numbers too large for a half are infinite by now
+            vae = _load_network(AutoencoderKL, folder / "vae", torch.float32, pickles)
         scheduler = _load_part(DDIMScheduler, folder / "scheduler")
-        uncond = None if unet.config.addition_embed_type else _load_uncond(folder, uncond_file)
+        uncond = None if unet.config.addition_embed_type else _load_uncond(folder, uncond_file, pickles)
         try:
             painter = cls(unet, vae, scheduler, uncond)
         except ConfigError as error:
@@ -257,9 +261,9 @@ def _check_parts(unet: Any, vae: Any) -> None:
     _check(vae.out_channels == 3, f"the VAE paints {vae.out_channels} channels, expected 3")
 
 
-def _load_network(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
+def _load_network(kind: Any, folder: Path, dtype: torch.dtype, pickles: bool) -> Any:
     """A network of diffusers' class `kind`, with every one of its weights from the folder's files."""
-    safe = any((folder / name).is_file() for name in (f"{_WEIGHTS}.safetensors", _INDEX))
+    safe = not pickles or any((folder / name).is_file() for name in (f"{_WEIGHTS}.safetensors", _INDEX))
     network, report = _load_part(kind, folder, torch_dtype=dtype, use_safetensors=safe, output_loading_info=True)
     if missing := sorted(report["missing_keys"]):  # diffusers only warns, and leaves these at random
         raise CheckpointError(f"the weights in {folder} lack {len(missing)} tensors that config.json asks for, such as {missing[0]}")
@@ -279,13 +283,15 @@ def _load_part(kind: Any, folder: Path, **options: Any) -> Any:
         torch.set_default_dtype(default)  # diffusers leaves its own in place when a network can't be built
 
 
-def _load_uncond(folder: Path, file: str | os.PathLike | None) -> Tensor:
+def _load_uncond(folder: Path, file: str | os.PathLike | None, pickles: bool) -> Tensor:
     """float [L, E]"""
     if file is None:
-        file = next((path for end in ("safetensors", "bin") if (path := folder / f"{_UNCOND}.{end}").is_file()), None)
+        file = next((path for end in ("safetensors", *["bin"] * pickles) if (path := folder / f"{_UNCOND}.{end}").is_file()), None)
         if file is None:
-            raise CheckpointError(f"{folder} holds no {_UNCOND}.bin, which this U-Net needs: name the file with uncond_file")
+            raise CheckpointError(f"{folder} holds no {_UNCOND}.{'bin' if pickles else 'safetensors'}, which this U-Net needs")
     file = Path(file)
+    if not pickles and file.suffix != ".safetensors":
+        raise CheckpointError(f"{file} is no safetensors file, and pickles are read of LaVIT's own files alone")
     try:
         tensor = load_file(file)[_UNCOND] if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # of any type: pickles fail in many ways. Their advice to load without weights_only is not passed on

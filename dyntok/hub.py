@@ -3,9 +3,12 @@
 Not here: what a checkpoint holds (`checkpoint.py`).
 """
 
+import dataclasses
 import os
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub.errors import (
@@ -20,12 +23,12 @@ from huggingface_hub.errors import (
 from dyntok.checkpoint import CONFIG_NAME, INDEX_NAME, WEIGHTS, read_header
 from dyntok.errors import CheckpointError
 
-_WANTED = {"allow_patterns": [CONFIG_NAME, "model*.safetensors", INDEX_NAME, "README.md"], "ignore_patterns": ["*/*"]}
+_WANTED = (CONFIG_NAME, "model*.safetensors", INDEX_NAME, "README.md")
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a tokenizer came from, so that files which it does not need at once can be fetched when it does.
+    """Where a tokenizer comes from, so that files which it does not need at once can be fetched when it does.
 
     name_or_path: an existing folder, else a repository `org/name`. The other fields are options of the hub's client.
     """
@@ -33,15 +36,50 @@ class Origin:
     name_or_path: str | os.PathLike
     revision: str | None = None
     local_files_only: bool = False
-    token: str | bool | None = None
+    token: str | bool | None = field(default=None, repr=False)
     cache_dir: str | os.PathLike | None = None
     force_download: bool = False
+    path: Path | None = field(init=False, default=None)  # the folder, where it is one on this machine
 
-    @property
-    def path(self) -> Path | None:
-        """The folder, where it is one on this machine."""
-        path = Path(os.path.expanduser(self.name_or_path))
-        return path if path.is_dir() else None
+    def __post_init__(self) -> None:
+        path = os.path.expanduser(self.name_or_path)
+        if os.path.isdir(path):
+            object.__setattr__(self, "path", Path(path).absolute())  # decided once: the working directory may change
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"token": None}  # never into a file
+
+    def resolve(self) -> tuple[Path, "Origin"]:
+        """The folder of a dyntok checkpoint, in the hub's cache where it is not one of this machine; and its origin, the commit pinned.
+
+        Fetches config.json first and the weights only when it is a dyntok checkpoint. Raises `CheckpointError`, which says the ways out.
+        """
+        if self.path is not None:
+            return self.path, self
+        name = self.name_or_path
+        if os.path.exists(os.path.expanduser(name)) or not isinstance(name, str):
+            what = "a file" if os.path.exists(os.path.expanduser(name)) else "not there"
+            raise CheckpointError(f"{os.path.expanduser(name)} is {what}; expected the folder of a checkpoint")
+        try:
+            folder = self._snapshot([CONFIG_NAME])
+            if not (folder / CONFIG_NAME).is_file():
+                raise CheckpointError(f"it has no {CONFIG_NAME}, so it is no dyntok checkpoint")
+            read_header(folder)
+            pinned = self.pinned(folder / CONFIG_NAME)  # a branch may move while files are fetched
+            return pinned._snapshot(_WANTED, ignore_patterns=["*/*"]), pinned
+        except CheckpointError as error:
+            raise CheckpointError(f"{name} on the hub can't be used: {error}") from error
+        except Exception as error:  # from the hub's client, whose HTTP library, and so its errors, change between versions
+            raise CheckpointError(_hub_trouble(name, self.revision, self.local_files_only, error)) from error
+
+    def pinned(self, file: Path) -> "Origin":
+        """The same at the commit that `file`, which came from here, is of."""
+        if self.path is not None:
+            return self
+        parts = file.parts
+        commit = parts[len(parts) - parts[::-1].index("snapshots")]
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+        return Origin(**values | {"revision": commit})
 
     def file(self, name: str) -> Path:
         """One file by its path in the repository. Raises `CheckpointError` that says the ways out."""
@@ -49,85 +87,66 @@ class Origin:
             if not (self.path / name).is_file():
                 raise CheckpointError(f"{self.path} has no {name}; copy it there, from where the rest of the folder came")
             return self.path / name
-        return self._from_hub(name, lambda options: huggingface_hub.hf_hub_download(self.name_or_path, name, **options))
+        options = {"force_download": self.force_download, **self._options}
+        return self._asked(name, lambda: Path(huggingface_hub.hf_hub_download(self.name_or_path, name, **options)))
 
-    def folder(self, name: str) -> Path:
-        """All files below one folder of the repository. Raises `CheckpointError`."""
+    def folder(self, name: str, patterns: Sequence[str] = ("*",)) -> Path:
+        """What matches the patterns below one folder of the repository. Raises `CheckpointError`."""
         if self.path is None:
-            patterns = {"allow_patterns": [f"{name}/*"]}
-            snapshot = self._from_hub(name, lambda options: huggingface_hub.snapshot_download(self.name_or_path, **patterns, **options))
-            found = snapshot / name
+            found = self._asked(name, lambda: self._snapshot([f"{name}/{pattern}" for pattern in patterns])) / name
         else:
             found = self.path / name
         if not found.is_dir():
-            raise CheckpointError(f"{self.name_or_path} has no folder {name}, which this needs")
+            why = "; it is not in the local cache, download it once without local_files_only" if self.local_files_only else ""
+            raise CheckpointError(f"{self.name_or_path} has no folder {name}, which this needs{why}")
         return found
 
-    def _from_hub(self, name: str, fetch) -> Path:
-        options = {"revision": self.revision, "local_files_only": self.local_files_only, "token": self.token}
+    @property
+    def _options(self) -> dict[str, Any]:
+        names = ("revision", "local_files_only", "token", "cache_dir")
+        return {name: getattr(self, name) for name in names}
+
+    def _snapshot(self, allow_patterns: Sequence[str], **more: Any) -> Path:
+        options = {**self._options, "force_download": self.force_download, "allow_patterns": list(allow_patterns), **more}
+        return Path(huggingface_hub.snapshot_download(self.name_or_path, **options))
+
+    def _asked(self, name: str, fetch: Callable[[], Path]) -> Path:
         try:
-            return Path(fetch(options | {"cache_dir": self.cache_dir, "force_download": self.force_download}))
+            return fetch()
         except Exception as error:  # as in `resolve`
             if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
                 raise CheckpointError(f"{self.name_or_path} on the hub has no {name}") from error
             raise CheckpointError(_hub_trouble(str(self.name_or_path), self.revision, self.local_files_only, error)) from error
 
 
-def resolve(
-    name_or_path: str | os.PathLike,
-    *,
-    revision: str | None = None,
-    local_files_only: bool = False,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike | None = None,
-    force_download: bool = False,
-) -> Path:
-    """The folder of a checkpoint: an existing folder as it is, else the hub repository `org/name`, downloaded into the hub's cache.
-
-    Fetches config.json first and the weights only when it is a dyntok checkpoint. Raises `CheckpointError`, which says the ways out.
-    """
-    path = os.path.expanduser(name_or_path)
-    if os.path.isdir(path):
-        return Path(path)
-    if os.path.exists(path) or not isinstance(name_or_path, str):
-        raise CheckpointError(f"{path} is {'a file' if os.path.exists(path) else 'not there'}; expected the folder of a checkpoint")
-    options = {"local_files_only": local_files_only, "token": token, "cache_dir": cache_dir, "force_download": force_download}
-    try:
-        folder = Path(huggingface_hub.snapshot_download(name_or_path, revision=revision, allow_patterns=[CONFIG_NAME], **options))
-        if not (folder / CONFIG_NAME).is_file():
-            raise CheckpointError(f"it has no {CONFIG_NAME}, so it is no dyntok checkpoint")
-        read_header(folder)
-        commit = folder.name  # a branch may have moved since config.json was fetched
-        return Path(huggingface_hub.snapshot_download(name_or_path, revision=commit, **_WANTED, **options))
-    except CheckpointError as error:
-        raise CheckpointError(f"{name_or_path} on the hub can't be used: {error}") from error
-    except Exception as error:  # from the hub's client, whose HTTP library, and so its errors, change between versions
-        raise CheckpointError(_hub_trouble(name_or_path, revision, local_files_only, error)) from error
-
-
 def upload(
     folder: str | os.PathLike,
     repo_id: str,
     *,
+    painters: Sequence[str] = (),
     private: bool | None = None,
     token: str | bool | None = None,
     branch: str | None = None,
     create_pr: bool = False,
     commit_message: str = "Upload a dyntok checkpoint",
 ) -> str:
-    """Sends the checkpoint in `folder` and its README.md, in one commit, to a hub repository that is made if need be.
+    """Sends the checkpoint in `folder`, its README.md and the diffusion models beside it, in one commit, to a hub repository that is made
+    if need be.
 
     Takes the place of a checkpoint there; other files stay. Returns the address of the commit, or of the pull request.
     Raises `CheckpointError`.
     """
-    names = [path.name for path in Path(folder).iterdir() if path.name in (CONFIG_NAME, "README.md") or WEIGHTS.fullmatch(path.name)]
+    folder = Path(folder)
+    names = [path.name for path in folder.iterdir() if path.name in (CONFIG_NAME, "README.md") or WEIGHTS.fullmatch(path.name)]
+    below = [path for name in painters for path in sorted((folder / name).rglob("*")) if path.suffix in (".json", ".safetensors")]
+    names += [path.relative_to(folder).as_posix() for path in below]
     try:
         api = huggingface_hub.HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         # weights in another number of shards would be taken for the new ones
         stale = [name for name in api.list_repo_files(repo_id, revision=branch) if WEIGHTS.fullmatch(name) and name not in names]
         operations = [huggingface_hub.CommitOperationDelete(name) for name in stale]
-        operations += [huggingface_hub.CommitOperationAdd(name, Path(folder) / name) for name in names]
+        operations += [huggingface_hub.CommitOperationAdd(name, folder / name) for name in names]
         commit = api.create_commit(repo_id, operations, commit_message=commit_message, revision=branch, create_pr=create_pr)
     except Exception as error:  # as in `resolve`
         raise CheckpointError(f"can't upload {folder} to the hub as {repo_id!r}: {_first_line(error)}") from error

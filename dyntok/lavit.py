@@ -10,7 +10,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -57,7 +56,8 @@ licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc.
 the licence on with it. dyntok's own Apache-2.0 licence covers the code that reads the weights, not the weights.
 """
 
-_MLP_RATIO = 4.3637
+_MLP_RATIO = MergerConfig.mlp_ratio
+_PAINTER_FILES = ("unet/*", "vae/*", "scheduler/*", "uncond_embeddings.bin")
 _BLOCK = {"norm0": "self_norm", "norm1": "cross_norm", "norm2": "mlp_norm", "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.2"}
 _MERGER_BLOCK = _BLOCK | {
     "token_causal_attn.qkv": "self_qkv", "token_causal_attn.proj": "self_proj",
@@ -110,8 +110,9 @@ class Sizes:
 
 
 def is_release(name_or_path: str | os.PathLike) -> bool:
-    """Whether it names LaVIT's released files: a repository of theirs, or a folder laid out like it."""
-    return str(name_or_path) in RELEASES or (Path(os.path.expanduser(name_or_path)) / FILES["encoder"]).is_file()
+    """Whether it names LaVIT's released files: a repository of theirs, or a folder laid out like it (which need not be whole)."""
+    folder = Path(os.path.expanduser(name_or_path))
+    return any((folder / file).is_file() for file in FILES.values()) if folder.is_dir() else str(name_or_path) in RELEASES
 
 
 def load(
@@ -137,14 +138,17 @@ def load(
     """
     origin = Origin(name_or_path, revision, local_files_only, token, cache_dir, force_download)
     sizes = Sizes.of(config)
-    backbone, encoder = (_Weights.read(origin.file(FILES[name])) for name in ("backbone", "encoder"))
+    backbone = _Weights.read(origin.file(FILES["backbone"]))
+    origin = origin.pinned(backbone.file)
+    encoder = _Weights.read(origin.file(FILES["encoder"]))
     whole = _encoder_config(backbone, encoder, sizes)
-    state = _backbone_state(backbone) | _encoder_state(encoder)
+    backbone_state, encoder_state = _backbone_state(backbone), _encoder_state(encoder)
     for weights in (backbone, encoder):
         weights.check_all_used()
     tokenizer = new_on_meta(lambda: DynamicVisualTokenizer(whole))
-    _fill(tokenizer, state, encoder.file)
-    tokenizer.origin = origin
+    _fill(tokenizer.backbone.model, backbone_state, backbone.file)
+    _fill(tokenizer, {f"backbone.model.{name}": value for name, value in backbone_state.items()} | encoder_state, encoder.file)
+    tokenizer.origin, tokenizer.card = origin, _card(origin)
     tokenizer.late_parts = _ReleasedParts(origin, sizes)
     return tokenizer.in_precision(dtype).to(device).eval()
 
@@ -170,8 +174,10 @@ class _ReleasedParts:
             state = _decoder_state(weights)
         weights.check_all_used()
         _fill(part, state, weights.file)
-        part.requires_grad_(True)
         return section, cast(part, tokenizer.dtype).to(tokenizer.device).train(tokenizer.training)
+
+    def painter(self, folder: str, device: torch.device, dtype: torch.dtype) -> DiffusionPainter:
+        return DiffusionPainter.load(self.origin.folder(folder, _PAINTER_FILES), pickles=True, device=device, dtype=dtype)
 
 
 class _Weights:
@@ -187,11 +193,15 @@ class _Weights:
                 tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             except RuntimeError:  # written before PyTorch 1.6: those can't be memory-mapped
                 tensors = torch.load(file, map_location="cpu", weights_only=True)
-        except (UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
-            # PyTorch's own message advises to load without weights_only: not passed on
+        except OSError as error:
+            raise CheckpointError(f"can't read {file}: {error.strerror or error}") from error
+        except Exception as error:  # of any type: pickles fail in many ways. PyTorch's advice to load without weights_only is not passed on
             raise CheckpointError(f"{file} is damaged or holds more than tensors ({type(error).__name__}); it was not loaded") from error
         if not isinstance(tensors, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items()):
             raise CheckpointError(f"{file} holds {type(tensors).__name__}, expected a mapping of names to tensors")
+        for name, tensor in tensors.items():
+            if not tensor.is_floating_point() or tensor.is_meta or tensor.layout != torch.strided:
+                raise CheckpointError(f"{file}: {name} is {tensor.dtype} on {tensor.device}, expected dense floating-point values")
         return cls(file, tensors)
 
     def _find(self, name: str) -> Tensor:
@@ -203,11 +213,17 @@ class _Weights:
         self.used.add(name)
         return self._find(name)
 
-    def shape(self, name: str) -> torch.Size:
-        return self._find(name).shape
+    def shape(self, name: str, dims: int = 2) -> torch.Size:
+        shape = self._find(name).shape
+        if len(shape) != dims:
+            raise CheckpointError(f"{self.file}: {name} has the shape {list(shape)}, expected {dims} dimensions")
+        return shape
 
     def joined(self, *names: str) -> Tensor:
-        return torch.cat([self.take(name) for name in names])
+        tensors = [self.take(name) for name in names]
+        if len({(t.dim(), t.shape[1:]) for t in tensors}) > 1:
+            raise CheckpointError(f"{self.file}: {', '.join(names[:4])} have different shapes, expected widths that fit together")
+        return torch.cat(tensors)
 
     def depth(self, prefix: str) -> int:
         """How many blocks there are."""
@@ -227,8 +243,8 @@ class _Weights:
 
 def _encoder_config(backbone: _Weights, encoder: _Weights, sizes: Sizes) -> TokenizerConfig:
     preset = TokenizerConfig.preset("lavit")
-    _, tokens, vit_dim = backbone.shape("pos_embed")
-    patch, grid = backbone.shape("patch_embed.proj.weight")[-1], math.isqrt(tokens - 1)
+    _, tokens, vit_dim = backbone.shape("pos_embed", 3)
+    patch, grid = backbone.shape("patch_embed.proj.weight", 4)[-1], math.isqrt(tokens - 1)
     vit_depth, vit_hidden = backbone.depth("blocks."), backbone.shape("blocks.0.mlp.fc1.weight")[0]
     hidden, dim = encoder.shape("causal_encoder.blocks.0.mlp.fc1.weight")
     depth = encoder.depth("causal_encoder.blocks.")
@@ -277,7 +293,7 @@ def _ratio(hidden: int, dim: int) -> float:
 def _backbone_state(weights: _Weights) -> dict[str, Tensor]:
     """In timm's naming, which is the released one. The final norm and the head come after the layer that is read."""
     weights.used |= {name for name in weights.tensors if name.startswith(("norm.", "head."))}
-    return {f"backbone.model.{name}": weights.take(name) for name in weights.tensors if name not in weights.used}
+    return {name: weights.take(name) for name in weights.tensors if name not in weights.used}
 
 
 def _encoder_state(weights: _Weights) -> dict[str, Tensor]:
@@ -321,7 +337,7 @@ def _decoder_state(weights: _Weights) -> dict[str, Tensor]:
 
 def _fill(part: nn.Module, state: dict[str, Tensor], file: Path) -> None:
     try:
-        fill(part, state)
+        fill(part, state, advice="Check heads and vit_heads in config=, or fetch the file again.")
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error}") from error
 
@@ -340,11 +356,16 @@ def convert(
     parts: of `PARTS`, what to take besides the encoder; None: all there is. "pixels" are the diffusion models of the decoders taken (extra
     `diffusion`). dtype: of most weights, see `DynamicVisualTokenizer.in_precision`. Other options are those of `load`.
 
-    Raises as `load` does, `ConfigError` on an unknown part, and `CheckpointError` where the folder can't be written.
+    Raises as `load` does, `ConfigError` on an unknown part, pixels without a decoder or a folder that holds released files, and
+    `CheckpointError` where the folder can't be written.
     """
     unknown = sorted(set(parts or ()) - set(PARTS))
     if unknown:
         raise ConfigError(f"there is no part {', '.join(unknown)}; expected some of {', '.join(PARTS)}")
+    if parts is not None and "pixels" in parts and not set(parts) & set(PAINTERS):
+        raise ConfigError(f"pixels were asked for without a decoder; add {' or '.join(PAINTERS)}")
+    if is_release(folder):
+        raise ConfigError(f"{folder} holds released files, which would shadow the new checkpoint; write it to another folder")
     tokenizer, folder = load(source, config=config, dtype=dtype, **options), Path(folder)
     origin = tokenizer.origin
 
@@ -354,13 +375,13 @@ def convert(
     taken = [name for name in ("decoder", "highres_decoder", "understanding") if wanted(name, FILES[name])]
     for name in taken:
         tokenizer.part(name)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "README.md").write_text(_CARD.format(source=source if origin.path is None else "a local copy"), encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"can't write {folder}: {error.strerror or error}") from error
+    painters = [painter for name, painter in PAINTERS.items() if name in taken and wanted("pixels", painter)]
+    for painter in painters:  # first, because more can go wrong here
+        tokenizer.late_parts.painter(painter, torch.device("cpu"), dtype).save(folder / painter)
     tokenizer.save_pretrained(folder)
-    for name, painter in PAINTERS.items():
-        if name in taken and wanted("pixels", painter):
-            DiffusionPainter.load(origin.folder(painter), dtype=dtype).save(folder / painter)
     return tokenizer
+
+
+def _card(origin: Origin) -> str:
+    where = "a local copy" if origin.path is not None else f"{origin.name_or_path} at {origin.revision}"
+    return _CARD.format(source=where)

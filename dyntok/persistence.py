@@ -4,10 +4,11 @@ Not here: files and formats (`checkpoint.py`, `hub.py`), LaVIT's released files 
 """
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from huggingface_hub import ModelHubMixin
@@ -21,12 +22,25 @@ from dyntok.hub import Origin
 from dyntok.selector import Selector
 
 if TYPE_CHECKING:
+    from dyntok.diffusion import DiffusionPainter
     from dyntok.tokenizer import DynamicVisualTokenizer
 
 HALF = (torch.float16, torch.bfloat16)
 M = TypeVar("M", bound=nn.Module)
 
 _ZERO_BUFFER = "k_bias"  # of timm's EVA: not stored, always zero
+
+
+class LateParts(Protocol):
+    """Fetches parts of a tokenizer when they are first needed."""
+
+    def fetch(self, name: str, tokenizer: "DynamicVisualTokenizer") -> tuple[dict[str, Any], nn.Module]:
+        """Sections of the configuration that change, and the part: "decoder", "highres_decoder" or "understanding"."""
+        ...
+
+    def painter(self, folder: str, device: torch.device, dtype: torch.dtype) -> "DiffusionPainter":
+        """The diffusion model in that folder."""
+        ...
 
 
 class Persistent(nn.Module, ModelHubMixin, library_name="dyntok", tags=["image-tokenizer"], model_card_template=checkpoint.MODEL_CARD):
@@ -37,6 +51,8 @@ class Persistent(nn.Module, ModelHubMixin, library_name="dyntok", tags=["image-t
     def __init__(self) -> None:
         super().__init__()
         self.origin: Origin | None = None  # where it was loaded from
+        self.late_parts: LateParts | None = None  # of parts that are fetched when they are first needed
+        self.card: str | None = None  # a model card that must stay with the weights, for the licence it names
         self._fingerprint: tuple[list, str] | None = None  # of which state, and the hash
 
     @property
@@ -77,15 +93,34 @@ class Persistent(nn.Module, ModelHubMixin, library_name="dyntok", tags=["image-t
         dtype: of the stored weights. Codes are defined on what is stored: rounding to half precision makes another tokenizer.
         push_to_hub: send the folder's checkpoint to the hub as `repo_id` (default: the folder's name); options as in `push_to_hub`.
 
+        A diffusion model that lies beside the tokenizer on this machine is copied, too. Of LaVIT's released files only the parts that were
+        fetched so far are written (`dyntok import-lavit` writes all); their licence stays in the card.
+
         Returns the address of the hub's commit, if there is one. Raises `CheckpointError`.
         """
         if push_options and not push_to_hub:
             raise TypeError(f"save_pretrained got {', '.join(push_options)}, which only push_to_hub=True has a use for")
         folder = Path(save_directory)
         checkpoint.save(folder, self.config, self.state_dict(), dtype=dtype)
-        if not (folder / "README.md").exists():
+        if self.card is not None:
+            (folder / "README.md").write_text(self.card, encoding="utf-8")
+        elif not (folder / "README.md").exists():
             self.generate_model_card().save(folder / "README.md")
-        return hub.upload(folder, repo_id or folder.absolute().name, **push_options) if push_to_hub else None
+        painters = self._copy_painters(folder)
+        return hub.upload(folder, repo_id or folder.absolute().name, painters=painters, **push_options) if push_to_hub else None
+
+    def _copy_painters(self, folder: Path) -> list[str]:
+        """Folders of diffusion models that are now below `folder`."""
+        decoders = [decoder for decoder in (self.config.decoder, self.config.highres_decoder) if decoder and decoder.conditions]
+        names = [decoder.conditions.folder for decoder in decoders]
+        beside = self.origin.path if self.origin is not None and self.late_parts is None else None
+        try:
+            for name in names:
+                if beside is not None and (beside / name).is_dir() and beside != folder.absolute():
+                    shutil.copytree(beside / name, folder / name, dirs_exist_ok=True)
+        except (OSError, shutil.Error) as error:
+            raise CheckpointError(f"can't copy the diffusion model to {folder}: {error}") from error
+        return [name for name in names if (folder / name).is_dir()]
 
     def push_to_hub(self, repo_id: str, *, dtype: torch.dtype | None = None, **options) -> str:
         """Send the tokenizer to the hub with a short model card; to send your own card, use `save_pretrained(..., push_to_hub=True)`.
@@ -94,7 +129,7 @@ class Persistent(nn.Module, ModelHubMixin, library_name="dyntok", tags=["image-t
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, dtype=dtype)
-            return hub.upload(folder, repo_id, **options)
+            return hub.upload(Path(folder), repo_id, painters=self._copy_painters(Path(folder)), **options)
 
     @classmethod
     def from_pretrained(
@@ -114,14 +149,14 @@ class Persistent(nn.Module, ModelHubMixin, library_name="dyntok", tags=["image-t
         dtype: see `in_precision`.
         """
         origin = Origin(name_or_path, revision, local_files_only, token, cache_dir, force_download)
-        folder = hub.resolve(**vars(origin))
+        folder, origin = origin.resolve()
         config, state = checkpoint.load(folder)
         try:
             tokenizer = new_on_meta(lambda: cls(config))
         except ConfigError as error:
             raise CheckpointError(f"no tokenizer can be made from {folder / checkpoint.CONFIG_NAME}: {error}") from error
         fill(tokenizer, state)
-        tokenizer.origin = origin
+        tokenizer.origin, tokenizer.card = origin, checkpoint.licensed_card(folder)
         return tokenizer.in_precision(dtype).to(device).eval()
 
 
@@ -137,13 +172,13 @@ def new_on_meta(make: Callable[[], M]) -> M:
     return make() if computed else module
 
 
-def fill(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+def fill(module: nn.Module, state: Mapping[str, Tensor], **advice: str) -> None:
     """Give a module of `new_on_meta` its tensors, without a copy. Raises `CheckpointError` where they do not fit."""
-    checkpoint.check_state_dict(module, state)
+    checkpoint.check_state_dict(module, state, **advice)
     module.load_state_dict(state, assign=True)
     for part in module.modules():
         for name, buffer in part.named_buffers(recurse=False):
-            if buffer.is_meta:
+            if buffer.is_meta and name == _ZERO_BUFFER:
                 setattr(part, name, torch.zeros_like(buffer, device="cpu"))
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dyntok import lavit
+from dyntok.errors import ConfigError
 from dyntok.tokenizer import DynamicVisualTokenizer
 
 BUNDLED = Path(__file__).parent / "pretrained" / "tiny"
@@ -16,6 +17,8 @@ def load(name_or_path: str | os.PathLike | None = None, *, config: dict[str, Any
     The name or folder of LaVIT's released files ("rain1011/LaVIT-7B-v2") works, too: see `lavit.load`, to which `config` belongs.
     Options are those of `DynamicVisualTokenizer.from_pretrained`: revision, device, dtype, local_files_only, ...
     """
+    if config is not None and name_or_path is None:
+        raise ConfigError("config= tells head counts of LaVIT's files; name their folder or repository, too")
     name = BUNDLED if name_or_path is None else name_or_path
     if config is not None or lavit.is_release(name):
         return lavit.load(name, config=config, **options)

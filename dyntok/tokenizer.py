@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from PIL import Image
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from dyntok.backbone import Backbone
 from dyntok.codebook import Codebook
+from dyntok.conditions import Conditions
 from dyntok.config import ImageConfig, TokenizerConfig
 from dyntok.decoder import Decoder
-from dyntok.diffusion import DiffusionPainter
+from dyntok.diffusion import FILES, DiffusionPainter
 from dyntok.encoding import Encoding
 from dyntok.errors import CheckpointError, CodeError, ConfigError, FingerprintError, ImageError
 from dyntok.features import Features
@@ -31,14 +32,6 @@ Codes: TypeAlias = Encoding | _Rows
 _Policy: TypeAlias = Callable[[Tensor, Sequence[int]], Tensor]  # log-probabilities [B, N, 2], places in the call -> keep mask [B, N]
 _CHUNK = 32  # images at once, where they need not be taken singly
 _PAINTED = ImageConfig(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))  # of pixels in [0, 1]
-
-
-class LateParts(Protocol):
-    """Fetches parts of a tokenizer when they are first needed."""
-
-    def fetch(self, name: str, tokenizer: "DynamicVisualTokenizer") -> tuple[dict[str, Any], nn.Module]:
-        """Sections of the configuration that change, and the part: "decoder", "highres_decoder" or "understanding"."""
-        ...
 
 
 class DynamicVisualTokenizer(Persistent):
@@ -72,8 +65,7 @@ class DynamicVisualTokenizer(Persistent):
         self.pixel_head = PixelHead(self.decoder.out_dim, self.backbone.grid, self.backbone.patch_size) if paints else None
         reads = config.understanding_dim is not None
         self.understanding = Understanding(width, config.merger, config.understanding_dim) if reads else None
-        self.late_parts: LateParts | None = None  # of parts that are fetched when they are first needed
-        self._painters: dict[str, DiffusionPainter] = {}  # by folder
+        self._painters: dict[tuple, DiffusionPainter] = {}  # by folder, device and dtype
 
     # The easy door: pictures in, pictures out.
 
@@ -132,7 +124,7 @@ class DynamicVisualTokenizer(Persistent):
         decoder that has no use for them, or a tokenizer that makes no images; `ConfigError` on options that it has no use for;
         `FingerprintError` on codes of another tokenizer.
         """
-        encoding = self._as_encoding(codes, positions, grid)
+        encoding = self._as_encoding(codes, positions, grid, highres)
         pieces = (encoding[i : i + _CHUNK] for i in range(0, len(encoding), _CHUNK))
         options = {"size": size, "steps": steps, "guidance": guidance, "generator": generator, "batch_size": batch_size}
         options = {name: value for name, value in options.items() if value is not None}
@@ -232,23 +224,18 @@ class DynamicVisualTokenizer(Persistent):
         self, codes: Codes, *, positions: _Rows | None = None, grid: tuple[int, int] | None = None, highres: bool = False
     ) -> Tensor:
         """Patch features [B, N, D] from codes; arguments and errors as in `decode`, but nothing that paints is needed."""
-        encoding = self._as_encoding(codes, positions, grid)
-        decoder = self._decoder(highres)
-        if positions is not None and decoder.placement == "rank":
-            raise CodeError("positions were given, but this decoder knows tokens by their rank alone; leave positions out")
+        encoding = self._as_encoding(codes, positions, grid, highres)
         with _evaluating(self):
             vectors = self.codebook.lookup(encoding.packed_codes)
-            return decoder(vectors, encoding.cu_seqlens, encoding.packed_positions)
+            return self._decoder(highres)(vectors, encoding.cu_seqlens, encoding.packed_positions)
 
     def decode_conditions(
         self, codes: Codes, *, positions: _Rows | None = None, grid: tuple[int, int] | None = None, highres: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """What a diffusion U-Net reads: prompt embeddings [B, N, E], and the pooled embedding [B, P] or None; otherwise as `decode`."""
-        decoder = self._decoder(highres)
-        if decoder.conditions is None:
-            raise CodeError("this tokenizer has neither pixel head nor conditions, so it can't make images; decode_features(codes) works")
+        conditions = self._conditions(highres)
         with _evaluating(self):
-            return decoder.conditions(self.decode_features(codes, positions=positions, grid=grid, highres=highres))
+            return conditions(self.decode_features(codes, positions=positions, grid=grid, highres=highres))
 
     def decode_pixels(self, codes: Codes, *, positions: _Rows | None = None, grid: tuple[int, int] | None = None) -> Tensor:
         """Normalised pixels [B, 3, S, S] from codes, by the pixel head; arguments and errors as in `decode`."""
@@ -270,14 +257,26 @@ class DynamicVisualTokenizer(Persistent):
     def _decoder(self, highres: bool) -> Decoder:
         return self.part("highres_decoder" if highres else "decoder")
 
+    def _conditions(self, highres: bool) -> Conditions:
+        conditions = self._decoder(highres).conditions
+        if conditions is None:
+            has = "no pixel head and " if self.pixel_head is None else ""
+            raise CodeError(f"this tokenizer has {has}no conditions for a diffusion model; decode_features(codes) gives patch features")
+        return conditions
+
     def _painter(self, highres: bool) -> DiffusionPainter:
-        self.decode_conditions([], highres=highres)  # refuses a tokenizer that makes no images
+        self._conditions(highres)  # refuses a tokenizer that makes no images
         folder = (self.config.highres_decoder if highres else self.config.decoder).conditions.folder
-        if folder not in self._painters:
+        key = folder, self.device, self.dtype
+        if key not in self._painters:
             if self.origin is None:
                 raise CheckpointError("this tokenizer was not loaded from anywhere, so no diffusion model lies beside it; load a saved one")
-            self._painters[folder] = DiffusionPainter.load(self.origin.folder(folder), device=self.device, dtype=self.dtype)
-        return self._painters[folder]
+            if self.late_parts is not None:
+                painter = self.late_parts.painter(*key)
+            else:
+                painter = DiffusionPainter.load(self.origin.folder(folder, FILES), device=self.device, dtype=self.dtype)
+            self._painters = {k: v for k, v in self._painters.items() if k[1:] == key[1:]} | {key: painter}
+        return self._painters[key]
 
     def _given(self, keep: Tensor, images: int) -> _Policy:
         """A policy that keeps what the caller's mask says."""
@@ -359,10 +358,12 @@ class DynamicVisualTokenizer(Persistent):
         if not pixels.isfinite().all():
             raise ImageError("pixels hold NaN or infinite values, expected finite ones")
 
-    def _as_encoding(self, codes: Codes, positions: _Rows | None, grid: tuple[int, int] | None) -> Encoding:
+    def _as_encoding(self, codes: Codes, positions: _Rows | None, grid: tuple[int, int] | None, highres: bool = False) -> Encoding:
         if not isinstance(codes, Encoding):
             if not isinstance(codes, Iterable):
                 raise CodeError(f"codes are {type(codes).__name__}, expected an Encoding or one list of integers per image")
+            if positions is not None and self._decoder(highres).placement == "rank":
+                raise CodeError("positions were given, but this decoder knows tokens by their rank alone; leave positions out")
             codes = Encoding.pack(codes, positions, grid or self.grid)
         elif positions is not None or grid is not None:
             raise CodeError("positions= or grid= was given with an Encoding, which has its own; give them with plain lists of codes only")

@@ -1,4 +1,4 @@
-"""`hub.resolve` with the real hub client, over HTTP, against a small hub on this machine's loopback interface."""
+"""`Origin.resolve` with the real hub client, over HTTP, against a small hub on this machine's loopback interface."""
 
 import functools
 import os
@@ -12,9 +12,9 @@ import torch
 from loopback_hub import COMMIT, TOKEN, Hub, downloads, serve
 
 from dyntok import checkpoint
-from dyntok import hub as hub_module
 from dyntok.config import TokenizerConfig
 from dyntok.errors import CheckpointError
+from dyntok.hub import Origin
 
 CONFIG = TokenizerConfig.preset("tiny")
 STATE = {f"layer{i}": torch.full((100,), float(i)) for i in range(3)}
@@ -56,7 +56,8 @@ def hub(endpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", functools.partial(huggingface_hub.snapshot_download, endpoint=endpoint))
     Hub.requests.clear()
     Hub.tokens.clear()
-    return functools.partial(hub_module.resolve, cache_dir=tmp_path / "cache", token=False)
+    defaults = {"cache_dir": tmp_path / "cache", "token": False}
+    return lambda name, **options: Origin(name, **defaults | options).resolve()[0]
 
 
 def check(folder):
@@ -164,7 +165,7 @@ def test_files_and_missing_paths_are_not_looked_up(hub, tmp_path):
 def test_it_works_with_nothing_but_the_hub_s_own_environment(endpoint, tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"}
-    code = "from dyntok import checkpoint, hub; print(len(checkpoint.load(hub.resolve('org/sharded'))[1]))"
+    code = "from dyntok import checkpoint, hub; print(len(checkpoint.load(hub.Origin('org/sharded').resolve()[0])[1]))"
     root = Path(checkpoint.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout.strip() == "3", done.stderr

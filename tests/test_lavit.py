@@ -6,13 +6,16 @@ import os
 import pickle
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import dyntok
 from dyntok import CheckpointError, CodeError, ConfigError, lavit
 from dyntok.cli import main
+from dyntok.image import to_pixels
 
 TOLERANCE = 1e-4  # relative
 ENCODER = lavit.FILES["encoder"]
@@ -350,3 +353,72 @@ def test_a_uniform_average_where_every_patch_is_kept(shared, parity):
         merger(features, torch.ones(1, 25, dtype=torch.bool))
         hook.remove()
     assert torch.allclose(captured["x"], x[0], atol=1e-4)
+
+
+# What a review found.
+
+
+def test_positions_are_refused_by_decode_too(shared):
+    with pytest.raises(CodeError, match="this decoder knows tokens by their rank"):
+        shared.decode([[1, 2]], positions=[[0, 3]])
+
+
+@pytest.mark.parametrize(
+    "part, key, value, told",
+    [
+        ("encoder", "quantize.embedding.weight", torch.zeros(256, 8, dtype=torch.int64), "quantize.embedding.weight is torch.int64"),
+        ("encoder", "quantize.embedding.weight", torch.empty(256, 8, device="meta"), "quantize.embedding.weight is torch.float32 on meta"),
+        ("backbone", "pos_embed", torch.zeros(26, 48), r"pos_embed has the shape \[26, 48\], expected 3 dimensions"),
+        ("encoder", "causal_encoder.blocks.0.token_cross_attn.key.weight", torch.zeros(48, 40), "have different shapes"),
+    ],
+    ids=["integers", "meta", "dimensions", "widths"],
+)
+def test_tensors_of_another_kind_are_named(parity, tmp_path, part, key, value, told):
+    folder = write_release(parity, tmp_path, lambda name, tensors: tensors | ({key: value} if name == part else {}))
+    with pytest.raises(CheckpointError, match=told):
+        dyntok.load(folder, config=parity.config)
+
+
+def test_the_file_that_is_wrong_is_named(parity, tmp_path):
+    def without(name, tensors):
+        return {k: v for k, v in tensors.items() if k != "blocks.1.norm2.weight" or name != "backbone"}
+
+    with pytest.raises(CheckpointError, match=r"eva_vitg_psz14\.bin: .*blocks\.1\.norm2\.weight.*Check heads and vit_heads"):
+        dyntok.load(write_release(parity, tmp_path, without), config=parity.config)
+
+
+def test_a_folder_is_found_again_from_elsewhere(parity, release, tmp_path, monkeypatch):
+    shutil.copytree(release, tmp_path / "r")
+    monkeypatch.chdir(tmp_path)
+    tokenizer = dyntok.load("r", config=parity.config)
+    monkeypatch.chdir("/")
+    assert tokenizer.part("decoder") is tokenizer.decoder
+
+
+def test_the_token_is_not_shown_or_stored(release, parity):
+    tokenizer = dyntok.load(release, config=parity.config, token="hf_secret")
+    assert "hf_secret" not in repr(tokenizer.origin) and b"hf_secret" not in pickle.dumps(tokenizer.origin)
+
+
+def test_the_licence_stays_with_the_weights(tokenizer, tmp_path):
+    for i in range(2):
+        tokenizer.save_pretrained(tmp_path / str(i))
+        assert "LLAMA 2 Community License" in (tmp_path / str(i) / "README.md").read_text()
+        tokenizer = dyntok.load(tmp_path / str(i))
+
+
+def test_imports_that_make_no_sense(release, parity, tmp_path):
+    with pytest.raises(ConfigError, match="pixels were asked for without a decoder; add decoder or highres_decoder"):
+        lavit.convert(release, tmp_path, parts=["pixels"], config=parity.config)
+    with pytest.raises(ConfigError, match="holds released files, which would shadow the new checkpoint"):
+        lavit.convert(release, release, config=parity.config)
+    with pytest.raises(ConfigError, match="name their folder or repository"):
+        dyntok.load(config=parity.config)
+
+
+def test_pictures_are_prepared_pixel_by_pixel(shared, photos):
+    """Against the preparation of `lavit.md`, written out."""
+    image = Image.fromarray(photos[0])
+    resized = np.asarray(image.resize((70, 70), Image.Resampling.BICUBIC), dtype=np.float64) / 255
+    expected = (resized - [0.48145466, 0.4578275, 0.40821073]) / [0.26862954, 0.26130258, 0.27577711]
+    assert np.abs(to_pixels(image, shared.config.image).permute(1, 2, 0).numpy() - expected).max() < 1e-5

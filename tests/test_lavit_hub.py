@@ -22,7 +22,7 @@ def hub(parity, tmp_path, monkeypatch):
     """Options of `dyntok.load` for a client that knows the loopback hub alone, with an empty cache."""
     folder = write_release(parity, tmp_path / "release")
     files = {path: (folder / path).read_bytes() for path in lavit.FILES.values()}
-    extra = {"language_model/model-00001.safetensors": b"gigabytes", "pixel_decoding/vae/config.json": b"{}", "README.md": b"card"}
+    extra = {"language_model/model-00001.safetensors": b"gigabytes", "README.md": b"card"}
     monkeypatch.setattr(Hub, "repos", {NAME: files | extra})
     monkeypatch.setattr(Hub, "torn", set())
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -91,3 +91,23 @@ def test_with_nothing_but_the_hub_s_own_environment(hub, parity, tmp_path):
     root = Path(dyntok.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout.strip() == "(5, 5)", done.stderr
+
+
+def test_a_diffusion_model_is_fetched_when_pictures_are_wanted_and_nothing_else_of_its_folder(hub, parity, tmp_path):
+    test_diffusion = pytest.importorskip("test_diffusion")
+    folder = test_diffusion.write_release(tmp_path / "painter", cross_attention_dim=24)
+    painter = {f"pixel_decoding/{path.relative_to(folder).as_posix()}": path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    Hub.repos[NAME] |= painter | {"pixel_decoding/safety_checker/model.bin": b"gigabytes"}
+    tokenizer = dyntok.load(NAME, **hub)
+    enc = tokenizer.encode_pixels(parity["io/pixels"][:1])
+    assert downloads() == ENCODING
+    assert tokenizer.decode(enc, steps=1)[0].size == (8, 8)
+    assert downloads() == sorted([*ENCODING, lavit.FILES["decoder"], *painter])
+
+
+def test_the_commit_stays_the_same_for_parts_that_come_later(hub):
+    tokenizer = dyntok.load(NAME, **hub)
+    assert tokenizer.origin.revision == COMMIT
+    Hub.requests.clear()
+    tokenizer.part("decoder")
+    assert Hub.requests and all(f"/resolve/{COMMIT}/" in request for request in Hub.requests if "/resolve/" in request)

@@ -1,6 +1,7 @@
 """Codes to pictures in one call, through LaVIT's decoders and a diffusion model of toy size in the released folder layout."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -89,3 +90,27 @@ def test_a_tokenizer_of_its_own_pixels_has_no_use_for_diffusion(parity):
     for options in ({"steps": 3}, {"highres": True}, {"size": (8, 8), "guidance": 2.0}):
         with pytest.raises(ConfigError, match=f"{', '.join(options)} given, but this tokenizer paints without a diffusion model"):
             tiny.decode([[1]], **options)
+
+
+def test_pickles_beside_an_ordinary_checkpoint_are_not_read(release, parity, tmp_path):
+    lavit.convert(release, tmp_path / "own", config=parity.config, parts=["decoder"])
+    shutil.copytree(release / "pixel_decoding", tmp_path / "own" / "pixel_decoding")
+    own = dyntok.load(tmp_path / "own")
+    with pytest.raises(CheckpointError, match="can't load UNet2DConditionModel"):
+        own.decode([[1]])
+
+
+def test_a_saved_copy_takes_its_diffusion_model_along(release, tokenizer, parity, tmp_path):
+    lavit.convert(release, tmp_path / "a", config=parity.config)
+    dyntok.load(tmp_path / "a").save_pretrained(tmp_path / "b")
+    again = dyntok.load(tmp_path / "b")
+    enc = again.encode_pixels(parity["io/pixels"][:1])
+    pictures = [tok.decode(enc, steps=1, generator=seeded())[0].tobytes() for tok in (again, tokenizer)]
+    assert pictures[0] == pictures[1]
+
+
+def test_painters_follow_the_tokenizer(release, parity):
+    tokenizer = dyntok.load(release, config=parity.config)
+    assert tokenizer._painter(False).unet.dtype == torch.float32
+    assert tokenizer._painter(False) is tokenizer._painter(False)
+    assert tokenizer.double()._painter(False).unet.dtype == torch.float64
