@@ -27,7 +27,7 @@ setup(
         "Pillow>=10.1",
         "tqdm>=4.60",
     ],
-    extras_require={"train": train, "diffusion": diffusion, "test": test, "dev": [*test, "ruff>=0.9"]},
+    extras_require={"train": train, "diffusion": diffusion, "test": test, "dev": [*test, "matplotlib>=3.8", "ruff>=0.9"]},
     entry_points={"console_scripts": ["dyntok = dyntok.cli:main"]},
     classifiers=[
         "Programming Language :: Python :: 3",

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -93,12 +94,13 @@ def save(
     names = [*split.filename_to_tensors, *([INDEX_NAME] if split.is_sharded else []), CONFIG_NAME]  # config.json last
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _write_json(folder / f"{CONFIG_NAME}.tmp", header)
         for shard, members in split.filename_to_tensors.items():
             tensors = _separate({name: _stored(name, state_dict[name], dtype) for name in members})
             save_file(tensors, folder / f"{shard}.tmp", metadata={"format": "pt"})
+            shutil.copymode(folder / f"{CONFIG_NAME}.tmp", folder / f"{shard}.tmp")  # safetensors makes files for their owner alone
         if split.is_sharded:
             _write_json(folder / f"{INDEX_NAME}.tmp", {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
-        _write_json(folder / f"{CONFIG_NAME}.tmp", header)
         (folder / CONFIG_NAME).unlink(missing_ok=True)
         _remove(folder, WEIGHTS)
         for name in names:

@@ -371,3 +371,11 @@ def test_foreign_weights_are_listed():
     assert "15 missing: 0.bias, 1.weight, 1.bias, 2.weight, 2.bias and 10 more" in text
     assert "7 not expected: x0, x1, x2, x3, x4 and 2 more" in text
     assert "1 of another shape: 0.weight (checkpoint [3, 5], model [3, 2])" in text
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of files")
+def test_weights_are_as_readable_as_other_files(tmp_path):
+    checkpoint.save(tmp_path / "a", CONFIG, weights())
+    modes = {path.stat().st_mode for path in (tmp_path / "a").iterdir()}
+    (tmp_path / "plain").write_text("")
+    assert modes == {(tmp_path / "plain").stat().st_mode}
