@@ -12,29 +12,36 @@ from torch.nn import functional as F
 from dyntok.conditions import Conditions
 from dyntok.config import DecoderConfig
 from dyntok.merger import check_heads, scale_branches
+from dyntok.selector import bayer_pattern
 from dyntok_kernels import lengths_of, varlen_attention
 
 
-def spread_positions(length: int, num_patches: int) -> Tensor:
-    """Evenly spread places for tokens whose positions are unknown: LongTensor [length], strictly increasing, all N where length is N."""
-    return ((torch.arange(length) * 2 + 1) * num_patches) // (2 * length)
+def guessed_positions(length: int, grid: tuple[int, int], dithered: bool) -> Tensor:
+    """Places for tokens whose positions are unknown: LongTensor [length], strictly increasing, all N where length is N.
+
+    Evenly spread; or, where the selector has a dither, the patches that it favours: most kept ones lie on its lattice.
+    """
+    if dithered:
+        return bayer_pattern(grid).sort(descending=True, stable=True).indices[:length].sort().values
+    return ((torch.arange(length) * 2 + 1) * grid[0] * grid[1]) // (2 * length)
 
 
 class Decoder(nn.Module):
     """Code vectors [T, C] of B images -> features [B, N, out_dim].
 
-    placement "grid": tokens are added to the patch queries at their positions; where positions are unknown they are spread evenly in
-    their order, and the blocks are told so. placement "rank": every block's queries attend to the tokens, which carry an embedding of
-    their rank; positions are not used.
+    placement "grid": tokens are added to the patch queries at their positions; where positions are unknown they are guessed from the
+    tokens' order (`guessed_positions`), and the blocks are told so. placement "rank": every block's queries attend to the tokens, which
+    carry an embedding of their rank; positions are not used.
 
     Where the configuration has conditions, `conditions` turns its features into those of a diffusion U-Net.
 
     config: with its `embed_dim` and `out_dim`, or the backbone's `width` where they are None. Raises `ConfigError` where num_heads does
-    not divide the width.
+    not divide the width. dithered: whether the selector has a dither.
     """
 
-    def __init__(self, grid: tuple[int, int], code_dim: int, width: int, config: DecoderConfig) -> None:
+    def __init__(self, grid: tuple[int, int], code_dim: int, width: int, config: DecoderConfig, *, dithered: bool = False) -> None:
         super().__init__()
+        self.dithered = dithered
         embed_dim = config.embed_dim or width
         self.out_dim = (config.out_dim or width) if config.head == "mlp" else embed_dim
         check_heads("decoder", embed_dim, config.num_heads)
@@ -79,7 +86,7 @@ class Decoder(nn.Module):
 
     def _place(self, queries: Tensor, tokens: Tensor, lengths: list[int], positions: Tensor | None) -> Tensor:
         none = torch.empty(0, dtype=torch.long)  # so that a batch of no images is one, too
-        guessed = torch.cat([none, *(spread_positions(n, self.num_patches) for n in lengths)]).to(tokens.device)
+        guessed = torch.cat([none, *(guessed_positions(n, self.grid, self.dithered) for n in lengths)]).to(tokens.device)
         known = torch.zeros_like(guessed, dtype=torch.bool) if positions is None else positions >= 0
         cell = guessed if positions is None else torch.where(known, positions, guessed)
         image = torch.repeat_interleave(torch.tensor(lengths, dtype=torch.long)).to(tokens.device)

@@ -60,7 +60,9 @@ class DynamicVisualTokenizer(Persistent):
         self.codebook = Codebook(config.codebook.size, code_dim)
         for name in ("decoder", "highres_decoder"):
             section = getattr(config, name)
-            self.add_module(name, None if section is None else Decoder(self.backbone.grid, code_dim, width, section))
+            dithered = config.selector.dither > 0
+            decoder = None if section is None else Decoder(self.backbone.grid, code_dim, width, section, dithered=dithered)
+            self.add_module(name, decoder)
         paints = config.decoder is not None and config.decoder.pixels
         self.pixel_head = PixelHead(self.decoder.out_dim, self.backbone.grid, self.backbone.patch_size) if paints else None
         reads = config.understanding_dim is not None

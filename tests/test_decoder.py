@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from dyntok.config import DecoderConfig
-from dyntok.decoder import Decoder, spread_positions
+from dyntok.decoder import Decoder, guessed_positions
 from dyntok.errors import ConfigError
 from dyntok.pixels import PixelHead
+from dyntok.selector import KeepPolicy, bayer_pattern
 
 GRID, PATCHES, CODE_DIM, WIDTH = (3, 5), 15, 8, 24
 
@@ -55,37 +56,49 @@ def differ(a, b):
 # Places of tokens whose positions are unknown.
 
 
-@pytest.mark.parametrize("patches", [1, 2, 15, 64, 256])
-def test_spread_positions_increase_and_fill_the_picture(patches):
+@pytest.mark.parametrize("grid", [(1, 1), (1, 2), (3, 5), (8, 8), (16, 16)])
+@pytest.mark.parametrize("dithered", [False, True])
+def test_guessed_positions_increase_and_fill_the_picture(grid, dithered):
+    patches = grid[0] * grid[1]
     for length in range(1, patches + 1):
-        positions = spread_positions(length, patches)
+        positions = guessed_positions(length, grid, dithered)
         assert positions.dtype == torch.long and len(positions) == length
         assert positions[0] >= 0 and positions[-1] < patches and (positions.diff() > 0).all()
         gaps = positions.diff()
-        assert length == 1 or gaps.max() - gaps.min() <= 1  # as evenly as whole numbers allow
-        assert abs(int(positions[0]) - (patches - 1 - int(positions[-1]))) <= 1  # and as far from the start as from the end
-    assert spread_positions(patches, patches).tolist() == list(range(patches))
+        if not dithered:
+            assert length == 1 or gaps.max() - gaps.min() <= 1  # as evenly as whole numbers allow
+            assert abs(int(positions[0]) - (patches - 1 - int(positions[-1]))) <= 1  # and as far from the start as from the end
+    assert guessed_positions(patches, grid, dithered).tolist() == list(range(patches))
 
 
-def test_spread_positions_by_hand():
-    assert spread_positions(1, 15).tolist() == [7]
-    assert spread_positions(3, 15).tolist() == [2, 7, 12]
-    assert spread_positions(2, 4).tolist() == [1, 3]
+def test_guessed_positions_by_hand():
+    assert guessed_positions(1, (3, 5), False).tolist() == [7]
+    assert guessed_positions(3, (3, 5), False).tolist() == [2, 7, 12]
+    assert guessed_positions(2, (2, 2), False).tolist() == [1, 3]
+    assert guessed_positions(64, (16, 16), True).tolist() == KeepPolicy(budget=64)(bayer_log_probs((16, 16))).nonzero()[:, 1].tolist()
+
+
+def bayer_log_probs(grid):
+    """Of a selector that knows nothing of a picture but its dither."""
+    score = bayer_pattern(grid)[None]
+    return torch.log_softmax(torch.stack([score, -score], dim=-1), dim=-1)
 
 
 # Tokens on the grid.
 
 
-def test_tokens_without_positions_are_spread_evenly():
+@pytest.mark.parametrize("dithered", [False, True])
+def test_tokens_without_positions_go_where_they_are_guessed(dithered):
     decoder, lengths = new_decoder(), [4, 1, 15]
+    decoder.dithered = dithered
     vectors = vectors_for(lengths)
     got = decoder(vectors, bounds(lengths))
     assert got.shape == (3, PATCHES, WIDTH)
-    spread = torch.cat([spread_positions(n, PATCHES) for n in lengths])
-    assert differ(decoder(vectors, bounds(lengths), spread), got).all()  # the blocks are told that these are guesses
+    guessed = torch.cat([guessed_positions(n, GRID, dithered) for n in lengths])
+    assert differ(decoder(vectors, bounds(lengths), guessed), got).all()  # the blocks are told that these are guesses
     with torch.no_grad():
         decoder.placed_embed[0] = decoder.placed_embed[1]
-    same(decoder(vectors, bounds(lengths), spread), got)
+    same(decoder(vectors, bounds(lengths), guessed), got)
 
 
 def test_positions_none_and_minus_one_mean_the_same():

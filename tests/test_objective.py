@@ -230,16 +230,17 @@ def test_the_teacher_looks_at_every_size_it_was_given(teacher):
     assert {(view.top, view.left) for view in (several.draw_view() for _ in range(80))} == {(0, 0), (0, 1), (1, 0), (1, 1)}
 
 
-def test_images_without_positions_may_count_less_for_the_teacher(make, teacher, pixels):
-    def perceptual(share, drop):
+@pytest.mark.parametrize("loss", ["perceptual", "recognition"])
+def test_images_without_positions_may_count_less_for_the_teacher(make, teacher, pixels, loss):
+    def measured(share, drop):
         torch.manual_seed(0)
-        weights = Weights(pixel=1e-9, perceptual=1, perceptual_unplaced=share, rate=0)
+        weights = Weights(**{"pixel": 1e-9, loss: 1, f"{loss}_unplaced": share, "rate": 0})
         result = make(weights, teacher, position_drop=drop)(pixels)
-        return float(result.loss.detach()), float(result.metrics["perceptual"])
+        return float(result.loss.detach()), float(result.metrics[loss])
 
-    assert perceptual(0.25, 0.0) == perceptual(1.0, 0.0)
-    whole, unweighted = perceptual(1.0, 1.0)
-    assert whole == pytest.approx(unweighted, rel=1e-4) and perceptual(0.25, 1.0)[0] == pytest.approx(whole / 4, rel=1e-4)
+    assert measured(0.25, 0.0) == measured(1.0, 0.0)
+    whole, unweighted = measured(1.0, 1.0)
+    assert whole == pytest.approx(unweighted, rel=1e-4) and measured(0.25, 1.0)[0] == pytest.approx(whole / 4, rel=1e-4)
 
 
 def test_semantic_loss_without_pixels_and_with_one_image(small_config, make, teacher, pixels):

@@ -119,6 +119,19 @@ def test_frozen_parts_do_not_move(values, tmp_path):
     assert moved == {"merger", "projection", "decoder", "pixel_head"}
 
 
+def test_a_frozen_codebook_keeps_its_rows(values, tmp_path):
+    for freeze in (["codebook"], []):
+        run = trainer(
+            {**values, "stages": [{**EXTRA, "freeze": freeze}]}, tmp_path / str(len(freeze)),
+            tokenizer=DynamicVisualTokenizer(build(Recipe, values).config),
+        )  # fmt: skip
+        before = copy.deepcopy(run.objective.tokenizer.state_dict())
+        run.run()
+        after = run.objective.tokenizer.state_dict()
+        assert torch.equal(after["codebook.embedding"], before["codebook.embedding"]) == bool(freeze)
+        assert not torch.equal(after["projection.weight"], before["projection.weight"])
+
+
 def test_learning_rate(values, tmp_path):
     run = trainer(values, tmp_path)
     warm, codes = run.recipe.stages

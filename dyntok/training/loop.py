@@ -150,7 +150,7 @@ class Trainer:
         self.optimizer.zero_grad()
         if not usable:
             self._leave_out(result)
-        elif result.codes is not None:
+        elif result.codes is not None and "codebook" not in stage.freeze:
             generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + self.step)
             trainer, codebook = self.objective.codebook_trainer, self.objective.tokenizer.codebook
             # as the weights come to rest, rows are averaged over more vectors

@@ -49,11 +49,11 @@ def perceptual_per_patch(maps: list[Tensor], targets: list[Tensor], grid: tuple[
 
 def centred_cosine(features: Tensor, targets: Tensor) -> Tensor:
     """1 - cosine of feature vectors from which the mean of the targets over the batch was taken away, so that only what tells the pictures
-    of a batch apart counts. [B, D] twice -> scalar in 0..2; no gradient flows into the targets.
+    of a batch apart counts. [B, D] twice -> [B], in 0..2; no gradient flows into the targets.
     """
     targets = targets.detach().float()
     centre = targets.mean(0)
-    return (1 - F.cosine_similarity(features.float() - centre, targets - centre, dim=-1)).mean()
+    return 1 - F.cosine_similarity(features.float() - centre, targets - centre, dim=-1)
 
 
 def _normalised_distance(a: Tensor, b: Tensor) -> Tensor:

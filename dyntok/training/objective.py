@@ -199,8 +199,9 @@ class Objective(nn.Module):
             targets, wanted = self.teacher(pixels, view)
         if weights.perceptual or weights.recognition:
             maps, seen = self.teacher(painted, view)
-            metrics["recognition"] = losses.centred_cosine(seen, wanted)
-            loss = loss + weights.recognition * metrics["recognition"]
+            recognition = losses.centred_cosine(seen, wanted)  # [B]
+            metrics["recognition"] = recognition.mean()
+            loss = loss + weights.recognition * (recognition * torch.where(known, 1.0, weights.recognition_unplaced)).mean()
             distances = losses.perceptual(maps, targets)  # [B]
             metrics["perceptual"] = distances.mean()
             loss = loss + weights.perceptual * (distances * torch.where(known, 1.0, weights.perceptual_unplaced)).mean()

@@ -14,7 +14,7 @@ from dyntok.errors import ConfigError
 from dyntok.training.typed import build
 
 RECIPES = Path(__file__).parent / "recipes"
-PARTS = ("backbone", "selector", "merger", "projection", "decoder", "pixel_head")
+PARTS = ("backbone", "selector", "merger", "projection", "codebook", "decoder", "pixel_head")
 
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
 
@@ -33,6 +33,7 @@ class Weights:
     perceptual: float = 0.0  # distance of the teacher's feature maps
     perceptual_unplaced: float = 1.0  # its share on images that are decoded without positions: what is in another place can't look alike
     recognition: float = 0.0  # distance of the teacher's pooled features: is it still the same picture to it?
+    recognition_unplaced: float = 1.0  # its share on images that are decoded without positions
     semantic: float = 0.0  # teacher's pooled features from the mean code vector
     commitment: float = 0.25
     rate: float = 2.0
