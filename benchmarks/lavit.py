@@ -2,6 +2,7 @@
 
     python benchmarks/lavit.py agreement FIXTURE [--output FILE]    a parity fixture (tests/fixtures/lavit_parity_a.safetensors)
     python benchmarks/lavit.py full [--folder FOLDER] [--output FILE]    writes 3.7 GB there first, unless they are there
+    python benchmarks/lavit.py half [--output FILE]    what bf16 and fp16 do to codes, on the bundled tokenizer (trained weights)
     python benchmarks/lavit.py merger [--images 4] [--output FILE]    packed against exact, 12 blocks, 1408 wide, a third kept
 
 `DYNTOK_DATA` is a folder with `photos/` for `agreement`; without it scikit-image's photographs are taken.
@@ -32,13 +33,13 @@ FACTORS = (1, 3, 10)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["agreement", "full", "run", "merger"], help="run: the measured part of full")
+    parser.add_argument("what", choices=["agreement", "full", "run", "half", "merger"], help="run: the measured part of full")
     parser.add_argument("fixture", nargs="?", type=Path)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "dyntok-lavit-random")
     parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    row = {"agreement": agreement, "full": full, "run": run, "merger": merger}[options.what](options)
+    row = {"agreement": agreement, "full": full, "run": run, "half": half, "merger": merger}[options.what](options)
     print(json.dumps(row))
     if options.what != "run":
         append(options.output, {"what": options.what, **environment(), **row})
@@ -114,6 +115,25 @@ def run(options: argparse.Namespace) -> dict:
     timed = {"load": loading, "fingerprint": hashing, "encode": encode, "decode_features": decode}
     return {"seconds": timed, "peak_gib": round(peak, 2), "tokens": encoding.num_tokens, "features": list(features.shape),
             "fingerprint": fingerprint}  # fmt: skip
+
+
+def half(options: argparse.Namespace) -> dict:
+    """Of the patches that float32 keeps: how many half precision keeps, too, and how many of those get the same code."""
+    photos = photographs(100)
+    tokenizer = dyntok.load()
+
+    def by_position(row: dyntok.Encoding) -> dict[int, int]:
+        return dict(zip(row.packed_positions.tolist(), row.packed_codes.tolist(), strict=True))
+
+    whole = [by_position(row) for row in tokenizer.encode(photos)]
+    shares = {}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        rows = dyntok.load(dtype=dtype).encode(photos)
+        pairs = list(zip(whole, map(by_position, rows), strict=True))
+        both = [(old[p], new[p]) for old, new in pairs for p in old.keys() & new.keys()]
+        total = sum(map(len, whole))
+        shares[name] = {"kept_too": round(len(both) / total, 4), "same_code": round(sum(a == b for a, b in both) / len(both), 4)}
+    return {"images": len(photos), "tokens": sum(map(len, whole)), **shares}
 
 
 @torch.no_grad()
