@@ -262,7 +262,7 @@ def test_hostile_and_damaged_pickles_are_refused(release, parity, tmp_path):
     shutil.copytree(release, folder)
     whole = (folder / ENCODER).read_bytes()
     torch.save({"quantize.embedding.weight": torch.zeros(2, 2), "x": Hostile(target)}, folder / ENCODER)
-    contents = [(folder / ENCODER).read_bytes(), pickle.dumps(Hostile(target)), whole[: len(whole) // 2], b"", b"no pickle"]
+    contents = [(folder / ENCODER).read_bytes(), pickle.dumps(Hostile(target), protocol=2), whole[: len(whole) // 2], b"", b"no pickle"]
     for content in contents:
         (folder / ENCODER).write_bytes(content)
         with pytest.raises(CheckpointError, match="is damaged or holds more than tensors") as caught:

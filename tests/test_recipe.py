@@ -120,7 +120,7 @@ def test_wrong_types(tmp_path, where, value, told):
         ("stages.position_drop", 2, "position_drop 2"),
         ("stages.budgets", [0, 1], "budgets"),
         ("stages.budgets", [0.6, 0.5], "budgets"),
-        ("stages.freeze", ["codebook"], "freezes codebook, expected some of backbone"),
+        ("stages.freeze", ["teacher"], "freezes teacher, expected some of backbone"),
         ("stages.weights.rate", -1, r"weights\.rate is -1"),
         ("stages.weights.pixel", 0, "no loss on the reconstruction"),
         ("stages.masks", {"learned": 0}, "masks"),
