@@ -220,8 +220,8 @@ def test_a_config_that_is_not_that_of_the_files(release, parity, change, told):
         dyntok.load(release, config=parity.config | change)
 
 
-def test_released_head_counts_do_not_fit_the_fixture(release):
-    with pytest.raises(ConfigError, match="14"):  # 48 channels, released at 16 heads: 3 each; the pooling's 56 can't be split
+def test_head_counts_that_do_not_divide_the_width(release):
+    with pytest.raises(ConfigError, match="merger.num_heads is 14, expected a divisor of its width 48"):
         dyntok.load(release, config={"heads": 14, "vit_heads": 4})
 
 
