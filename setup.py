@@ -3,7 +3,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 diffusion = ["diffusers>=0.30"]
-train = ["accelerate>=1.0", "pyyaml>=6.0", "scikit-image>=0.22", "scikit-learn>=1.3", "scipy>=1.11"]
+train = ["torch>=2.9", "accelerate>=1.0", "pyyaml>=6.0", "scikit-image>=0.22", "scikit-learn>=1.3", "scipy>=1.11"]
 test = [*train, *diffusion, "pytest>=8.0", "pytest-cov>=5.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "setuptools>=77"]
 
 setup(

@@ -28,8 +28,16 @@ class Backbone(nn.Module):
 
         try:
             model = timm.create_model(config.name, pretrained=pretrained, num_classes=0, **config.kwargs)
+        except OSError as error:  # of the hub's client
+            raise CheckpointError(f"can't fetch the weights of {config.name}: {error}; give a safetensors file of them") from error
         except (RuntimeError, TypeError, AssertionError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
             raise ConfigError(f"timm can't make the backbone {config.name!r} with {config.kwargs}: {error}") from error
+        embed = getattr(model, "patch_embed", None)
+        size = getattr(embed, "img_size", None)
+        if size is not None and tuple(size) != (img_size, img_size) and getattr(embed, "strict_img_size", True):
+            raise ConfigError(
+                f"image.img_size is {img_size}, but {config.name} takes {size[0]} x {size[1]}; set backbone.kwargs.img_size to {img_size}"
+            )
         info = getattr(model, "feature_info", None)
         if not hasattr(model, "forward_intermediates") or not info:
             raise ConfigError(f"the timm model {config.name!r} gives no intermediate features; choose one with forward_intermediates")

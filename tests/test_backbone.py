@@ -181,3 +181,17 @@ def test_timms_eva_gives_lavits_features(parity, tmp_path):
     backbone.load_weights(tmp_path / "eva.safetensors")
     with torch.no_grad():
         assert parity.error("io/backbone_features", backbone(parity["io/pixels"])) < 1e-4
+
+
+def test_another_image_size_than_the_network_was_made_for_is_told():
+    with pytest.raises(ConfigError, match=r"image.img_size is 160, but vit_tiny_patch16_224 takes 224 x 224; set backbone.kwargs.img_size"):
+        Backbone(BackboneConfig(name="vit_tiny_patch16_224"), 160)
+
+
+def test_a_hub_that_can_not_be_reached_is_told(monkeypatch):
+    def unreachable(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr("timm.create_model", unreachable)
+    with pytest.raises(CheckpointError, match="can't fetch the weights of resnet18: no network"):
+        Backbone(BackboneConfig(name="resnet18"), 64, pretrained=True)

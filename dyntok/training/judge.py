@@ -12,7 +12,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
 from dyntok.backbone import load_timm_weights
-from dyntok.errors import ConfigError
+from dyntok.errors import CheckpointError, ConfigError
 from dyntok.training.recipe import Teacher
 
 
@@ -24,6 +24,8 @@ def load_judge(teacher: Teacher) -> nn.Module:
     """
     try:
         network = timm.create_model(teacher.name, pretrained=teacher.weights == "hub", **teacher.kwargs)
+    except OSError as error:  # of the hub's client
+        raise CheckpointError(f"can't fetch the teacher {teacher.name}: {error}; give a file of its weights") from error
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
         raise ConfigError(f"timm can't make the teacher {teacher.name!r} with {teacher.kwargs}: {error}") from error
     if teacher.weights != "hub":
