@@ -1,7 +1,8 @@
 """LaVIT's released tokenizer inside dyntok: its files onto our parts, one file at a time, when it is needed.
 
-Torch pickles from strangers are read for these files alone (by `diffusion.py` when it is told so from here), and of them only tensors
-(`weights_only`). The weights are under the Llama 2 licence; nothing of them is in this package. Not here: the parts themselves, which know nothing of LaVIT's names, and its diffusion model (`diffusion.py`).
+Torch pickles from strangers are read for these files alone (by `diffusion.py` where it is told so from here), and of them only tensors
+(`weights_only`). The weights are under the Llama 2 licence; nothing of them is in this package. Not here: the parts themselves, which
+know nothing of LaVIT's names, and its diffusion model (`diffusion.py`).
 """
 
 import dataclasses
