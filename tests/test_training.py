@@ -3,13 +3,16 @@
 import copy
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from small_run import CODES, EXTRA, WARM, changed, log_of, run_until, trainer
 
 import dyntok
+from dyntok import cli
 from dyntok.errors import CheckpointError, ConfigError, DataError, DyntokError
 from dyntok.tokenizer import DynamicVisualTokenizer
 from dyntok.training.recipe import Recipe
@@ -82,6 +85,17 @@ def test_folders_that_cannot_be_written(values, tmp_path):
 def test_images_that_cannot_be_found(values, tmp_path):
     with pytest.raises(DataError, match="nowhere"):
         trainer(changed(values, data=[str(tmp_path / "nowhere")]), tmp_path / "run")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_images_end_it_in_one_line(values, tmp_path, capsys, workers):
+    (tmp_path / "photos").mkdir()
+    for i in range(6):
+        (tmp_path / "photos" / f"{i}.jpg").write_bytes(b"no photograph")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(changed(values, data=[str(tmp_path / "photos")], linear_start=False, workers=workers)))
+    assert cli.main(["train", str(recipe), "-o", str(tmp_path / "run"), "--cpu"]) == cli.FAILED
+    assert re.fullmatch(r"dyntok: 6 images in a row can't be read, the last one .*\n", capsys.readouterr().err)
 
 
 # Starts and steps

@@ -220,7 +220,8 @@ def test_all_images_gone(tmp_path):
     samples = [Sample(str(i), str(tmp_path / f"{i}.jpg")) for i in range(200)]
     data = TrainingImages(samples, CONFIG, 1, seed=0, min_crop=0.8)
     with pytest.raises(DataError, match="100 images in a row"):
-        data[0]
+        data.batch(0)
+    assert isinstance(data[0], DataError) and "100 images in a row" in str(data[0])
 
 
 def test_digest_tells_keys_and_order_apart():

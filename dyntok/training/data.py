@@ -121,7 +121,10 @@ class TrainingImages(torch.utils.data.Dataset):
 
     Each pass over the data is a new permutation. A crop has a side of `min_crop` to 1 times the short side (its aspect ratio kept), and is
     mirrored half of the time. Rank r of world w draws the places r, r + w, ... of every global batch. An image that can't be read is
-    reported once, and the next one of the permutation takes its place; `unreadable` counts. Raises `DataError` where nothing can be read.
+    reported once, and the next one of the permutation takes its place; `unreadable` counts.
+
+    Where nothing can be read, `batch` raises `DataError`, and an item is that error: a DataLoader's worker process would add a page of
+    traceback to what it raises.
     """
 
     def __init__(
@@ -137,7 +140,13 @@ class TrainingImages(torch.utils.data.Dataset):
         """Indices of the samples that were met so far and could not be read."""
         return self._failed.nonzero()[:, 0].tolist()
 
-    def __getitem__(self, step: int) -> Tensor:
+    def __getitem__(self, step: int) -> Tensor | DataError:
+        try:
+            return self.batch(step)
+        except DataError as error:
+            return error
+
+    def batch(self, step: int) -> Tensor:
         first = step * self.batch_size * self.world
         return torch.stack([self._item(first + i) for i in range(self.rank, self.batch_size * self.world, self.world)])
 

@@ -1,7 +1,7 @@
 """The training loop: stages, optimiser, k-means, checkpoints; on `accelerate`, so on one CPU, one GPU or many.
 
-A run's folder holds `state.pt` (everything needed to go on, see `state.py`), `log.jsonl` (one line per report, see `progress.py`) and,
-from the end of the first stage on, `tokenizer/` (an ordinary checkpoint).
+A run's folder holds `log.jsonl` (one line per report, see `progress.py`) and, from the first save on, `state.pt` (everything needed to go
+on, see `state.py`) and `tokenizer/` (an ordinary checkpoint).
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dyntok import checkpoint
 from dyntok.codebook import gather_rows_of_ranks
-from dyntok.errors import CheckpointError, ConfigError, DyntokError
+from dyntok.errors import CheckpointError, ConfigError, DataError, DyntokError
 from dyntok.tokenizer import DynamicVisualTokenizer
 from dyntok.training.data import TrainingImages, find_samples
 from dyntok.training.objective import Objective, StepResult, TeacherFeatures
@@ -64,7 +64,7 @@ class Trainer:
             rank=self.accelerator.process_index, world=self.accelerator.num_processes,
         )  # fmt: skip
         if recipe.linear_start and not started and state is None:
-            linear_start(tokenizer, torch.cat([self.data[step] for step in range(_START_BATCHES)]))
+            linear_start(tokenizer, torch.cat([self.data.batch(step) for step in range(_START_BATCHES)]))
         teacher = TeacherFeatures(recipe.teacher, image.mean, image.std) if recipe.teacher.name else None
         self.objective = Objective(tokenizer, teacher)
         self.quantizing = started and recipe.stages[0].quantize
@@ -105,10 +105,10 @@ class Trainer:
         return -(-stage.images // self.images_per_step)
 
     def run(self) -> None:
-        """Train to the end of the recipe."""
+        """Train to the end of the recipe. Raises `DataError` where no images can be read."""
         workers, total = self.recipe.workers, sum(self._steps(stage) for stage in self.recipe.stages)
         if self.step >= total:
-            self.export()
+            self.save()
             return
         loader = torch.utils.data.DataLoader(
             self.data, batch_size=None, sampler=range(self.step, total), num_workers=workers, prefetch_factor=4 if workers else None
@@ -116,6 +116,8 @@ class Trainer:
         progress = Progress(self.accelerator, self.folder / "log.jsonl", len(self.objective.tokenizer.codebook.embedding))
         current = None
         for pixels in loader:
+            if isinstance(pixels, DataError):
+                raise pixels
             stage, step = self._stage_at(self.step)
             if stage is not current:
                 current = stage
@@ -127,10 +129,7 @@ class Trainer:
             progress.add(result, len(pixels))
             if self.step % self.recipe.log_every == 0 or self.step == total:
                 progress.report(stage.name, self.step, self.step * self.images_per_step, self.data.unreadable)
-            last_of_stage = step + 1 == self._steps(stage)
-            if last_of_stage:
-                self.export()  # before the state: a run killed in between comes back here
-            if self.step % self.recipe.save_every == 0 or last_of_stage:
+            if self.step % self.recipe.save_every == 0 or step + 1 == self._steps(stage):
                 self.save()
 
     def train_step(self, pixels: Tensor, stage: Stage, step: int) -> StepResult:
@@ -181,7 +180,7 @@ class Trainer:
         vectors: list[Tensor] = []
         step = self.step
         while sum(map(len, vectors)) < wanted:
-            pixels = self.data[step].to(self.accelerator.device)
+            pixels = self.data.batch(step).to(self.accelerator.device)
             torch.manual_seed(self.recipe.seed * 1_000_003 + step)
             with self.accelerator.autocast():
                 features = tokenizer.backbone(pixels)
@@ -193,16 +192,13 @@ class Trainer:
         self.objective.codebook_trainer.start(tokenizer.codebook, torch.cat(vectors)[:wanted], generator=generator)
         self.quantizing = True
 
-    def export(self) -> None:
-        """Write `tokenizer/`, which `dyntok.load` opens."""
-        if self.accelerator.is_main_process:
-            tokenizer = self.objective.tokenizer
-            checkpoint.save(self.folder / "tokenizer", tokenizer.config, tokenizer.state_dict())
-
     def save(self) -> None:
-        """Write `state.pt`."""
+        """Write `tokenizer/`, which `dyntok.load` opens, and `state.pt`. Raises `CheckpointError` where they can't be written."""
         if not self.accelerator.is_main_process:
             return
+        tokenizer = self.objective.tokenizer
+        # before the state: a run killed in between goes on from the old one, and comes back here
+        checkpoint.save(self.folder / "tokenizer", tokenizer.config, tokenizer.state_dict())
         state = {
             "step": self.step,
             "quantizing": self.quantizing,
