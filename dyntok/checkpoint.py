@@ -130,14 +130,6 @@ def licensed_card(folder: Path) -> str | None:
     return card if licence and licence[1] != "apache-2.0" else None
 
 
-def recorded_fingerprint(folder: str | os.PathLike) -> str | None:
-    """The fingerprint as config.json states it, without reading the weights; None where it states none."""
-    value = read_header(Path(folder)).get("fingerprint")
-    if value is not None and not isinstance(value, str):
-        raise CheckpointError(f"{Path(folder) / CONFIG_NAME} states a fingerprint of type {type(value).__name__}, expected a string")
-    return value
-
-
 def fingerprint(config: TokenizerConfig, state_dict: Mapping[str, Tensor], *, dtype: torch.dtype | None = None) -> str:
     """16 hexadecimal digits (SHA-256) over what makes codes and what they mean: sections and tensors from the image to the codebook, by
     name, shape and value. What reads codes (decoders, the pixel head, the understanding path) may change or be missing, and options that

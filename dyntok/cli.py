@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
 
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument("--model", metavar="NAME", help="hub name or folder of a tokenizer (default: the bundled one)")
+    model.add_argument("--device", metavar="NAME", default="cpu", help="cuda, cuda:1, mps, ... (default: %(default)s)")
     model.add_argument("--json", action="store_true", help="for machines: JSON on stdout")
     keep = argparse.ArgumentParser(add_help=False)
     one = keep.add_mutually_exclusive_group()
@@ -172,7 +173,7 @@ def _save_picture(picture: Image.Image, output: str | Path) -> None:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    tokenizer = load(options.model)
+    tokenizer = load(options.model, device=options.device)
     encoding = tokenizer.encode(DEMO_PHOTO, **_policy(options))
     _save_picture(draw_sheet(tokenizer, [DEMO_PHOTO], encoding), options.output)
     codes, patches = encoding.codes[0].tolist(), tokenizer.grid[0] * tokenizer.grid[1]
@@ -188,7 +189,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _encode(options: argparse.Namespace) -> int:
-    tokenizer, names = load(options.model), options.images
+    tokenizer, names = load(options.model, device=options.device), options.images
     # None: no bar where nobody looks
     images = tqdm(_sources(names), desc="encode", unit=" images", disable=None if len(names) > 1 else True)
     encoding = tokenizer.encode(images, errors="skip" if options.skip_errors else "raise", **_policy(options))
@@ -208,8 +209,10 @@ def _encode(options: argparse.Namespace) -> int:
 
 
 def _decode(options: argparse.Namespace) -> int:
-    images = load(options.model).decode(_read_codes(options.codes))
     target = Path(options.output)
+    if target.suffix and target.suffix.lower() not in Image.registered_extensions() and not target.is_dir():
+        raise ConfigError(f"can't write pictures as {target.suffix}; name a .png for one image, or a folder (one with a dot must exist)")
+    images = load(options.model, device=options.device).decode(_read_codes(options.codes))
     if options.output == "-" or target.suffix.lower() in Image.registered_extensions():
         if len(images) != 1:
             raise CodeError(f"{options.codes} holds the codes of {len(images)} images, and {options.output} takes one; give a folder")
@@ -243,7 +246,7 @@ def _read_codes(source: str) -> Encoding | list:
 
 
 def _show(options: argparse.Namespace) -> int:
-    tokenizer, images = load(options.model), _sources(options.images)
+    tokenizer, images = load(options.model, device=options.device), _sources(options.images)
     encoding = tokenizer.encode(images, **_policy(options))
     _save_picture(draw_sheet(tokenizer, images, encoding, columns=options.columns), options.output)
     lengths = encoding.lengths.tolist()
@@ -257,7 +260,7 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    tokenizer = load(options.model)
+    tokenizer = load(options.model, device=options.device)
     config = tokenizer.config
     parts = {name: sum(p.numel() for p in part.parameters()) for name, part in tokenizer.named_children()}
     parts["codebook"] = tokenizer.codebook.embedding.numel()
@@ -304,7 +307,7 @@ def _eval(options: argparse.Namespace) -> int:
             bar.update(done - bar.n)
 
         report = evaluate(
-            load(options.model),
+            load(options.model, device=options.device),
             samples,
             policy=_policy(options),
             positions=not options.without_positions,

@@ -20,6 +20,7 @@ from dyntok.packed import (
     failure_pairs,
     grid_pairs,
     image_of_token,
+    integer_rows,
     integers,
     json_rows,
     refuse,
@@ -89,13 +90,13 @@ class Encoding:
         source_index: Tensor | Sequence[int] | None = None,
     ) -> "Encoding":
         """From one list or integer tensor per image. `grids` holds a (rows, columns) pair per image, or one pair for all."""
-        rows = [integers(c, f"codes of image {i}") for i, c in enumerate(codes)]
+        rows = integer_rows(codes, "codes")
         lengths = [len(r) for r in rows]
         if sum(lengths) > torch.iinfo(torch.int32).max:
             raise CodeError(f"{sum(lengths)} tokens are too many for one Encoding (cu_seqlens is int32); encode in smaller batches")
         packed_positions, device = None, rows[0].device if rows else None
         if positions is not None:
-            places = [integers(p, f"positions of image {i}") for i, p in enumerate(positions)]
+            places = integer_rows(positions, "positions")
             if [len(p) for p in places] != lengths:
                 raise CodeError(f"codes have lengths {brief(lengths)} and positions {brief([len(p) for p in places])}, expected equal ones")
             packed_positions = _join(places, device)

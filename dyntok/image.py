@@ -204,7 +204,8 @@ def _check_size(width: int, height: int, name: str, max_pixels: int) -> None:
         raise ImageError(f"{name}: {width} x {height} pixels, expected at least one")
     if width * height > max_pixels:
         raise ImageError(
-            f"{name}: {width} x {height} = {width * height:,} pixels, the limit is {max_pixels:,}; scale it down first or raise max_pixels"
+            f"{name}: {width} x {height} = {width * height:,} pixels, the limit is {max_pixels:,}; "
+            "scale it down first, or pass a larger max_pixels= in Python"
         )
     if max(width, height) > MAX_SIDE:
         raise ImageError(f"{name}: {width} x {height} pixels, the limit for a side is {MAX_SIDE:,}; cut it up first")

@@ -7,6 +7,7 @@ Every breach raises `CodeError` and names the image where there is one. The clas
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,6 +37,15 @@ def integers(values: Tensor | Sequence[int], what: str) -> Tensor:
     if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool):
         raise CodeError(f"{what}: expected integers, got {tensor.dtype}")
     return tensor.to(torch.long)
+
+
+def integer_rows(rows: Iterable[Tensor | Sequence[int]], what: str) -> list[Tensor]:
+    """One int64 tensor per image; a flat list, which is one image's row, is refused."""
+    rows = list(rows)
+    if rows and all(isinstance(row, int | np.integer) or isinstance(row, Tensor) and row.dim() == 0 for row in rows):
+        flat = brief([int(row) for row in rows])
+        raise CodeError(f"{what} are one list of integers, expected a list of lists, one for each image; for a single image pass [{flat}]")
+    return [integers(row, f"{what} of image {i}") for i, row in enumerate(rows)]
 
 
 def grid_pairs(grids: Any, images: int) -> Tensor:

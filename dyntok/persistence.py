@@ -6,7 +6,8 @@ Not here: files and formats (`checkpoint.py`, `hub.py`), LaVIT's released files 
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -47,6 +48,8 @@ class Persistent(nn.Module, ModelHubMixin, library_name="dyntok", tags=["image-t
     """A module with a `config: TokenizerConfig`, made by calling its class with one."""
 
     config: TokenizerConfig
+    device: torch.device
+    dtype: torch.dtype
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,6 +81,20 @@ class Persistent(nn.Module, ModelHubMixin, library_name="dyntok", tags=["image-t
         those of its float32 form. `.to(dtype)` casts everything.
         """
         return cast(self, dtype)
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Without gradients, in evaluation mode and, with half-precision weights, under autocast while it lasts."""
+        training = [part for part in self.modules() if part.training]
+        for part in training:
+            part.training = False
+        half = self.dtype in HALF
+        try:
+            with torch.no_grad(), torch.autocast(self.device.type, self.dtype if half else None, enabled=half):
+                yield
+        finally:
+            for part in training:
+                part.training = True
 
     def save_pretrained(
         self,

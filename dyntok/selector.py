@@ -6,6 +6,7 @@ Not here: what happens to dropped patches (`merger.py`).
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -86,6 +87,10 @@ class KeepPolicy:
     max_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("budget", "threshold", "max_tokens"):
+            value = getattr(self, name)
+            if isinstance(value, np.integer | np.floating):
+                object.__setattr__(self, name, value.item())
         given = [name for name in ("budget", "threshold", "sample") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ConfigError(f"{' and '.join(given)} were both given, expected at most one of budget, threshold, sample")

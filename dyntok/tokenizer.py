@@ -2,8 +2,8 @@
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Literal, TypeAlias
 
 import torch
@@ -19,9 +19,9 @@ from dyntok.diffusion import FILES, DiffusionPainter
 from dyntok.encoding import Encoding
 from dyntok.errors import CheckpointError, CodeError, ConfigError, FingerprintError, ImageError
 from dyntok.features import Features
-from dyntok.image import ImageSource, is_single, to_image, to_pixels
+from dyntok.image import DEFAULT_MAX_PIXELS, ImageSource, is_single, to_image, to_pixels
 from dyntok.merger import Merger, cu_seqlens_of
-from dyntok.persistence import HALF, Persistent
+from dyntok.persistence import Persistent
 from dyntok.pixels import PixelHead
 from dyntok.selector import KeepPolicy, Selector
 from dyntok.understanding import Understanding
@@ -81,12 +81,14 @@ class DynamicVisualTokenizer(Persistent):
         max_tokens: int | None = None,
         errors: Literal["raise", "skip"] = "raise",
         exact: bool = False,
+        max_pixels: int = DEFAULT_MAX_PIXELS,
     ) -> Encoding:
         """Codes of one image or many. How many per image: see `KeepPolicy`; by default as many as the selector finds worth it.
 
         images: paths, bytes, PIL images, uint8 arrays [H, W(, C)], tensors [3, H, W] (see `image.py`); one or an iterable of them.
         errors: "skip" leaves bad images out; `Encoding.failures` lists them and `source_index` says where each row came from.
         exact: merge by the softmax formula of LaVIT's released code (dense, slower).
+        max_pixels: larger images are refused before they are decoded; more about limits at `load_image`.
 
         Raises `ImageError` on the first bad image (unless skipped), `ConfigError` on contradictory options.
         """
@@ -96,7 +98,7 @@ class DynamicVisualTokenizer(Persistent):
         failures: list[tuple[int, ImageError]] = []
         source_index: list[int] = []
         parts = []
-        for places, pixels in self._chunks(images, None if errors == "raise" else failures):
+        for places, pixels in self._chunks(images, max_pixels, None if errors == "raise" else failures):
             source_index += places
             parts.append(self._encode(pixels, policy, places, exact))
         return self._pack(parts, failures, source_index)
@@ -197,6 +199,7 @@ class DynamicVisualTokenizer(Persistent):
         sample: torch.Generator | None = None,
         max_tokens: int | None = None,
         exact: bool = False,
+        max_pixels: int = DEFAULT_MAX_PIXELS,
     ) -> Features:
         """Continuous merged tokens, not quantized, for LLMs that read embeddings; other options and errors are those of `encode`.
 
@@ -204,7 +207,7 @@ class DynamicVisualTokenizer(Persistent):
             projection, loaded when first needed. Raises `ConfigError` where the tokenizer has no such path.
         """
         policy = KeepPolicy(budget, threshold, sample, max_tokens)
-        return self._continuous(self._chunks(images, None), policy, exact, path)
+        return self._continuous(self._chunks(images, max_pixels), policy, exact, path)
 
     def features_pixels(
         self,
@@ -227,7 +230,7 @@ class DynamicVisualTokenizer(Persistent):
     ) -> Tensor:
         """Patch features [B, N, D] from codes; arguments and errors as in `decode`, but nothing that paints is needed."""
         encoding = self._as_encoding(codes, positions, grid, highres)
-        with _evaluating(self):
+        with self.inference():
             vectors = self.codebook.lookup(encoding.packed_codes)
             return self._decoder(highres)(vectors, encoding.cu_seqlens, encoding.packed_positions)
 
@@ -236,14 +239,14 @@ class DynamicVisualTokenizer(Persistent):
     ) -> tuple[Tensor, Tensor | None]:
         """What a diffusion U-Net reads: prompt embeddings [B, N, E], and the pooled embedding [B, P] or None; otherwise as `decode`."""
         conditions = self._conditions(highres)
-        with _evaluating(self):
+        with self.inference():
             return conditions(self.decode_features(codes, positions=positions, grid=grid, highres=highres))
 
     def decode_pixels(self, codes: Codes, *, positions: _Rows | None = None, grid: tuple[int, int] | None = None) -> Tensor:
         """Normalised pixels [B, 3, S, S] from codes, by the pixel head; arguments and errors as in `decode`."""
         if self.pixel_head is None:
             raise CodeError("this tokenizer has no pixel head, so it makes no pixels at once; decode_features(codes) gives patch features")
-        with _evaluating(self):
+        with self.inference():
             return self.pixel_head(self.decode_features(codes, positions=positions, grid=grid))
 
     def part(self, name: Literal["decoder", "highres_decoder", "understanding"]) -> nn.Module:
@@ -293,18 +296,22 @@ class DynamicVisualTokenizer(Persistent):
         return lambda log_probs, places: keep[places[0] : places[0] + len(log_probs)]
 
     def _chunks(
-        self, images: ImageSource | Iterable[ImageSource], failures: list[tuple[int, ImageError]] | None
+        self, images: ImageSource | Iterable[ImageSource], max_pixels: int, failures: list[tuple[int, ImageError]] | None = None
     ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
         """(places among the inputs, normalised pixels [b, 3, S, S]) of readable images; the others go to `failures`, or raise if None."""
+        single = is_single(images)
 
         def readable() -> Iterator[tuple[int, Tensor]]:
-            for place, image in enumerate([images] if is_single(images) else images):
+            for place, image in enumerate([images] if single else images):
                 try:
-                    yield place, to_pixels(image, self.config.image)
+                    yield place, to_pixels(image, self.config.image, max_pixels=max_pixels)
                 except ImageError as error:
-                    if failures is None:
+                    if failures is not None:
+                        failures.append((place, error))
+                    elif single or isinstance(image, str | os.PathLike):  # it is told by its name
                         raise
-                    failures.append((place, error))
+                    else:
+                        raise ImageError(f"input {place}: {error}") from error
 
         for chunk in batched(readable(), self._chunk):
             places, pixels = zip(*chunk, strict=True)
@@ -324,7 +331,7 @@ class DynamicVisualTokenizer(Persistent):
 
     def _encode(self, pixels: Tensor, policy: _Policy, places: Sequence[int], exact: bool) -> tuple[Tensor, Tensor]:
         """[B, 3, S, S] -> codes [T], keep mask [B, N]"""
-        with _evaluating(self):
+        with self.inference():
             features, keep = self._choose(pixels, policy, places)
             return self.codebook(self.projection(self.merger(features, keep, exact=exact))), keep
 
@@ -335,7 +342,7 @@ class DynamicVisualTokenizer(Persistent):
         width = self.backbone.embed_dim if path == "codes" else self.config.understanding_dim
         parts = []
         for places, pixels in chunks:
-            with _evaluating(self):
+            with self.inference():
                 features, keep = self._choose(pixels, policy, places)
                 parts.append((merger(features, keep, exact=exact), keep))
         return Features(*self._join(parts, torch.empty(0, width, device=self.device, dtype=self.dtype)))
@@ -382,18 +389,3 @@ def batched(items: Iterable, size: int) -> Iterator[tuple]:
     items = iter(items)
     while chunk := tuple(itertools.islice(items, size)):
         yield chunk
-
-
-@contextmanager
-def _evaluating(tokenizer: DynamicVisualTokenizer) -> Iterator[None]:
-    """Without gradients, in evaluation mode and, with half-precision weights, under autocast while it lasts."""
-    training = [part for part in tokenizer.modules() if part.training]
-    for part in training:
-        part.training = False
-    half = tokenizer.dtype in HALF
-    try:
-        with torch.no_grad(), torch.autocast(tokenizer.device.type, tokenizer.dtype if half else None, enabled=half):
-            yield
-    finally:
-        for part in training:
-            part.training = True

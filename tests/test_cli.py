@@ -87,6 +87,8 @@ def test_json_goes_to_stdout(run, folder, tmp_path):
     assert run("encode", folder / "cat.png", "-o", "-")[1] == out
     _, again, _ = run("encode", folder / "cat.png", "--json", "-o", tmp_path / "codes.json")
     assert json.loads((tmp_path / "codes.json").read_text()) == json.loads(again) == json.loads(out)
+    (tmp_path / "of.2024").mkdir()
+    assert json.loads(run("decode", tmp_path / "codes.json", "-o", tmp_path / "of.2024", "--json")[1]) == [f"{tmp_path}/of.2024/00000.png"]
     _, out, _ = run("decode", tmp_path / "codes.json", "-o", tmp_path / "cat.png", "--json")
     assert json.loads(out) == [f"{tmp_path}/cat.png"] and picture_size(tmp_path / "cat.png") == (64, 64)
 
@@ -186,7 +188,8 @@ def test_files_that_are_not_there_or_can_not_be_written(run, folder, bad, tmp_pa
     for arguments, message in (
         (("decode", tmp_path / "none.json", "-o", tmp_path / "a.png"), "can't read codes from"),
         (("decode", codes, "-o", tmp_path / "a.png"), "the codes of 2 images, and .*a.png takes one; give a folder"),
-        (("decode", codes, "-o", bad), "can't write|takes one"),
+        (("decode", codes, "-o", bad), "takes one"),
+        (("decode", codes, "-o", tmp_path / "out.txt"), r"can't write pictures as \.txt; name a \.png"),
         (("decode", codes, "-o", bad / "folder"), "can't write"),
         (("encode", photograph, "-o", nowhere), "can't write .*where.png"),
         (("show", photograph, "-o", nowhere), "can't write .*where.png"),
@@ -196,6 +199,17 @@ def test_files_that_are_not_there_or_can_not_be_written(run, folder, bad, tmp_pa
         code, out, err = run(*arguments)
         assert (code, out) == (1, "") and err.startswith("dyntok: "), arguments
         assert re.search(message, err)
+
+
+@pytest.mark.parametrize("command", ["demo", "encode x", "decode x -o y.png", "show x -o y.png", "info", "eval ."])
+def test_every_command_takes_a_device(run, command):
+    for device in ("meta", "quantum"):  # where nothing can be computed; and no device at all
+        code, out, err = run(*command.split(), "--device", device)
+        assert (code, out) == (1, "") and re.fullmatch(f"dyntok: PyTorch .* has no device {device} here; name another, such as .*\n", err)
+
+
+def test_a_device_is_used(run, folder):
+    assert run("encode", folder / "cat.png", "--device", "cpu:0") == run("encode", folder / "cat.png")
 
 
 def test_a_tokenizer_that_is_not_there(tmp_path, capsys):
@@ -233,7 +247,7 @@ def test_impossible_policies_are_errors_of_ours(run, folder):
 
 
 def test_an_interrupt_has_its_own_code(run, monkeypatch):
-    def interrupted(_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "load", interrupted)

@@ -1,7 +1,6 @@
 """Evaluation on photographs: the report against the same figures worked out with the tokenizer alone."""
 
 import io
-import json
 import math
 import os
 import tarfile
@@ -23,17 +22,17 @@ from dyntok.training.data import find_samples
 from dyntok.training.evaluate import evaluate
 from dyntok.training.judge import Judge, load_judge
 from dyntok.training.recipe import Teacher
-from dyntok.training.report import Judgement, Probe, Report, Tokens
+from dyntok.training.report import Tokens
 
 TENCH, SPRINGER, CHURCH = "n01440764", "n02102040", "n03028079"  # ImageNet classes 0, 217, 497
 PHOTOGRAPHS = {"astronaut": TENCH, "coffee": SPRINGER, "chelsea": CHURCH, "rocket": TENCH, "camera": SPRINGER, "colorwheel": "buildings"}
 VIT = dict(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, class_token=False, global_pool="avg")
 
 
-def small_tokenizer(**decoder):
+def small_tokenizer(img_size=32, backbone=VIT, **decoder):
     config = {
-        "image": {"img_size": 32},
-        "backbone": {"name": "vit_tiny_patch16_224", "kwargs": VIT},
+        "image": {"img_size": img_size},
+        "backbone": {"name": "vit_tiny_patch16_224", "kwargs": backbone},
         "merger": {"depth": 1, "num_heads": 2, "mlp_ratio": 2.0},
         "codebook": {"size": 64, "dim": 8, "projection": "linear"},
         "decoder": {"depth": 1, "num_heads": 2, "mlp_ratio": 2.0, **decoder},
@@ -154,8 +153,10 @@ def test_rival_selections_take_the_same_lengths_and_other_patches(tokenizer, pho
 
 def test_features_are_compared_where_there_are_no_pixels(feature_tokenizer, photographs):
     feature_tokenizer.train()
+    feature_tokenizer.decoder.eval()
+    modes = [part.training for part in feature_tokenizer.modules()]
     report = evaluate(feature_tokenizer, photographs)
-    assert feature_tokenizer.training
+    assert [part.training for part in feature_tokenizer.modules()] == modes
     feature_tokenizer.eval()
     assert report.psnr is None and report.ssim is None
     pixels = torch.stack([to_pixels(sample.read(), feature_tokenizer.config.image) for sample in photographs])
@@ -165,6 +166,13 @@ def test_features_are_compared_where_there_are_no_pixels(feature_tokenizer, phot
     expected = nn.functional.cosine_similarity(decoded, target, dim=-1).mean()
     assert report.feature_cosine == pytest.approx(float(expected), abs=1e-5)
     assert "feature cosine" in report.table() and "PSNR" not in report.table()
+
+
+def test_pictures_smaller_than_the_window_of_ssim_have_none(photographs):
+    for size, measured in ((8, False), (12, True)):
+        backbone = {**VIT, "img_size": size, "patch_size": 4}
+        report = evaluate(small_tokenizer(size, backbone, placement="grid", head="none", pixels=True), photographs)
+        assert report.psnr > 0 and (report.ssim is not None) == ("SSIM" in report.table()) == measured
 
 
 def test_bad_images_are_counted_and_the_others_kept(tokenizer, tmp_path):
@@ -348,37 +356,6 @@ def test_the_probe_obeys_its_prefix_and_limit(tokenizer, many):
 def test_evaluated_images_must_not_teach_the_probe(tokenizer, many):
     with pytest.raises(DataError, match="3 images are both evaluated and probe samples"):
         evaluate(tokenizer, many[:5], probe_samples=many[2:])
-
-
-# The report
-
-
-def report_of_everything():
-    return Report(
-        images=897, failed=(("bad", "not an image"),), policy="learned", selection="learned", positions=True,
-        tokens=Tokens(95.25, 31.0, 12, 201), bits_per_pixel=0.0755, codebook_size=8192, usage=0.713, perplexity=3120.4,
-        jpeg_correlation=0.62, psnr=19.714, ssim=0.531, teacher=Judgement("mobilenetv2_100", 0.71, 300, 10, 0.98, 0.612),
-        probe=Probe(300, 2000, 0, 10, 10, 0.451, 0.312, 0.139, 0.09, 0.188),
-    )  # fmt: skip
-
-
-def test_report_is_plain_json():
-    report = report_of_everything()
-    values = json.loads(json.dumps(report.to_dict(), allow_nan=False))
-    assert values["images"] == 897 and values["failures"] == 1 and values["failed"] == [["bad", "not an image"]]
-    assert values["tokens"] == {"mean": 95.25, "std": 31.0, "min": 12, "max": 201}
-    assert values["teacher"]["accuracy_reconstructions"] == 0.612 and values["probe"]["difference"] == 0.139
-    assert values["feature_cosine"] is None
-
-
-def test_table_is_aligned_and_has_units():
-    lines = report_of_everything().table().splitlines()
-    column = lines[0].index("897")
-    assert all(line[column - 2 : column] == "  " and line[column] != " " for line in lines)
-    text = "\n".join(lines)
-    for part in ("95.2 mean, 31.0 std, 12 to 201", "0.0755 (codes alone)", "71.3 % of 8192 codes", "19.71 dB", "98.0 % of 300 images"):
-        assert part in text
-    assert "+13.9 points, 95 % interval +9.0 to +18.8" in text
 
 
 @pytest.mark.skipif("DYNTOK_DATA" not in os.environ, reason="DYNTOK_DATA is not set: needs the photographs and the teacher's weights")

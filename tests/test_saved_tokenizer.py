@@ -84,7 +84,7 @@ def test_codes_are_defined_on_what_is_stored(tokenizer, photos, tmp_path):
     tokenizer.save_pretrained(tmp_path, dtype=torch.float16)
     assert {value.dtype for value in load_file(tmp_path / "model.safetensors").values()} == {torch.float16}
     loaded, twin = dyntok.load(tmp_path), rounded(tokenizer)
-    assert loaded.dtype == torch.float32 and loaded.fingerprint == twin.fingerprint == checkpoint.recorded_fingerprint(tmp_path)
+    assert loaded.dtype == torch.float32 and loaded.fingerprint == twin.fingerprint == checkpoint.read_header(tmp_path)["fingerprint"]
     encoding = loaded.encode(photos)
     assert encoding == twin.encode(photos)
     with pytest.raises(FingerprintError):
@@ -106,7 +106,7 @@ def test_the_bundled_tokenizer_is_whole():
     if not (registry.BUNDLED / "model.safetensors").exists():
         pytest.skip("the bundled tokenizer is not trained yet")
     loaded = dyntok.load()
-    assert loaded.fingerprint == checkpoint.recorded_fingerprint(registry.BUNDLED) and loaded.pixel_head is not None
+    assert loaded.fingerprint == checkpoint.read_header(registry.BUNDLED)["fingerprint"] and loaded.pixel_head is not None
     assert (registry.BUNDLED / "model.safetensors").stat().st_size < 20e6
 
 

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -245,6 +246,22 @@ def test_contradictory_or_senseless_policies_are_refused(options, message):
         options = options | {"sample": generator()}
     with pytest.raises(ConfigError, match=message):
         KeepPolicy(**options)
+
+
+def test_numbers_of_numpy_are_numbers():
+    log_probs = log_probs_of([0.1, 0.6, 0.7, 0.8])
+    for options, plain in (
+        ({"budget": np.int64(2)}, {"budget": 2}),
+        ({"budget": np.float32(0.5)}, {"budget": 0.5}),
+        ({"threshold": np.float64(0.65)}, {"threshold": 0.65}),
+        ({"max_tokens": np.uint8(2)}, {"max_tokens": 2}),
+    ):
+        assert torch.equal(KeepPolicy(**options)(log_probs), KeepPolicy(**plain)(log_probs)) and KeepPolicy(**options) == KeepPolicy(
+            **plain
+        )
+    for name in ("budget", "threshold", "max_tokens"):
+        with pytest.raises(ConfigError, match=f"{name} is .*True"):
+            KeepPolicy(**{name: np.bool_(True)})
 
 
 def test_a_budget_beyond_the_patches_is_refused():

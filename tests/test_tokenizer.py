@@ -151,6 +151,29 @@ def test_bad_images_raise_or_are_left_out(tokenizer, photos, tmp_path):
         tokenizer.features(missing)
 
 
+def test_which_of_many_is_bad_is_told(tokenizer, photos):
+    for bad, name in ((JUNK, "<bytes, 12 bytes>"), (photos[0] / 255, "<ndarray float64"), (Image.new("I", (4, 4), -3), "<PIL I 4x4>")):
+        for encode in (tokenizer.encode, tokenizer.features):
+            with pytest.raises(ImageError, match=f"^input 2: {name}"):
+                encode([photos[0], photos[1], bad])
+            with pytest.raises(ImageError, match=f"^{name}"):
+                encode(bad)
+    with pytest.raises(ImageError, match=r"^none\.jpg: "):
+        tokenizer.encode([photos[0], "none.jpg"])
+
+
+def test_large_scans_are_a_matter_of_choice(tokenizer, photos):
+    height, width, _ = photos[0].shape
+    for encode in (tokenizer.encode, tokenizer.features):
+        with pytest.raises(ImageError, match="pixels, the limit is .*pass a larger max_pixels="):
+            encode(photos[0], max_pixels=height * width - 1)
+        assert len(encode(photos[0], max_pixels=height * width)) == 1
+    scan = np.zeros((2**13, 2**13 + 1), np.uint8)
+    with pytest.raises(ImageError, match="the limit is 67,108,864"):
+        tokenizer.encode(scan)
+    assert len(tokenizer.encode(scan, max_pixels=2**27)) == 1
+
+
 def test_what_is_no_image_at_all(tokenizer, sources):
     for image in (5, None, object()):
         with pytest.raises(ImageError, match="expected a path, bytes"):
@@ -205,7 +228,11 @@ def test_codes_alone_as_a_language_model_writes_them(tokenizer):
         ([[-1]], {}, "image 0 has code -1"),
         ([[3], []], {}, "image 1 has 0 tokens, expected at least one"),
         ([list(range(65))], {}, "image 0 has 65 tokens, more than its 64 patches"),
-        ([1, 2, 3], {}, "codes of image 0: expected one dimension"),
+        ([17, 42], {}, r"codes are one list of integers, .*; for a single image pass \[\[17, 42\]\]$"),
+        (torch.tensor([17, 42]), {}, r"for a single image pass \[\[17, 42\]\]"),
+        (np.array([17, 42]), {}, r"for a single image pass \[\[17, 42\]\]"),
+        ([[3], 17], {}, "codes of image 1: expected one dimension"),
+        ([[1, 2]], {"positions": [0, 5]}, r"positions are one list of integers, .* pass \[\[0, 5\]\]"),
         ("17 4", {}, "codes of image 0: expected a list"),
         ([[0.5]], {}, "expected integers"),
         (17, {}, "codes are int, expected an Encoding or one list of integers per image"),

@@ -205,12 +205,15 @@ def _probe_samples(
 def _compare(tokenizer: DynamicVisualTokenizer, batch: _Batch, positions: bool, judge: Judge | None, tally: _Tally) -> None:
     codes = batch.encoding if positions else dataclasses.replace(batch.encoding, packed_positions=None)
     if tokenizer.config.decoder is not None and tokenizer.config.decoder.head == "mlp" and tokenizer.config.decoder.out_dim is None:
-        tally.feature_cosine += metrics.patch_cosine(tokenizer.decode_features(codes), _backbone_features(tokenizer, batch.pixels)).tolist()
+        with tokenizer.inference():
+            target = tokenizer.backbone(batch.pixels.to(tokenizer.device, tokenizer.dtype))
+        tally.feature_cosine += metrics.patch_cosine(tokenizer.decode_features(codes), target).tolist()
     if tokenizer.pixel_head is None:
         return
     painted = _seen(tokenizer.decode_pixels(codes).cpu(), tokenizer.config.image)
     tally.psnr += metrics.psnr(painted, batch.originals).tolist()
-    tally.ssim += metrics.ssim(painted, batch.originals)
+    if painted.shape[-1] >= metrics.SSIM_WINDOW:
+        tally.ssim += metrics.ssim(painted, batch.originals)
     if judge is None:
         return
     (features, guesses), (features_again, guesses_again) = judge(batch.originals), judge(painted)
@@ -224,15 +227,6 @@ def _compare(tokenizer: DynamicVisualTokenizer, batch: _Batch, positions: bool, 
 def _judgement(judge: Judge, tally: _Tally) -> Judgement:
     accuracies = _mean(tally.right_originals), _mean(tally.right_reconstructions)
     return Judgement(judge.name, _mean(tally.teacher_cosine), len(tally.right_originals), len(judge.classes), *accuracies)
-
-
-@torch.no_grad()
-def _backbone_features(tokenizer: DynamicVisualTokenizer, pixels: Tensor) -> Tensor:
-    training = tokenizer.training
-    try:
-        return tokenizer.eval().backbone(pixels.to(tokenizer.device, tokenizer.dtype))
-    finally:
-        tokenizer.train(training)
 
 
 def _seen(pixels: Tensor, config: ImageConfig) -> Tensor:

@@ -21,6 +21,7 @@ except ImportError as error:
     raise MissingDependencyError.of("scikit-image", "train") from error
 
 JPEG_QUALITY = 75
+SSIM_WINDOW = 11  # pixels
 
 
 def psnr(images: Tensor, originals: Tensor) -> Tensor:
@@ -32,7 +33,7 @@ def psnr(images: Tensor, originals: Tensor) -> Tensor:
 def ssim(images: Tensor, originals: Tensor) -> list[float]:
     """Structural similarity of each image, -1 to 1, with the Gaussian window (sigma 1.5) of Wang et al. (2004), mean of the three channels.
 
-    Both [B, 3, H, W] in [0, 1], H and W at least 11.
+    Both [B, 3, H, W] in [0, 1], H and W at least `SSIM_WINDOW`.
     """
     window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
     pairs = zip(images.cpu().numpy(), originals.cpu().numpy(), strict=True)
