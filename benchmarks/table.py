@@ -2,7 +2,7 @@
 
     DYNTOK_DATA=... python benchmarks/table.py [--model NAME] [--limit N] [--runs NAME...] [--output benchmarks/results/tiny.json]
 
-Runs already in the output are kept, unless they are made again; figures of another model are not mixed in.
+Runs already in the output are kept, unless they are made again; figures of another model or limit are not mixed in.
 
 `DYNTOK_DATA` is a folder with `photos/`, `captioned/` (webdataset tars) and `teacher/mobilenetv2_100_imagenet.safetensors`.
 """
@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import dyntok
 from dyntok.training.data import find_samples
@@ -42,8 +43,8 @@ def main() -> None:
         "even": {"selection": "even"},
         **{f"budget {budget}": {"policy": {"budget": budget}} for budget in BUDGETS},
     }
-    kept = json.loads(options.output.read_text()) if options.output and options.output.exists() else {}
-    reports = kept["runs"] if kept.get("fingerprint") == tokenizer.fingerprint else {}
+    what = {"fingerprint": tokenizer.fingerprint, "limit": options.limit}
+    reports = kept_runs(options.output, what)
     for name in options.runs or runs:
         report = evaluate(tokenizer, validation, teacher=judge, limit=options.limit, **runs[name])
         reports[name] = report.to_dict()
@@ -57,7 +58,13 @@ def main() -> None:
             print(report.table(), flush=True)
         if options.output:
             options.output.parent.mkdir(parents=True, exist_ok=True)
-            options.output.write_text(json.dumps({"fingerprint": tokenizer.fingerprint, "runs": reports}, indent=1) + "\n")
+            options.output.write_text(json.dumps({**what, "runs": reports}, indent=1) + "\n")
+
+
+def kept_runs(output: Path | None, what: dict[str, Any]) -> dict[str, Any]:
+    """Those that the output holds of the same model and limit; without a limit it was all images."""
+    kept = json.loads(output.read_text()) if output and output.exists() else {}
+    return kept["runs"] if kept and what == {name: kept.get(name) for name in what} else {}
 
 
 if __name__ == "__main__":

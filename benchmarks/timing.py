@@ -2,15 +2,20 @@
 
 import json
 import platform
+import resource
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+LIBRARIES = ("timm", "numpy", "Pillow")
 
 
 def seconds(work: Callable[[], Any], repeats: int = 5) -> tuple[float, float]:
@@ -24,11 +29,21 @@ def seconds(work: Callable[[], Any], repeats: int = 5) -> tuple[float, float]:
 
 
 def environment() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    """Date, commit, machine, versions of the libraries that compute, and the process's peak memory so far: to be called after the work."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {
-        "date": date.today().isoformat(), "commit": commit, "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "date": date.today().isoformat(), "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+        "processor": processor(), "threads": torch.get_num_threads(), "peak_mib": round(peak / 2**20),
+        "python": platform.python_version(), "torch": torch.__version__, **{name: version(name) for name in LIBRARIES},
     }  # fmt: skip
+
+
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The model's name, where Linux tells it."""
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
 
 
 def append(output: Path | None, row: dict[str, Any]) -> None:

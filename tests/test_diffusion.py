@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from hostile import Hostile
 from safetensors.torch import save_file
 
 from dyntok.diffusion import LAVIT_SIZES, DiffusionPainter
@@ -368,14 +369,6 @@ def test_networks_of_another_kind_are_refused(tmp_path, unet, vae, message):
     torch.save(torch.zeros(STORED, WIDTH), folder / "uncond_embeddings.bin")
     with pytest.raises(CheckpointError, match=message):
         load(folder)
-
-
-class Hostile:
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return os.system, (f"touch '{self.target}'",)
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "bare"])

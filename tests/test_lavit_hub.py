@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from lavit_files import write_release
 from loopback_hub import COMMIT, Hub, downloads, serve
-from test_lavit import write_release
 
 import dyntok
 from dyntok import CheckpointError, lavit

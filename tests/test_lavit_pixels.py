@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from lavit_files import write_release
 from PIL import Image
-from test_lavit import write_release
 
 import dyntok
 from dyntok import CheckpointError, ConfigError, lavit
