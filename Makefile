@@ -21,8 +21,8 @@ $(VENV)/.developed: $(VENV)/.installed
 demo: $(VENV)/.installed  ## a photograph into integers and back; leaves demo.png
 	$(BIN)/dyntok demo -o demo.png
 
-test: $(VENV)/.developed  ## the ordinary tests
-	$(BIN)/python -m pytest -m "not slow"
+test: $(VENV)/.developed  ## the ordinary tests; at least 90 % of the lines must run
+	$(BIN)/python -m pytest -m "not slow" --cov
 
 test-all: $(VENV)/.developed  ## the slow ones, too
 	$(BIN)/python -m pytest

@@ -50,7 +50,6 @@ def test_importing_loads_nothing_optional_and_wakes_no_device():
     assert done.stdout.strip() == "[] False"
 
 
-@pytest.mark.slow
 def test_the_wheel_holds_two_packages_and_their_data(tmp_path):
     """Built from a copy, so that nothing is left in the working tree."""
     pytest.importorskip("setuptools")  # a virtual environment of Python 3.12 and newer begins without it

@@ -97,6 +97,19 @@ def test_a_few_photographs(checkpoint_folder, photos, tmp_path):
     check(found, {name: [[codes.tolist(), positions.tolist()]] for name, (codes, positions) in zip(found, pairs, strict=True)})
 
 
+def test_the_number_of_threads_does_not_matter(model, photos):
+    tokenizer, threads = dyntok.load(model), torch.get_num_threads()
+    images = [Image.fromarray(photo).crop(box) for photo in photos for box in [(0, 0, 150, 150), (20, 10, 90, 80), (50, 0, 150, 120)]]
+    encodings = []
+    try:
+        for number in (1, 2, 4):
+            torch.set_num_threads(number)
+            encodings.append(tokenizer.encode(images))
+    finally:
+        torch.set_num_threads(threads)
+    assert encodings[0] == encodings[1] == encodings[2] and len(set(encodings[0].lengths.tolist())) > 5
+
+
 def test_every_image_is_computed_alone(tokenizer, photos):
     """Rounding differs rarely between batch shapes, so the comparisons above might miss it if images were computed together."""
     shapes = []
