@@ -1,5 +1,7 @@
 """What the README says: its Python runs, and no placeholder is left in it."""
 
+import argparse
+import dataclasses
 import re
 from pathlib import Path
 
@@ -7,6 +9,9 @@ import pytest
 from PIL import Image
 
 import dyntok
+from dyntok import TokenizerConfig, cli
+from dyntok.training.loop import Trainer
+from dyntok.training.recipe import Recipe
 
 ROOT = Path(dyntok.__file__).parents[1]
 README = ROOT / "README.md"
@@ -31,4 +36,41 @@ def test_no_placeholder_is_left():
 
 def test_every_file_is_listed():
     text = README.read_text()
-    assert [path.name for path in (ROOT / "dyntok").glob("*.py") if path.name != "__init__.py" and f"{path.name}`" not in text] == []
+    folders = ["dyntok", "dyntok/training", "dyntok/training/recipes", "kernels/dyntok_kernels", "benchmarks"]
+    paths = [
+        path for folder in folders for path in (ROOT / folder).iterdir() if path.suffix in (".py", ".yaml") and path.stem != "__init__"
+    ]
+    rows = [line for line in text.partition("## Files")[2].splitlines() if line.startswith("| `")]
+
+    def listed(path):  # a name follows the folder or another name of the folder
+        folder = path.parent.relative_to(ROOT).as_posix()
+        return any(line.startswith(f"| `{folder}/") and re.search(rf"[`/]{re.escape(path.name)}`", line) for line in rows)
+
+    assert len(paths) > 40 and [str(path) for path in paths if not listed(path)] == []
+
+
+def test_every_option_is_told():
+    text = README.read_text()
+    (commands,) = (action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction))
+    options = {option for command in commands.choices.values() for action in command._actions for option in action.option_strings}
+    told = set(re.findall(r"--[a-z-]+", text))
+    assert {option for option in options if option.startswith("--")} - told - {"--help", "--output"} == set()
+
+
+def test_the_example_recipe_trains(photos, tmp_path, monkeypatch):
+    """Its first steps, on a folder of photographs."""
+    recipe = re.search(r"```yaml\n(.*?)```", README.read_text(), re.DOTALL)[1]
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    (tmp_path / "photos").mkdir()
+    for i, photo in enumerate(photos):
+        Image.fromarray(photo).save(tmp_path / "photos" / f"{i}.jpg")
+    monkeypatch.chdir(tmp_path)
+    recipe = Recipe.load("recipe.yaml")
+    assert recipe.config == dataclasses.replace(TokenizerConfig.preset("tiny"), codebook=recipe.config.codebook)
+    assert (recipe.config.codebook.size, recipe.config.codebook.dim) == (4096, TokenizerConfig.preset("tiny").codebook.dim)
+    assert [stage.decay for stage in recipe.stages] == ["constant", "constant", "linear"]
+    run = Trainer(dataclasses.replace(recipe, batch_size=8), "run", cpu=True)  # the test is short of time
+    for stage in recipe.stages:
+        run.objective.set_stage(stage)
+        result = run.train_step(run.data.batch(run.step), stage, 0)
+        assert result.loss.isfinite() and (result.codes is not None) == stage.quantize
