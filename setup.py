@@ -4,7 +4,18 @@ from setuptools import find_packages, setup
 
 diffusion = ["diffusers>=0.30"]
 train = ["torch>=2.9", "accelerate>=1.0", "pyyaml>=6.0", "scikit-image>=0.22", "scikit-learn>=1.3", "scipy>=1.11"]
-test = [*train, *diffusion, "pytest>=8.0", "pytest-cov>=5.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "setuptools>=77"]
+export = ["torch>=2.9", "onnx>=1.17", "onnxscript>=0.5"]
+test = [
+    *train,
+    *diffusion,
+    *export,
+    "onnxruntime>=1.20",
+    "pytest>=8.0",
+    "pytest-cov>=5.0",
+    "pytest-timeout>=2.3",
+    "hypothesis>=6.100",
+    "setuptools>=77",
+]
 
 setup(
     name="dyntok",
@@ -27,7 +38,7 @@ setup(
         "Pillow>=10.1",
         "tqdm>=4.60",
     ],
-    extras_require={"train": train, "diffusion": diffusion, "test": test, "dev": [*test, "matplotlib>=3.8", "ruff>=0.9"]},
+    extras_require={"train": train, "diffusion": diffusion, "export": export, "test": test, "dev": [*test, "matplotlib>=3.8", "ruff>=0.9"]},
     entry_points={"console_scripts": ["dyntok = dyntok.cli:main"]},
     classifiers=[
         "Programming Language :: Python :: 3",

@@ -26,7 +26,7 @@ import dyntok
 from dyntok import lavit
 from dyntok.codebook import Codebook
 from dyntok.image import to_pixels
-from dyntok.merger import Merger
+from dyntok.merger import build_merger
 
 FACTORS = (1, 3, 10)
 
@@ -141,7 +141,7 @@ def merger(options: argparse.Namespace) -> dict:
     """The merger at LaVIT's size, packed against the released formula over all rows; codes of both, then times."""
     torch.manual_seed(0)
     config = dyntok.TokenizerConfig.preset("lavit")
-    network = Merger.of(1408, config.merger).eval()
+    network = build_merger(1408, config.merger).eval()
     projection = torch.nn.Sequential(torch.nn.Linear(1408, 1408), torch.nn.Tanh(), torch.nn.Linear(1408, 32))
     codebook = Codebook(config.codebook.size, config.codebook.dim)
     features = torch.randn(options.images, 256, 1408)

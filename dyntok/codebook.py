@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyntok.errors import CodeError, ConfigError
-from dyntok_kernels import nearest_code
+from dyntok_kernels import codebook_stats, nearest_code
 
 
 class Codebook(nn.Module):
@@ -25,7 +25,7 @@ class Codebook(nn.Module):
         """Vectors [T, C] of any length, on any scale -> codes, LongTensor [T]. Computed in the codebook's dtype, at least float32."""
         with torch.autocast(vectors.device.type, enabled=False):
             rows = self.embedding if self.embedding.dtype == torch.float64 else self.embedding.float()
-            return nearest_code(F.normalize(vectors.to(rows.dtype), dim=-1), rows)
+            return nearest_code(vectors.to(rows.dtype), rows)
 
     def lookup(self, codes: Tensor) -> Tensor:
         """Codes [T] -> rows [T, C]. Raises `CodeError` on a code outside 0..K-1."""
@@ -75,8 +75,7 @@ class CodebookTrainer(nn.Module):
         generator: seeded alike on every rank.
         """
         z = F.normalize(vectors.detach().float(), dim=-1)
-        counts = torch.zeros_like(self.counts).index_add_(0, codes, torch.ones_like(z[:, 0]))
-        sums = torch.zeros_like(self.sums).index_add_(0, codes, z)
+        counts, sums = codebook_stats(z, codes, len(self.counts))
         if dist.is_initialized():
             dist.all_reduce(counts)
             dist.all_reduce(sums)
@@ -116,8 +115,7 @@ class CodebookTrainer(nn.Module):
         codebook.embedding.copy_(z[torch.randperm(len(z), generator=generator)[:size].to(z.device)])
         for _ in range(iterations):
             codes = torch.cat([codebook(part) for part in z.split(8192)])
-            counts = torch.bincount(codes, minlength=size).float()
-            sums = torch.zeros_like(self.sums).index_add_(0, codes, z)
+            counts, sums = codebook_stats(z, codes, size)
             empty = (counts == 0).nonzero()[:, 0]
             rows = F.normalize(sums, dim=-1)
             rows[empty] = z[torch.randperm(len(z), generator=generator)[: len(empty)].to(z.device)]

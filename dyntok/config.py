@@ -121,16 +121,20 @@ class SelectorConfig:
 
 @dataclass(frozen=True)
 class MergerConfig:
-    """The blocks that fold dropped patches into kept ones (paper section 3.1)."""
+    """What folds dropped patches into kept ones: attention blocks (paper section 3.1), or, without any parameter, averages of the most
+    similar ones (kind "similar"; the other options then mean nothing).
+    """
 
     depth: int = 12
     num_heads: int = 16
     mlp_ratio: float = 4.3637
     norm: bool = True  # final LayerNorm
     init_scale: float = 1.0  # factor on the output layer of every residual branch at the start of training
+    kind: Literal["blocks", "similar"] = "blocks"
 
     def __post_init__(self) -> None:
         _check_blocks("merger", self)
+        _check(self.kind in ("blocks", "similar"), f"merger.kind is {_brief(self.kind)}, expected 'blocks' or 'similar'")
         _check_bool("merger.norm", self.norm)
 
 

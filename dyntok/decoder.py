@@ -13,7 +13,7 @@ from dyntok.conditions import Conditions
 from dyntok.config import DecoderConfig
 from dyntok.merger import check_heads, scale_branches
 from dyntok.selector import bayer_pattern
-from dyntok_kernels import lengths_of, varlen_attention
+from dyntok_kernels import lengths_of, scatter_rows, varlen_attention
 
 
 def guessed_positions(length: int, grid: tuple[int, int], dithered: bool) -> Tensor:
@@ -68,31 +68,32 @@ class Decoder(nn.Module):
             )
         self.conditions = None if config.conditions is None else Conditions(self.out_dim, self.num_patches, config.conditions)
 
-    def forward(self, vectors: Tensor, cu_seqlens: Tensor, positions: Tensor | None = None) -> Tensor:
+    def forward(self, vectors: Tensor, cu_seqlens: Tensor, positions: Tensor | None = None, lengths: list[int] | None = None) -> Tensor:
         """vectors: [T, C]; cu_seqlens: int32 [B+1]; positions: LongTensor [T], -1 throughout an image whose positions are unknown, or
-        None where all are. Lengths of 1 to N. Returns [B, N, out_dim].
+        None where all are. lengths: B numbers of 1 to N, where the host knows them already. Returns [B, N, out_dim].
         """
-        lengths = lengths_of(cu_seqlens)
+        lengths = lengths_of(cu_seqlens) if lengths is None else lengths
         tokens = self.in_proj(vectors)
-        x = self.query_embed.expand(len(lengths), -1, -1)
         if self.placement == "rank":
+            x = self.query_embed.expand(len(lengths), -1, -1)
             tokens = tokens + torch.cat([self.rank_embed[:n] for n in [0, *lengths]])
             cu_queries = torch.arange(len(lengths) + 1, dtype=torch.int32, device=vectors.device) * self.num_patches
         else:
-            x, tokens, cu_queries = self._place(x, tokens, lengths, positions), None, None
+            x, tokens, cu_queries = self._place(tokens, lengths, positions), None, None
         for block in self.blocks:
             x = block(x, tokens, cu_seqlens, cu_queries)
         return self.head(x)
 
-    def _place(self, queries: Tensor, tokens: Tensor, lengths: list[int], positions: Tensor | None) -> Tensor:
+    def _place(self, tokens: Tensor, lengths: list[int], positions: Tensor | None) -> Tensor:
+        """Patch queries [B, N, D] with the tokens put on the grid."""
         none = torch.empty(0, dtype=torch.long)  # so that a batch of no images is one, too
         guessed = torch.cat([none, *(guessed_positions(n, self.grid, self.dithered) for n in lengths)]).to(tokens.device)
         known = torch.zeros_like(guessed, dtype=torch.bool) if positions is None else positions >= 0
         cell = guessed if positions is None else torch.where(known, positions, guessed)
         image = torch.repeat_interleave(torch.tensor(lengths, dtype=torch.long)).to(tokens.device)
         tokens = tokens + torch.where(known[:, None], self.placed_embed[0], self.placed_embed[1])
-        flat = queries.flatten(0, 1).to(tokens.dtype)
-        return flat.index_add(0, image * self.num_patches + cell, tokens).view_as(queries)
+        total = len(lengths) * self.num_patches
+        return scatter_rows(tokens, image * self.num_patches + cell, self.query_embed, total=total).unflatten(0, (-1, self.num_patches))
 
 
 class DecoderBlock(nn.Module):

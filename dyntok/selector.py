@@ -131,7 +131,7 @@ class KeepPolicy:
             keep = score + noise > 0
         else:
             keep = score > 0
-        keep = torch.where(keep.any(1, keepdim=True), keep, rank == 0)  # never without a token
+        keep = keep | (rank == 0) & ~keep.any(1, keepdim=True)  # never without a token
         return keep if self.max_tokens is None else keep & _best(keep, rank, self.max_tokens)
 
 

@@ -20,7 +20,7 @@ from dyntok.encoding import Encoding
 from dyntok.errors import CheckpointError, CodeError, ConfigError, FingerprintError, ImageError
 from dyntok.features import Features
 from dyntok.image import DEFAULT_MAX_PIXELS, ImageSource, is_single, to_image, to_pixels
-from dyntok.merger import Merger, cu_seqlens_of
+from dyntok.merger import build_merger, cu_seqlens_of
 from dyntok.persistence import Persistent
 from dyntok.pixels import PixelHead
 from dyntok.selector import KeepPolicy, Selector
@@ -53,7 +53,7 @@ class DynamicVisualTokenizer(Persistent):
         self.backbone = Backbone(config.backbone, config.image.img_size, pretrained=pretrained_backbone)
         width, code_dim = self.backbone.embed_dim, config.codebook.dim
         self.selector = Selector(width, self.backbone.grid, config.selector.dither)
-        self.merger = Merger.of(width, config.merger)
+        self.merger = build_merger(width, config.merger)
         self.projection = nn.Linear(width, code_dim)
         if config.codebook.projection == "mlp":
             self.projection = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, code_dim))

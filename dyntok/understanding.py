@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from dyntok.config import MergerConfig
-from dyntok.merger import Merger
+from dyntok.merger import build_merger
 
 
 class Understanding(nn.Module):
@@ -11,7 +11,7 @@ class Understanding(nn.Module):
 
     def __init__(self, embed_dim: int, merger: MergerConfig, out_dim: int) -> None:
         super().__init__()
-        self.merger = Merger.of(embed_dim, merger)
+        self.merger = build_merger(embed_dim, merger)
         self.proj = nn.Linear(embed_dim, out_dim)
 
     def forward(self, features: Tensor, keep: Tensor, *, exact: bool = False) -> Tensor:

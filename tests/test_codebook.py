@@ -234,6 +234,7 @@ def worker(rank, rendezvous, vectors, rows, results):
         state = learn(vectors[PARTS[rank]], codebook_of(rows))
         state["gathered"] = gather_rows_of_ranks(vectors[PARTS[rank]])
         torch.save(state, f"{results}/{rank}.pt")
+        dist.barrier()  # neither leaves while the other still talks to it
     finally:
         dist.destroy_process_group()
 

@@ -164,12 +164,14 @@ def test_half_precision_attention_computes_its_softmax_in_float32(dtype):
 def test_nearest_code_agrees_with_the_reference(rows, dim):
     codebook = torch.randn(rows, dim) * (0.5 + torch.rand(rows, 1))
     z = torch.randn(40, dim)
-    assert torch.equal(nearest_code(z, codebook), reference.nearest_code(z.double(), codebook.double()))
+    assert torch.equal(nearest_code(z, codebook, normalize=False), reference.nearest_code(z.double(), codebook.double()))
 
 
 def test_nearest_code_measures_distance_not_the_angle():
     codebook = torch.tensor([[3.0, 0.0], [0.5, 0.5]])
-    assert nearest_code(torch.tensor([[1.0, 0.1]]), codebook).tolist() == [1]  # 0.41 against 4.01, though row 0 has the better angle
+    assert nearest_code(torch.tensor([[1.0, 0.1]]), codebook, normalize=False).tolist() == [
+        1
+    ]  # 0.41 against 4.01, though row 0 has the better angle
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 16, 40])
@@ -183,13 +185,13 @@ def test_of_equal_codes_the_lowest_wins_in_any_shape(rows, tokens):
         codebook[twin] = codebook[first]
         z = codebook[torch.cat([first, twin])].repeat(5, 1)[:tokens] + 1e-3 * torch.randn(tokens, dim)
         expected = reference.nearest_code(z.double(), codebook.double())
-        assert torch.equal(nearest_code(z, codebook), expected)
-        assert torch.equal(nearest_code(z.double(), codebook.double()), expected)
+        assert torch.equal(nearest_code(z, codebook, normalize=False), expected)
+        assert torch.equal(nearest_code(z.double(), codebook.double(), normalize=False), expected)
 
 
 def test_equally_distant_codes_go_to_the_lowest():
     codebook = torch.eye(3)[[2, 1, 0, 1]]
-    assert nearest_code(torch.tensor([[1 / 3] * 3, [0.0, 1.0, 0.0]]), codebook).tolist() == [0, 1]
+    assert nearest_code(torch.tensor([[1 / 3] * 3, [0.0, 1.0, 0.0]]), codebook, normalize=False).tolist() == [0, 1]
 
 
 def test_what_float32_can_not_tell_apart_is_decided_in_float64():
@@ -197,8 +199,8 @@ def test_what_float32_can_not_tell_apart_is_decided_in_float64():
     # two codes on either side of each vector, 1e-7 nearer and farther: less than the rounding of a score
     side = torch.nn.functional.normalize(torch.randn(200, 16), dim=-1)
     codebook = torch.cat([z + (1 + 1e-7) * 0.1 * side, z - 0.1 * side]).float()
-    assert torch.equal(nearest_code(z, codebook), reference.nearest_code(z.double(), codebook.double()))
+    assert torch.equal(nearest_code(z, codebook, normalize=False), reference.nearest_code(z.double(), codebook.double()))
 
 
 def test_nearest_code_of_nothing():
-    assert nearest_code(torch.empty(0, 4), torch.randn(9, 4)).shape == (0,)
+    assert nearest_code(torch.empty(0, 4), torch.randn(9, 4), normalize=False).shape == (0,)

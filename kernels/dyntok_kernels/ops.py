@@ -1,112 +1,306 @@
-"""The operations behind merging and code search, as fast as PyTorch allows, on any device.
+"""The operations behind merging and code search, as `torch.library` operations of the namespace `dyntok`.
 
-Ragged batches are packed: rows of all images one after another, `cu_seqlens` [B+1] (int32) says where each begins, as in
-FlashAttention. The readable twin of each operation is in `reference.py`.
+Ragged batches are packed: rows of all images one after another, `cu_seqlens` [B+1] (int32) says where each begins, as in FlashAttention.
+PyTorch chooses what runs: the Triton kernels of `gpu/` for CUDA and ROCm, `cpu.py` elsewhere. Shapes of results never depend on values, so
+that all of them can be compiled and exported; only `total_of` reads a number back to the host. The readable twins are in `reference.py`.
 """
 
-from collections.abc import Iterator
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.library import custom_op
 
-_CODE_BLOCK = 2048  # rows of the codebook compared at once: [T, 2048] stays in cache for the T of one image
+from dyntok_kernels import cpu
 
 
-def lengths_of(cu_seqlens: Tensor) -> list[int]:
-    """[B+1] -> B lengths, on the host."""
-    return cu_seqlens.diff().tolist()
+def total_of(cu_seqlens: Tensor) -> int:
+    """[B+1] -> the number of packed rows. The one place where the host waits for the device."""
+    return int(cu_seqlens[-1])
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *, causal: bool = False) -> Tensor:
     """Softmax attention inside each image of a ragged batch. A row without any key gives zeros.
 
-    q: [Tq, H, d]; k, v: [Tk, H, d]; cu_q, cu_k: int32 [B+1]; causal: row i sees keys 0..i (then cu_q equals cu_k).
-    Returns [Tq, H, d].
+    q: [Tq, H, d]; k, v: [Tk, H, d]; cu_q, cu_k: int32 [B+1]; causal: row i sees keys 0..i (then cu_q equals cu_k). On a GPU: bf16, fp16 or
+    float32, d a multiple of 8 up to 128.
+    Returns [Tq, H, d], with gradients for q, k and v. Raises `ValueError` on shapes that do not fit.
     """
-    lengths_q, lengths_k = lengths_of(cu_q), lengths_of(cu_k)
-    if len(set(lengths_q)) == len(set(lengths_k)) == 1 and lengths_k[0] > 0:  # equal lengths: one batched call
-        batched = (x.unflatten(0, (len(lengths_q), -1)).transpose(1, 2) for x in (q, k, v))  # [B, H, T, d]
-        return F.scaled_dot_product_attention(*batched, is_causal=causal).transpose(1, 2).flatten(0, 1)
-    outputs = [q[:0]]  # also where there is no image at all
-    for qi, ki, vi in zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True):
-        if len(ki) == 0:
-            outputs.append(torch.zeros_like(qi))
-            continue
-        qi, ki, vi = (x.transpose(0, 1)[None] for x in (qi, ki, vi))  # [1, H, T, d]
-        outputs.append(F.scaled_dot_product_attention(qi, ki, vi, is_causal=causal)[0].transpose(0, 1))
-    return torch.cat(outputs)
+    if q.ndim != 3 or k.shape != v.shape or q.shape[1:] != k.shape[1:] or cu_q.shape != cu_k.shape:
+        told = ", ".join(f"{name} {list(x.shape)}" for name, x in {"q": q, "k": k, "v": v, "cu_q": cu_q, "cu_k": cu_k}.items())
+        raise ValueError(f"attention got {told}; expected q [Tq, H, d], k and v [Tk, H, d], cu_q and cu_k [B+1]")
+    return torch.ops.dyntok.varlen_attention(q, k, v, cu_q, cu_k, causal)[0]
 
 
-def weighted_attention(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, *, eps: float = 0.0) -> Tensor:
-    """Dense attention in which key j counts `weight[j]` times, differentiable in the weights even where they are 0.
+@custom_op("dyntok::varlen_attention", mutates_args=())
+def _attention(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """(out, what a GPU's backward wants to know of each row's softmax: [H, Tq]; empty elsewhere)"""
+    return cpu.varlen_attention(q, k, v, cu_q, cu_k, causal), q.new_empty(0, dtype=torch.float32)
 
-    The formula is that of `reference.masked_attention`. Without eps the logits of keys of weight 0 are cut at 20 above the largest
-    allowed one, so that they can't overflow.
 
-    q: [B, H, Nq, d]; k, v: [B, H, N, d]; weight: [B, Nq or 1, N] in 0..1. Returns [B, H, Nq, d].
+@_attention.register_kernel("cuda")
+def _(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    from dyntok_kernels.gpu.attention import varlen_attention
+
+    return varlen_attention(q, k, v, cu_q, cu_k, causal)
+
+
+@_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    rows = (q.shape[1], q.shape[0]) if q.device.type == "cuda" else (0,)
+    return q.new_empty(q.shape), q.new_empty(rows, dtype=torch.float32)
+
+
+@custom_op("dyntok::varlen_attention_backward", mutates_args=())
+def _attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return cpu.varlen_attention_backward(grad, q, k, v, cu_q, cu_k, causal)
+
+
+@_attention_backward.register_kernel("cuda")
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    from dyntok_kernels.gpu.attention import varlen_attention_backward
+
+    return varlen_attention_backward(grad, q, k, v, out, lse, cu_q, cu_k, causal)
+
+
+@_attention_backward.register_fake
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _keep_attention(ctx, inputs: tuple, output: tuple) -> None:
+    *tensors, ctx.causal = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _attention_gradient(ctx, grad: Tensor, _: Tensor | None) -> tuple:
+    q, k, v, cu_q, cu_k, out, lse = ctx.saved_tensors
+    return *torch.ops.dyntok.varlen_attention_backward(grad, q, k, v, out, lse, cu_q, cu_k, ctx.causal), None, None, None
+
+
+_attention.register_autograd(_attention_gradient, setup_context=_keep_attention)
+
+
+@custom_op("dyntok::nearest_code", mutates_args=())
+def _nearest_code(z: Tensor, codebook: Tensor, normalize: bool) -> Tensor:
+    return cpu.nearest_code(z, codebook, normalize)
+
+
+@_nearest_code.register_kernel("cuda")
+def _(z: Tensor, codebook: Tensor, normalize: bool) -> Tensor:
+    from dyntok_kernels.gpu.nearest_code import nearest_code
+
+    return nearest_code(z, codebook, normalize)
+
+
+@_nearest_code.register_fake
+def _(z: Tensor, codebook: Tensor, normalize: bool) -> Tensor:
+    return z.new_empty(z.shape[:1], dtype=torch.long)
+
+
+def nearest_code(z: Tensor, codebook: Tensor, *, normalize: bool = True) -> Tensor:
+    """Index of the codebook row nearest to each row of z (squared distance to the rows as stored); the lowest index on ties.
+
+    Never a T x K matrix at once. normalize: l2-normalise z first; with a codebook of unit rows the nearest row is then the most similar.
+
+    z: [T, C]; codebook: [K, C], same dtype, K of at least 1. Returns LongTensor [T]. Raises `ValueError` on shapes that do not fit.
     """
-    weight = weight[:, None]
-    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # [B, H, Nq, N]
-    if logits.dtype in (torch.bfloat16, torch.float16):
-        logits = logits.float()
-    allowed = weight.detach() > 0
-    if eps == 0:
-        top = logits.detach().masked_fill(~allowed, -torch.inf).amax(-1, keepdim=True)
-        mass = (logits - top.masked_fill(top == -torch.inf, 0.0)).clamp(max=20.0).exp() * weight
-        total = mass.sum(-1, keepdim=True)
-        empty = ~allowed.any(-1, keepdim=True)
-        mass, total = mass.masked_fill(empty, 1.0), total.masked_fill(empty, float(k.shape[-2]))
-        return (mass / total).to(v.dtype) @ v
-    mass = (logits - logits.detach().amax(-1, keepdim=True)).exp() * weight
-    return ((mass + eps / k.shape[-2]) / (mass.sum(-1, keepdim=True) + eps)).to(v.dtype) @ v
+    if z.ndim != 2 or codebook.ndim != 2 or z.shape[1] != codebook.shape[1] or len(codebook) == 0 or z.dtype != codebook.dtype:
+        told = f"z {z.dtype} {list(z.shape)} and a codebook {codebook.dtype} {list(codebook.shape)}"
+        raise ValueError(f"code search got {told}; expected [T, C] and [K, C] of one dtype")
+    return torch.ops.dyntok.nearest_code(z, codebook, normalize)
 
 
-def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the codebook row nearest to each row of z (squared distance, rows as stored); the lowest index on ties.
+@custom_op("dyntok::compact", mutates_args=())
+def _compact(keep: Tensor) -> tuple[Tensor, Tensor]:
+    return cpu.compact(keep)
 
-    Searches the codebook in blocks: T x K similarities never exist at once. The few rows of z whose two nearest codes are closer to each
-    other than rounding can tell (equal codebook rows above all) are searched again in float64.
 
-    z: [T, C]; codebook: [K, C], same dtype. Returns LongTensor [T].
+@_compact.register_kernel("cuda")
+def _(keep: Tensor) -> tuple[Tensor, Tensor]:
+    from dyntok_kernels.gpu.rows import compact
+
+    return compact(keep)
+
+
+@_compact.register_fake
+def _(keep: Tensor) -> tuple[Tensor, Tensor]:
+    return keep.new_empty(keep.numel(), dtype=torch.int32), keep.new_empty(len(keep) + 1, dtype=torch.int32)
+
+
+def compact(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the kept patches are: bool [B, N] -> (indices int32 [B*N] into the flattened grid, in order, -1 behind the last; cu_seqlens
+    int32 [B+1]). The number of kept patches is `total_of(cu_seqlens)`; who knows it already need not ask.
     """
-    best = runner_up = z.new_full((len(z),), -torch.inf)
-    codes = torch.zeros(len(z), dtype=torch.long, device=z.device)
-    for start, score in _score_blocks(z, codebook):
-        top, index = score.max(-1)
-        second = score.scatter_(1, index[:, None], -torch.inf).amax(-1)
-        runner_up = torch.maximum(torch.maximum(runner_up, second), torch.minimum(best, top))
-        codes = torch.where(top > best, index + start, codes)
-        best = torch.maximum(best, top)
-    doubtful = best - runner_up <= _rounding(z, codebook)
-    if doubtful.any():
-        codes[doubtful] = _lowest_nearest(z[doubtful].double(), codebook.double())
-    return codes
+    if keep.ndim != 2 or keep.dtype != torch.bool:
+        raise ValueError(f"compaction got {keep.dtype} {list(keep.shape)}, expected a bool mask [B, N]")
+    return torch.ops.dyntok.compact(keep)
 
 
-def _score_blocks(z: Tensor, codebook: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(index of the first row, scores [T, at most _CODE_BLOCK]): higher where a row is nearer."""
-    # |z - c|^2 = |z|^2 - 2 (z.c - |c|^2 / 2), and |z|^2 is the same for every row
-    half_norms = codebook.square().sum(-1) / 2  # [K]
-    for start in range(0, len(codebook), _CODE_BLOCK):
-        rows = slice(start, start + _CODE_BLOCK)
-        yield start, torch.addmm(-half_norms[rows], z, codebook[rows].T)
+@custom_op("dyntok::gather_rows", mutates_args=())
+def _gather_rows(x: Tensor, index: Tensor, embed: Tensor | None) -> Tensor:
+    return cpu.gather_rows(x, index, embed)
 
 
-def _rounding(z: Tensor, codebook: Tensor) -> Tensor:
-    """Bound on how far a score may be off, [T]. Matrix products round differently at different shapes, even for equal rows."""
-    longest = codebook.square().sum(-1).max().sqrt()
-    return torch.finfo(z.dtype).eps * z.shape[1] * longest * (z.square().sum(-1).sqrt() + longest)
+@_gather_rows.register_kernel("cuda")
+def _(x: Tensor, index: Tensor, embed: Tensor | None) -> Tensor:
+    from dyntok_kernels.gpu.rows import gather_rows
+
+    return gather_rows(x, index, embed)
 
 
-def _lowest_nearest(z: Tensor, codebook: Tensor) -> Tensor:
-    slack = _rounding(z, codebook)
-    best = z.new_full((len(z),), -torch.inf)
-    codes = torch.zeros(len(z), dtype=torch.long, device=z.device)
-    for start, score in _score_blocks(z, codebook):
-        top = score.amax(-1)
-        index = (score >= (top - slack)[:, None]).int().argmax(-1)  # the first of them
-        better = top > best + slack
-        codes = torch.where(better, index + start, codes)
-        best = torch.where(better, top, best)
-    return codes
+@_gather_rows.register_fake
+def _(x: Tensor, index: Tensor, embed: Tensor | None) -> Tensor:
+    return x.new_empty(index.shape[0], x.shape[1])
+
+
+@custom_op("dyntok::scatter_rows", mutates_args=())
+def _scatter_rows(rows: Tensor, index: Tensor, base: Tensor | None, total: int) -> Tensor:
+    return cpu.scatter_rows(rows, index, base, total)
+
+
+@_scatter_rows.register_kernel("cuda")
+def _(rows: Tensor, index: Tensor, base: Tensor | None, total: int) -> Tensor:
+    from dyntok_kernels.gpu.rows import scatter_rows
+
+    return scatter_rows(rows, index, base, total)
+
+
+@_scatter_rows.register_fake
+def _(rows: Tensor, index: Tensor, base: Tensor | None, total: int) -> Tensor:
+    return rows.new_empty(total, rows.shape[1])
+
+
+def _keep_gather(ctx, inputs: tuple, output: Tensor) -> None:
+    x, index, embed = inputs
+    ctx.total, ctx.embed = len(x), None if embed is None else (len(embed), embed.dtype)
+    ctx.save_for_backward(index)
+
+
+def _gather_gradient(ctx, grad: Tensor) -> tuple:
+    (index,) = ctx.saved_tensors
+    on_grid = torch.ops.dyntok.scatter_rows(grad, index, None, ctx.total)
+    return on_grid, None, None if ctx.embed is None else _over_images(on_grid, *ctx.embed)
+
+
+def _keep_scatter(ctx, inputs: tuple, output: Tensor) -> None:
+    _, index, base, _ = inputs
+    ctx.base = None if base is None else (len(base), base.dtype)
+    ctx.save_for_backward(index)
+
+
+def _scatter_gradient(ctx, grad: Tensor) -> tuple:
+    (index,) = ctx.saved_tensors
+    rows = torch.ops.dyntok.gather_rows(grad, index, None)
+    return rows, None, None if ctx.base is None else _over_images(grad, *ctx.base), None
+
+
+def _over_images(grad: Tensor, patches: int, dtype: torch.dtype) -> Tensor:
+    return grad.unflatten(0, (-1, patches)).sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)).to(dtype)
+
+
+_gather_rows.register_autograd(_gather_gradient, setup_context=_keep_gather)
+_scatter_rows.register_autograd(_scatter_gradient, setup_context=_keep_scatter)
+
+
+def gather_rows(x: Tensor, index: Tensor, embed: Tensor | None = None) -> Tensor:
+    """From the grid to packed rows: out[t] = x[index[t]], plus `embed[index[t] % N]` (a position embedding); zeros where the index is -1.
+
+    x: [M, D]; index: int32 or int64 [T], every row at most once; embed: [N, D], M a multiple of N. Returns [T, D] in x's dtype.
+    Gradients for x and embed.
+    """
+    return torch.ops.dyntok.gather_rows(x, index, embed)
+
+
+def scatter_rows(rows: Tensor, index: Tensor, base: Tensor | None = None, *, total: int) -> Tensor:
+    """From packed rows back to the grid: out[index[t]] = rows[t], plus `base[m % N]` on every row m (a mask token and position embedding).
+
+    rows: [T, D]; index: int32 or int64 [T], every place at most once, -1 for nowhere; base: [N, D], total a multiple of N.
+    Returns [total, D] in the rows' dtype. Gradients for rows and base.
+    """
+    return torch.ops.dyntok.scatter_rows(rows, index, base, total)
+
+
+@custom_op("dyntok::codebook_stats", mutates_args=())
+def _codebook_stats(z: Tensor, codes: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    return cpu.codebook_stats(z, codes, size)
+
+
+@_codebook_stats.register_kernel("cuda")
+def _(z: Tensor, codes: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    from dyntok_kernels.gpu.codebook_stats import codebook_stats
+
+    return codebook_stats(z, codes, size)
+
+
+@_codebook_stats.register_fake
+def _(z: Tensor, codes: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    return z.new_empty(size, dtype=torch.float32), z.new_empty(size, z.shape[1], dtype=torch.float32)
+
+
+def codebook_stats(z: Tensor, codes: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Of the vectors z [T, C] with codes int64 [T]: how many each of `size` codes has, and their sums; float32 [K] and [K, C]. The same
+    every time.
+    """
+    return torch.ops.dyntok.codebook_stats(z, codes, size)
+
+
+@custom_op("dyntok::merge_similar", mutates_args=())
+def _merge_similar(
+    x: Tensor, weights: Tensor, kept: Tensor, cu_kept: Tensor, dropped: Tensor, cu_dropped: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return cpu.merge_similar(x, weights, kept, cu_kept, dropped, cu_dropped)
+
+
+@_merge_similar.register_kernel("cuda")
+def _(x: Tensor, weights: Tensor, kept: Tensor, cu_kept: Tensor, dropped: Tensor, cu_dropped: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    from dyntok_kernels.gpu.merge_similar import merge_similar
+
+    return merge_similar(x, weights, kept, cu_kept, dropped, cu_dropped)
+
+
+@_merge_similar.register_fake
+def _(x: Tensor, weights: Tensor, kept: Tensor, cu_kept: Tensor, dropped: Tensor, cu_dropped: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    rows = kept.shape[0]
+    return x.new_empty(rows, x.shape[1]), x.new_empty(rows, dtype=wide), x.new_empty(x.shape[0], dtype=torch.int32)
+
+
+def _keep_merged(ctx, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(inputs[0], inputs[1], *output)
+    ctx.set_materialize_grads(False)
+
+
+def _merged_gradient(ctx, grad: Tensor | None, grad_sizes: Tensor | None, _: None) -> tuple:
+    """merged = sum w x / size: the choice of owners has no gradient."""
+    x, weights, merged, sizes, owner = ctx.saved_tensors
+    grad = torch.zeros_like(merged) if grad is None else grad
+    per_row = (grad / sizes[:, None]).index_select(0, owner)  # [M, D]
+    of_weights = (per_row * (x - merged.index_select(0, owner))).sum(-1)
+    if grad_sizes is not None:
+        of_weights = of_weights + grad_sizes.index_select(0, owner)
+    return (per_row * weights[:, None]).to(x.dtype), of_weights.to(weights.dtype), None, None, None, None
+
+
+_merge_similar.register_autograd(_merged_gradient, setup_context=_keep_merged)
+
+
+def merge_similar(x: Tensor, keep: Tensor, weights: Tensor, *, total: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Merging without parameters: every dropped patch joins the kept patch of its image that it is most like (greatest cosine, the first
+    of equal ones), and each kept patch becomes the weighted mean of what it owns (after ToMe, arXiv 2210.09461).
+
+    x: [B, N, D]; keep: bool [B, N], at least one True per image; weights: float [B, N], positive. total: kept patches, where known.
+    Returns (tokens [T, D]; sizes [T], the sums of weights; owner int32 [B, N], the token that each patch went into). Gradients for x and
+    weights.
+    """
+    images, patches, width = x.shape
+    kept, cu_kept = compact(keep)
+    dropped, cu_dropped = compact(~keep)
+    total = total_of(cu_kept) if total is None else total
+    lists = kept[:total], cu_kept, dropped[: images * patches - total], cu_dropped
+    merged, sizes, owner = torch.ops.dyntok.merge_similar(x.reshape(-1, width), weights.reshape(-1), *lists)
+    return merged, sizes, owner.view(images, patches)

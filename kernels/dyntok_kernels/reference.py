@@ -43,3 +43,42 @@ def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
     z: [T, C]; codebook: [K, C]. Returns LongTensor [T].
     """
     return (z[:, None] - codebook[None]).square().sum(-1).argmin(-1)
+
+
+def gather_rows(x: Tensor, index: Tensor, embed: Tensor | None) -> Tensor:
+    """out[t] = x[index[t]] + embed[index[t] % N]; zeros where index[t] is -1. x: [M, D]; index: [T]; embed: [N, D] or None."""
+    out = x.new_zeros(len(index), x.shape[1])
+    for t, source in enumerate(index.tolist()):
+        if source >= 0:
+            out[t] = x[source] if embed is None else x[source] + embed[source % len(embed)]
+    return out
+
+
+def scatter_rows(rows: Tensor, index: Tensor, base: Tensor | None, total: int) -> Tensor:
+    """out[index[t]] = rows[t] + base[index[t] % N], base alone elsewhere. rows: [T, D]; index: [T]; base: [N, D] or None."""
+    out = rows.new_zeros(total, rows.shape[1])
+    for t, target in enumerate(index.tolist()):
+        if target >= 0:
+            out[target] = rows[t]
+    return out if base is None else out + base.repeat(total // len(base), 1)
+
+
+def codebook_stats(z: Tensor, codes: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Counts [K] and sums [K, C] of the vectors z [T, C] by their codes [T]."""
+    chosen = (codes[:, None] == torch.arange(size)).to(z.dtype)  # [T, K]
+    return chosen.sum(0), chosen.T @ z
+
+
+def merge_similar(x: Tensor, keep: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each dropped patch joins the kept patch of greatest cosine (the first of equal ones); kept ones become weighted means.
+
+    x: [B, N, D]; keep: bool [B, N]; weights: [B, N]. Returns tokens [T, D], sizes [T], owner int32 [B, N].
+    """
+    unit = x / x.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    cosine = (unit @ unit.transpose(1, 2)).masked_fill(~keep[:, None], -torch.inf)  # [B, N, N]
+    nearest = torch.where(keep, torch.arange(keep.shape[1]), cosine.argmax(-1))  # [B, N], a patch of the same image
+    token = keep.flatten().cumsum(0).view_as(keep) - 1  # of each kept patch
+    owner = token.gather(1, nearest)
+    member = (owner.flatten()[None] == torch.arange(int(keep.sum()))[:, None]) * weights.flatten()  # [T, B * N]
+    sizes = member.sum(1)
+    return member @ x.flatten(0, 1) / sizes[:, None], sizes, owner.to(torch.int32)

@@ -1,0 +1,215 @@
+"""Every operation of `dyntok_kernels`: checked against its reference, then timed against the obvious PyTorch way, on the device there is.
+
+    python benchmarks/kernels.py [--device cuda] [--only NAME...] [--output benchmarks/results/kernels.jsonl]
+
+`merger` is the whole merger at LaVIT's size, packed against eager dense masked attention over all 256 rows (each block with its own keys
+and values, the formula of LaVIT's released code) and against masked scaled_dot_product_attention; `rate` how near matrix products come to
+this machine's own. Peaks of memory are what an operation takes beyond what was there (on a CPU: of the process, as Linux counts it).
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from timing import append, environment, seconds
+from torch import Tensor, nn
+
+import dyntok
+import dyntok_kernels as ops
+from dyntok.merger import LAVIT_EPS, build_merger
+from dyntok_kernels import reference
+
+N, KEPT, D, HEADS, K, C = 256, 85, 1408, 16, 16384, 32
+
+
+def bounds(count: int, images: int, device: str) -> Tensor:
+    return torch.arange(images + 1, dtype=torch.int32, device=device) * count
+
+
+def third(images: int, device: str) -> Tensor:
+    return torch.rand(images, N, device=device).argsort(1).argsort(1) < KEPT
+
+
+# Each case: (ours, the obvious PyTorch way, how far ours may be off), on tensors of its own.
+
+
+def attention(device: str, images: int, causal: bool) -> tuple[Callable, Callable, float]:
+    keys = KEPT if causal else N - KEPT
+    q, k, v = (torch.randn(images * n, HEADS, D // HEADS, device=device) for n in (KEPT, keys, keys))
+    cu = bounds(KEPT, images, device), bounds(keys, images, device)
+    weight = torch.ones(images, KEPT, keys, device=device)
+    weight = weight.tril() if causal else weight
+    dense = [x.unflatten(0, (images, -1)).transpose(1, 2) for x in (q, k, v)]
+    plain = lambda: reference.masked_attention(*dense, weight).transpose(1, 2).flatten(0, 1)  # noqa: E731
+    return lambda: ops.varlen_attention(q, k, v, *cu, causal=causal), plain, 1e-4
+
+
+def nearest_code(device: str, images: int) -> tuple[Callable, Callable, float]:
+    z, codebook = F.normalize(torch.randn(8192, C, device=device), dim=-1), F.normalize(torch.randn(K, C, device=device), dim=-1)
+
+    def squared_distances() -> Tensor:
+        return (z.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * z @ codebook.T).argmin(1)
+
+    return lambda: ops.nearest_code(z, codebook), squared_distances, 1e-3
+
+
+def compact(device: str, images: int) -> tuple[Callable, Callable, float]:
+    keep = third(images, device)
+    return lambda: ops.compact(keep)[0][: images * KEPT].long(), lambda: keep.flatten().nonzero()[:, 0], 0
+
+
+def gather_rows(device: str, images: int) -> tuple[Callable, Callable, float]:
+    x, embed, keep = torch.randn(images, N, D, device=device), torch.randn(N, D, device=device), third(images, device)
+    index = ops.compact(keep)[0][: images * KEPT]
+    return lambda: ops.gather_rows(x.flatten(0, 1), index, embed), lambda: (x + embed)[keep], 1e-6
+
+
+def scatter_rows(device: str, images: int) -> tuple[Callable, Callable, float]:
+    rows, base, keep = torch.randn(images * KEPT, D, device=device), torch.randn(N, D, device=device), third(images, device)
+    index = ops.compact(keep)[0][: images * KEPT]
+
+    def plain() -> Tensor:
+        out = torch.zeros(images, N, D, device=device)
+        out[keep] = rows
+        return (out + base).flatten(0, 1)
+
+    return lambda: ops.scatter_rows(rows, index, base, total=images * N), plain, 1e-6
+
+
+def codebook_stats(device: str, images: int) -> tuple[Callable, Callable, float]:
+    z, codes = torch.randn(images * KEPT, C, device=device), torch.randint(0, K, (images * KEPT,), device=device)
+    return lambda: ops.codebook_stats(z, codes, K)[1], lambda: F.one_hot(codes, K).to(z.dtype).T @ z, 1e-5
+
+
+def merge_similar(device: str, images: int) -> tuple[Callable, Callable, float]:
+    x, keep, weights = torch.randn(images, N, D, device=device), third(images, device), torch.ones(images, N, device=device)
+    plain = lambda: reference.merge_similar(x, keep, weights)[0]  # noqa: E731
+    return lambda: ops.merge_similar(x, keep, weights, total=images * KEPT)[0], plain, 1e-4
+
+
+CASES = {
+    "attention, among kept": lambda device, images: attention(device, images, True),
+    "attention, to dropped": lambda device, images: attention(device, images, False),
+    "nearest_code": nearest_code, "compact": compact, "gather_rows": gather_rows, "scatter_rows": scatter_rows,
+    "codebook_stats": codebook_stats, "merge_similar": merge_similar,
+}  # fmt: skip
+
+
+class DenseMerger(nn.Module):
+    """Over all rows, by the weights of a packed merger; every block makes its own keys and values."""
+
+    def __init__(self, merger: nn.Module, keep: Tensor, attend: Callable) -> None:
+        super().__init__()
+        self.merger, self.attend, self.keep = merger, attend, keep
+        depth, heads = len(merger.blocks), merger.num_heads
+        self.kv = [(w.contiguous(), b) for w, b in zip(*(p.chunk(depth) for p in merger.context_kv.parameters()), strict=True)]
+        patches = keep.shape[1]
+        causal = torch.ones(patches, patches, device=keep.device).tril()
+        own = torch.eye(patches, device=keep.device) * (~keep).float()[:, None]
+        self.among, self.across = keep.float()[:, None] * causal + own, (~keep).float()[:, None].expand(-1, patches, -1)
+        self.split = lambda x: x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    def forward(self, features: Tensor) -> Tensor:
+        x, context = features, self.merger.context_norm(features)
+        for block, (weight, bias) in zip(self.merger.blocks, self.kv, strict=True):
+            q, k, v = (self.split(part) for part in block.self_qkv(block.self_norm(x)).chunk(3, -1))
+            x = x + block.self_proj(self.attend(q, k, v, self.among).transpose(1, 2).flatten(-2))
+            k, v = (self.split(part) for part in F.linear(context, weight, bias).chunk(2, -1))
+            q = self.split(block.cross_query(block.cross_norm(x)))
+            x = x + block.cross_proj(self.attend(q, k, v, self.across).transpose(1, 2).flatten(-2))
+            x = x + block.mlp(block.mlp_norm(x))
+        return self.merger.norm(x)[self.keep]
+
+
+def merger(device: str, images: int) -> dict:
+    torch.manual_seed(0)
+    config = dyntok.TokenizerConfig.preset("lavit")
+    network = build_merger(D, config.merger).to(device).eval()
+    features, keep = torch.randn(images, N, D, device=device), third(images, device)
+    formula = DenseMerger(network, keep, lambda q, k, v, w: reference.masked_attention(q, k, v, w, LAVIT_EPS))
+    sdpa = DenseMerger(network, keep, lambda q, k, v, w: F.scaled_dot_product_attention(q, k, v, attn_mask=w[:, None] > 0))
+    ways = {"packed": lambda: network(features, keep), "dense, formula": lambda: formula(features), "dense, sdpa": lambda: sdpa(features)}
+    results = {name: way() for name, way in ways.items()}
+    for name, result in results.items():
+        off = float((result - results["packed"]).norm() / result.norm())
+        if off > 1e-3:
+            raise SystemExit(f"merger: packed and {name} differ by {off:.2g}: no timing of a wrong result")
+    times = {name: seconds(way, 3)[0] for name, way in ways.items()}
+    return {"seconds": times, "ratio": {name: t / times["packed"] for name, t in times.items()}, "flops": merger_flops(images)}
+
+
+def merger_flops(images: int) -> float:
+    """Of the packed merger's matrix products, attention left out."""
+    hidden = int(4.3637 * D)
+    return 12 * 2 * images * (KEPT * (6 * D * D + 2 * D * hidden) + (N - KEPT) * 2 * D * D)
+
+
+def rate(device: str, images: int) -> dict:
+    """Flop/s of one large product and of products of the shapes that the mergers of `lavit` and `tiny` make for one image."""
+    found = {}
+    for name, (m, n, k) in {"4096 cubed": (4096,) * 3, "lavit, 85 rows": (KEPT, D, D), "lavit, 340 rows": (4 * KEPT, D, D),
+                            "tiny, 85 rows": (85, 192, 192), "tiny, 256 rows": (256, 576, 192)}.items():  # fmt: skip
+        a, b = torch.randn(m, k, device=device), torch.randn(n, k, device=device)
+        repeats = max(1, int(4e9 / (2 * m * n * k)))
+        found[name] = 2 * m * n * k * repeats / seconds(lambda a=a, b=b, r=repeats: [a @ b.T for _ in range(r)], 3)[0] / 1e9
+    return {"gflop_per_s": {name: round(value, 1) for name, value in found.items()}}
+
+
+def check(name: str, ours: Tensor, expected: Tensor, tolerance: float) -> None:
+    wrong = (ours != expected).float().mean() if ours.dtype == torch.long else (ours - expected).norm() / expected.norm()
+    off = float(wrong)
+    if off > tolerance:
+        raise SystemExit(f"{name}: off by {off:.2g}, at most {tolerance} is right: no timing of a wrong result")
+
+
+def peak(device: str, work: Callable) -> float:
+    """MB beyond what was there."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
+    before = _status("VmRSS")
+    work()
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> float:
+    return float(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--images", type=int, default=0, help="per batch (default: 64 on a GPU, 4 on a CPU)")
+    parser.add_argument("--only", nargs="+", choices=[*CASES, "merger", "rate"], default=[*CASES, "merger", "rate"])
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    images = options.images or (4 if options.device == "cpu" else 64)
+    torch.manual_seed(0)
+    for name in options.only:
+        row = {"what": name, "device": options.device, "images": images}
+        if name in ("merger", "rate"):
+            row |= {"merger": merger, "rate": rate}[name](options.device, images)
+        else:
+            ours, plain, tolerance = CASES[name](options.device, images)
+            check(name, ours(), plain(), tolerance)
+
+            def timed(work: Callable) -> tuple[float, float]:
+                return seconds(lambda: (work(), torch.cuda.synchronize() if options.device != "cpu" else None), 7)
+
+            (own, spread), (theirs, their_spread) = timed(ours), timed(plain)
+            row |= {"seconds": own, "spread": spread, "pytorch": theirs, "pytorch_spread": their_spread, "ratio": theirs / own}
+            row |= {"peak_mb": peak(options.device, ours), "pytorch_peak_mb": peak(options.device, plain)}
+        print(json.dumps(row), flush=True)
+        append(options.output, {**environment(), **row})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Encoder and decoder of fixed shapes give the tokenizer's own results, compiled, exported, run by onnxruntime; operations' contracts."""
+
+import numpy as np
+import pytest
+import torch
+from test_triton import bounds, similar_case
+from torch.testing import assert_close
+
+import dyntok
+from dyntok.errors import ConfigError
+from dyntok.export import FixedDecoder, FixedEncoder, export, to_onnx
+from dyntok.image import to_pixels
+from dyntok_kernels import compact
+
+BUDGET = 40
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return dyntok.load()
+
+
+@pytest.fixture(scope="module")
+def pixels(tiny, photos):
+    return torch.stack([to_pixels(photo, tiny.config.image) for photo in photos[:4]])
+
+
+@pytest.fixture(scope="module")
+def expected(tiny, pixels):
+    return tiny.encode_pixels(pixels, budget=BUDGET)
+
+
+def as_rows(encoding):
+    return encoding.packed_codes.view(-1, BUDGET), encoding.packed_positions.view(-1, BUDGET)
+
+
+@torch.no_grad()
+def test_the_encoder_gives_the_tokenizers_codes(tiny, pixels, expected):
+    codes, positions = FixedEncoder(tiny, BUDGET)(pixels)
+    assert torch.equal(codes, as_rows(expected)[0]) and torch.equal(positions, as_rows(expected)[1])
+
+
+@torch.no_grad()
+def test_the_decoder_paints_the_tokenizers_pixels(tiny, expected):
+    codes, positions = as_rows(expected)
+    assert_close(FixedDecoder(tiny)(codes, positions), tiny.decode_pixels(expected), atol=1e-4, rtol=0)
+    unknown = tiny.decode_pixels(expected.codes)
+    assert_close(FixedDecoder(tiny)(codes, torch.full_like(positions, -1)), unknown, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("budget", [0, 257])
+def test_budgets_that_no_image_has(tiny, budget):
+    with pytest.raises(ConfigError, match=f"budget is {budget} tokens, expected 1 to 256"):
+        FixedEncoder(tiny, budget)
+
+
+@torch.no_grad()
+def test_both_compile_as_one_graph(tiny, pixels, expected):
+    encoder, decoder = FixedEncoder(tiny, BUDGET), FixedDecoder(tiny)
+    codes, positions = torch.compile(encoder, fullgraph=True, backend="aot_eager")(pixels)
+    assert torch.equal(codes, as_rows(expected)[0]) and torch.equal(positions, as_rows(expected)[1])
+    painted = torch.compile(decoder, fullgraph=True, backend="aot_eager")(codes, positions)
+    assert_close(painted, decoder(codes, positions), atol=1e-5, rtol=0)
+
+
+def test_a_full_budget_compiles_too(tiny, pixels):
+    with torch.no_grad():
+        codes, _ = torch.compile(FixedEncoder(tiny, 256), fullgraph=True, backend="aot_eager")(pixels[:1])
+    assert torch.equal(codes[0], tiny.encode_pixels(pixels[:1], budget=256).codes[0])
+
+
+def test_exported_programs(tiny, pixels, expected):
+    encoder = export(FixedEncoder(tiny, BUDGET), pixels)
+    for name in ("varlen_attention", "nearest_code", "compact", "gather_rows"):
+        assert f"torch.ops.dyntok.{name}.default" in str(encoder)
+    codes, positions = encoder.module()(pixels)
+    assert torch.equal(codes, as_rows(expected)[0]) and torch.equal(positions, as_rows(expected)[1])
+    decoder = FixedDecoder(tiny)
+    assert_close(export(decoder, codes, positions).module()(codes, positions), decoder(codes, positions), atol=1e-5, rtol=0)
+
+
+def test_onnxruntime_gives_the_same_ids(tiny, pixels, expected, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    codes, positions = as_rows(expected)
+    to_onnx(FixedEncoder(tiny, BUDGET), tmp_path / "encoder.onnx", pixels)
+    session = onnxruntime.InferenceSession(tmp_path / "encoder.onnx")
+    got = session.run(None, {session.get_inputs()[0].name: pixels.numpy()})
+    assert np.array_equal(got[0], codes) and np.array_equal(got[1], positions)
+    to_onnx(FixedDecoder(tiny), tmp_path / "decoder.onnx", codes, positions)
+    session = onnxruntime.InferenceSession(tmp_path / "decoder.onnx")
+    (painted,) = session.run(None, dict(zip([i.name for i in session.get_inputs()], [codes.numpy(), positions.numpy()], strict=True)))
+    assert_close(torch.from_numpy(painted), FixedDecoder(tiny)(codes, positions).detach(), atol=1e-3, rtol=0)
+
+
+def op_cases():
+    ops, lengths = torch.ops.dyntok, bounds([3, 0, 5])
+    q, k, v = (torch.randn(8, 2, 16, requires_grad=True) for _ in range(3))
+    half = [x.detach().to(torch.bfloat16).requires_grad_() for x in (q, k, v)]
+    keep = torch.tensor([[True, False, True, False], [False, True, True, True]])
+    index = compact(keep)[0][:5]
+    x, _, weights = similar_case(2, 4, 8, torch.float32)
+    lists = index, bounds([2, 3]), compact(~keep)[0][:3], bounds([2, 1])
+    grid = torch.randn(8, 8, requires_grad=True)
+    table = torch.randn(4, 8, requires_grad=True)
+    return {
+        "attention": (ops.varlen_attention, (q, k, v, lengths, lengths, True)),
+        "attention, equal lengths": (ops.varlen_attention, (q, k, v, bounds([4, 4]), bounds([4, 4]), False)),
+        "attention in bf16": (ops.varlen_attention, (*half, lengths, lengths, False)),
+        "nearest code": (ops.nearest_code, (torch.randn(9, 8), torch.randn(70, 8), True)),
+        "nearest code, by distance": (ops.nearest_code, (torch.randn(0, 8), torch.randn(70, 8), False)),
+        "compact": (ops.compact, (keep,)),
+        "gather": (ops.gather_rows, (grid, index, None)),
+        "gather, embedded": (ops.gather_rows, (grid, index, table)),
+        "scatter": (ops.scatter_rows, (torch.randn(5, 8, requires_grad=True), index, None, 8)),
+        "scatter, based": (ops.scatter_rows, (torch.randn(5, 8, requires_grad=True), index, table, 8)),
+        "statistics": (ops.codebook_stats, (torch.randn(9, 8), torch.randint(0, 5, (9,)), 5)),
+        "similar": (ops.merge_similar, (x.flatten(0, 1).requires_grad_(), weights.flatten().requires_grad_(), *lists)),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", op_cases())
+def test_operations_keep_their_contracts(name):
+    torch.library.opcheck(*op_cases()[name])
