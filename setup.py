@@ -5,10 +5,12 @@ from setuptools import find_packages, setup
 diffusion = ["diffusers>=0.30"]
 train = ["torch>=2.9", "accelerate>=1.0", "pyyaml>=6.0", "scikit-image>=0.22", "scikit-learn>=1.3", "scipy>=1.11"]
 export = ["torch>=2.9", "onnx>=1.17", "onnxscript>=0.5"]
+transformers = ["transformers>=5.0", "tokenizers>=0.22", "pyarrow>=16.0"]
 test = [
     *train,
     *diffusion,
     *export,
+    *transformers,
     "onnxruntime>=1.20",
     "pytest>=8.0",
     "pytest-cov>=5.0",
@@ -38,7 +40,14 @@ setup(
         "Pillow>=10.1",
         "tqdm>=4.60",
     ],
-    extras_require={"train": train, "diffusion": diffusion, "export": export, "test": test, "dev": [*test, "matplotlib>=3.8", "ruff>=0.9"]},
+    extras_require={
+        "train": train,
+        "diffusion": diffusion,
+        "export": export,
+        "transformers": transformers,
+        "test": test,
+        "dev": [*test, "matplotlib>=3.8", "ruff>=0.9"],
+    },
     entry_points={"console_scripts": ["dyntok = dyntok.cli:main"]},
     classifiers=[
         "Programming Language :: Python :: 3",

@@ -57,6 +57,8 @@ def test_attention_and_its_gradients(dtype, width, shape, causal):
     q, k, v = (torch.randn(sum(n), 2, width).to(dtype) for n in (lengths_q, lengths_k, lengths_k))
     towards = torch.randn_like(q)
     out, lse = attention.varlen_attention(q, k, v, *cu, causal)
+    without_keys = torch.repeat_interleave(torch.tensor(lengths_k) == 0, torch.tensor(lengths_q))
+    assert torch.equal((lse == -torch.inf).all(0), without_keys) and (out[without_keys] == 0).all() and not lse.isnan().any()
     got = out, *attention.varlen_attention_backward(towards, q, k, v, out, lse, *cu, causal)
     exact = [x.double().requires_grad_() for x in (q, k, v)]
     expected = exact_attention(*exact, lengths_q, lengths_k, causal)

@@ -151,7 +151,9 @@ def scatter_rows(rows: Tensor, index: Tensor, base: Tensor | None, total: int) -
     placed = index >= 0
     if not placed.all():
         rows, index = rows[placed], index[placed]
-    return out.index_add_(0, index, rows)
+    index = index.long()
+    out[index] = rows if base is None else rows + out.index_select(0, index)
+    return out
 
 
 def codebook_stats(z: Tensor, codes: Tensor, size: int) -> tuple[Tensor, Tensor]:

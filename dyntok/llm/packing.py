@@ -1,0 +1,197 @@
+"""Documents into rows of fixed length for training: no image cut, and the borders of documents kept.
+
+A document that fits into a row stays whole; a longer one goes on in the next rows, cut in its text or between segments.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from dyntok.errors import CodeError, ConfigError
+from dyntok.llm.documents import Document, ImageCodes
+from dyntok.vocab import VisualVocab
+
+IGNORED = -100  # the label of what takes no part in the loss, as PyTorch and transformers have it
+Loss: TypeAlias = Literal["both", "text", "image"]
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """L tokens of several documents; int64 [L] each.
+
+    input_ids     padded at the end
+    labels        the ids again (a model shifts them itself), or -100: padding, the first token of each document, the other modality
+    position_ids  from 0 in each document; 0 in the padding
+    document      0 for the first document of the row, 1, ...; -1 in the padding
+
+    With position_ids and no attention mask, transformers keeps documents apart by itself; `attention_mask` is for other code.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    document: Tensor
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """bool [L, L]: which tokens (columns) each token (row) sees: earlier ones of its document, and itself."""
+        length = torch.arange(len(self.document))
+        return (self.document[:, None] == self.document) & (length[:, None] >= length)
+
+    def inputs(self) -> dict[str, Tensor]:
+        """What `model(**inputs)` takes, without the batch dimension."""
+        return {"input_ids": self.input_ids, "labels": self.labels, "position_ids": self.position_ids}
+
+
+@dataclass
+class _Open:
+    """A row that still has room."""
+
+    ids: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    document: list[int] = field(default_factory=list)
+
+    def append(self, ids: list[int], labels: list[int]) -> None:
+        number = self.document[-1] + 1 if self.document else 0
+        self.ids += ids
+        self.labels += [IGNORED, *labels[1:]]  # a document's first token follows nothing
+        self.positions += range(len(ids))
+        self.document += [number] * len(ids)
+
+
+class Packer:
+    """Puts documents into rows, the first of a few open rows that has room.
+
+    length     tokens in a row
+    encode     text to ids, without special tokens: `lambda text: tokenizer.encode(text, add_special_tokens=False)`
+    bos, eos   ids before and after each document; None: none
+    pad        id for what stays empty
+    loss       "both", "text" (and eos), or "image" (codes, positions and the end; the start counts as text: text decides when a picture
+               comes)
+    open_rows  how many rows wait for documents that fit: more leave less padding
+    """
+
+    def __init__(
+        self,
+        length: int,
+        vocab: VisualVocab,
+        encode: Callable[[str], Sequence[int]],
+        *,
+        bos: int | None,
+        eos: int | None,
+        pad: int,
+        loss: Loss = "both",
+        open_rows: int = 8,
+    ) -> None:
+        if loss not in ("both", "text", "image"):
+            raise ConfigError(f"loss is {loss!r}, expected 'both', 'text' or 'image'")
+        if length < 2 or open_rows < 1:
+            raise ConfigError(f"rows of {length} tokens, {open_rows} open at once; expected at least 2 and 1")
+        self.length, self.vocab, self.encode, self.bos, self.eos, self.pad = length, vocab, encode, bos, eos, pad
+        self.loss, self.open_rows = loss, open_rows
+        self._open: list[_Open] = []
+
+    def add(self, document: Document) -> Iterator[PackedRow]:
+        """Rows that this document made full. Raises `CodeError` on an image that is longer than a row, and on bad codes."""
+        for ids, labels in self._parts(document):
+            for row in self._open:
+                if len(row.ids) + len(ids) <= self.length:
+                    break
+            else:
+                if len(self._open) == self.open_rows:
+                    yield self._close(max(self._open, key=lambda row: len(row.ids)))
+                row = _Open()
+                self._open.append(row)
+            row.append(ids, labels)
+            if len(row.ids) == self.length:
+                yield self._close(row)
+
+    def flush(self) -> Iterator[PackedRow]:
+        """The rows that are not full."""
+        while self._open:
+            yield self._close(self._open[0])
+
+    def pack(self, documents: Iterable[Document]) -> Iterator[PackedRow]:
+        """All rows of these documents."""
+        for document in documents:
+            yield from self.add(document)
+        yield from self.flush()
+
+    def _close(self, row: _Open) -> PackedRow:
+        self._open.remove(row)
+        empty = self.length - len(row.ids)
+        filled = ((row.ids, self.pad), (row.labels, IGNORED), (row.positions, 0), (row.document, -1))
+        return PackedRow(*(torch.tensor(values + [fill] * empty) for values, fill in filled))
+
+    def _parts(self, document: Document) -> Iterator[tuple[list[int], list[int]]]:
+        """(ids, labels) of the document, in as many parts as it needs."""
+        ids: list[int] = []
+        labels: list[int] = []
+        for piece, targets, whole in self._pieces(document):
+            while piece:
+                room = self.length - len(ids)
+                if len(piece) <= room or not whole and room:
+                    ids, labels = ids + piece[:room], labels + targets[:room]
+                    piece, targets = piece[room:], targets[room:]
+                else:
+                    if not ids:
+                        raise CodeError(
+                            f"an image of {document.key!r} takes {len(piece)} tokens, more than a row of {self.length}; "
+                            "make rows longer, or encode with max_tokens="
+                        )
+                    yield ids, labels
+                    ids, labels = [], []
+        if ids:
+            yield ids, labels
+
+    def _pieces(self, document: Document) -> Iterator[tuple[list[int], list[int], bool]]:
+        """(ids, labels, whether they must stay together)"""
+        vocab, on_text, on_image = self.vocab, self.loss != "image", self.loss != "text"
+        if self.bos is not None:
+            yield [self.bos], [IGNORED], False
+        for segment in document.segments:
+            if isinstance(segment, ImageCodes):
+                ids = vocab.to_ids(segment.codes, positions=segment.positions if vocab.patches else None).tolist()
+                rest = ids[1:] if on_image else [IGNORED] * (len(ids) - 1)
+                yield ids, [ids[0] if on_text else IGNORED, *rest], True
+            else:
+                # a caption that spells our tokens must not open an image
+                ids = [id for id in self.encode(segment) if not vocab.is_visual(id)]
+                yield ids, ids if on_text else [IGNORED] * len(ids), False
+        if self.eos is not None:
+            yield [self.eos], [self.eos if on_text else IGNORED], False
+
+
+class PackedDataset(IterableDataset):
+    """A stream of rows for a DataLoader: dicts of `input_ids`, `labels`, `position_ids`, as `model(**batch)` takes them.
+
+    documents: for an epoch's number, its documents; every rank and every worker of a loader goes over them and packs its own share
+    packer: makes an empty `Packer`
+
+    >>> data = PackedDataset(lambda epoch: map(in_drawn_order, read_documents("codes/")), lambda: Packer(2048, vocab, encode, ...))
+    >>> for batch in DataLoader(data, batch_size=8): model(**batch).loss.backward()
+    """
+
+    def __init__(
+        self, documents: Callable[[int], Iterable[Document]], packer: Callable[[], Packer], *, epoch: int = 0, rank: int = 0, world: int = 1
+    ) -> None:
+        if not 0 <= rank < world:
+            raise ConfigError(f"rank {rank} of {world}, expected 0 to {world - 1}")
+        self.documents, self.packer, self.epoch, self.rank, self.world = documents, packer, epoch, rank, world
+
+    def set_epoch(self, epoch: int) -> None:
+        """Before the next iteration."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        worker = get_worker_info()
+        share, shares = (worker.id, worker.num_workers) if worker else (0, 1)
+        share, shares = self.rank * shares + share, self.world * shares
+        own = (document for i, document in enumerate(self.documents(self.epoch)) if i % shares == share)
+        for row in self.packer().pack(own):
+            yield row.inputs()
