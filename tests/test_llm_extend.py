@@ -82,7 +82,7 @@ def test_models_grow_save_reload_and_write_pictures(name, tmp_path):
         assert_close(again(picture).logits, model(picture).logits)
     grammar = ImageGrammar(vocab, max_tokens=8, min_tokens=2, min_images=1, max_images=1, text=False, eos=(2,))
     processor = ImageLogitsProcessor(grammar, prompt_length=7, max_new_tokens=20)
-    for options in ({}, {"do_sample": True, "temperature": 3.0}, {"num_beams": 3}):
+    for options in ({}, {"do_sample": True, "temperature": 3.0}, {"num_beams": 3}, {"guidance_scale": 3.0}):
         torch.manual_seed(0)
         rows = again.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, logits_processor=[processor], eos_token_id=2, pad_token_id=0,
