@@ -55,6 +55,9 @@ def build(name: str, target: str) -> tuple[str, str, dict, list[str]]:
         fn=variant.kernel, signature=variant.signature, constexprs=variant.constants,
         attrs={(i,): [["tt.divisibility", 16]] for i in pointers},
     )  # fmt: skip
+    numbers = {name for name, kind in variant.signature.items() if kind == "i32"}
+    if numbers != set(variant.kernel.do_not_specialize):
+        return name, target, {}, [f"would be compiled anew for values of {', '.join(sorted(numbers))}; name them to `kernel`"]
     options = {"num_warps": variant.blocks.warps, "num_stages": variant.blocks.stages}
     try:
         compiled = triton.compile(source, target=TARGETS[target], options=options)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dyntok_kernels.gpu.tiles import FLOATS, Blocks, Variant, cast, check, dot, find_block, padded, slots
+from dyntok_kernels.gpu.tiles import FLOATS, Blocks, Variant, cast, check, dot, find_block, kernel, padded, slots
 
 HEAD_SIZES = (16, 32, 64, 88, 128)  # those the compile gate looks at; any multiple of 8 up to 128 works
 
@@ -56,7 +56,7 @@ def _visible(queries, keys, start_q, start_k, end_k, causal):
     return (keys < end_k) & ((causal == 0) | (keys - start_k <= queries - start_q))
 
 
-@triton.jit
+@kernel("images", "causal", "total_q", "q_row", "k_row", "v_row", "out_row")
 def forward_kernel(
     q, k, v, out, lse, cu_q, cu_k, images, causal, scale, total_q,
     q_row, k_row, v_row, out_row,
@@ -92,7 +92,7 @@ def forward_kernel(
     tl.store(lse + head * total_q + rows, top + tl.log2(found), mask=rows < end_q)
 
 
-@triton.jit
+@kernel("images", "causal", "total_q", "q_row", "k_row", "v_row", "grad_row", "out_row")
 def query_gradient_kernel(
     q, k, v, grad, lse, delta, grad_q, cu_q, cu_k, images, causal, scale, total_q,
     q_row, k_row, v_row, grad_row, out_row,
@@ -123,7 +123,7 @@ def query_gradient_kernel(
     _put(grad_q + head * WIDTH, first, end_q, out_row, sums * (scale * 0.6931471805599453), WIDTH, BLOCK_M, BLOCK_D)
 
 
-@triton.jit
+@kernel("images", "causal", "total_q", "q_row", "k_row", "v_row", "grad_row", "out_row")
 def key_gradient_kernel(
     q, k, v, grad, lse, delta, grad_k, grad_v, cu_q, cu_k, images, causal, scale, total_q,
     q_row, k_row, v_row, grad_row, out_row,
@@ -222,15 +222,15 @@ def variants() -> list[Variant]:
     found = []
     for dtype in FLOATS:
         for width in HEAD_SIZES:
-            for kernel, blocks in (
+            for program, blocks in (
                 (forward_kernel, forward_blocks(dtype, width)),
                 (query_gradient_kernel, query_blocks(dtype, width)),
                 (key_gradient_kernel, key_blocks(dtype, width)),
             ):
                 constants = _constants(width, blocks)
-                types = {name: _type_of(name, dtype) for name in kernel.arg_names if name not in constants}
-                name = f"attention.{kernel.fn.__name__.removesuffix('_kernel')}"
-                found.append(Variant(f"{name} d={width}", dtype, kernel, types, constants, blocks))
+                types = {name: _type_of(name, dtype) for name in program.arg_names if name not in constants}
+                name = f"attention.{program.fn.__name__.removesuffix('_kernel')}"
+                found.append(Variant(f"{name} d={width}", dtype, program, types, constants, blocks))
     return found
 
 

@@ -5,14 +5,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dyntok_kernels.gpu.tiles import FLOATS, Blocks, Variant, cast, check, dot, find_block, slots
+from dyntok_kernels.gpu.tiles import FLOATS, Blocks, Variant, cast, check, dot, find_block, kernel, slots
 
 
 def blocks_for(dtype: torch.dtype) -> Blocks:
     return Blocks(32, 32, warps=4) if dtype == torch.float32 else Blocks(32, 32, warps=4)
 
 
-@triton.jit
+@kernel("images")
 def assign_kernel(
     x, scale, kept, cu_kept, dropped, cu_dropped, owner, images, WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -45,7 +45,7 @@ def assign_kernel(
     tl.store(owner + patch, found, mask=place < end)
 
 
-@triton.jit
+@kernel("images")
 def average_kernel(
     x, weights, owner, kept, cu_kept, dropped, cu_dropped, merged, sizes, images, WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,

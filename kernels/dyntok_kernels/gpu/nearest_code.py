@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dyntok_kernels.gpu.tiles import FLOATS, Blocks, Variant, alike_dot, cast, check, padded
+from dyntok_kernels.gpu.tiles import FLOATS, Blocks, Variant, alike_dot, cast, check, kernel, padded
 
 CODE_SIZES = (8, 16, 32, 64)
 
@@ -16,7 +16,7 @@ def blocks_for(dtype: torch.dtype, dim: int) -> Blocks:
     return Blocks(64, 128, warps=4, stages=2)
 
 
-@triton.jit
+@kernel("rows", "size", "normalize")
 def nearest_code_kernel(
     z, codebook, half_norms, codes, rows, size, normalize,
     WIDTH: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,

@@ -5,13 +5,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dyntok_kernels.gpu.tiles import FLOATS, Blocks, Variant, cast, check
+from dyntok_kernels.gpu.tiles import FLOATS, Blocks, Variant, cast, check, kernel
 
 _BLOCKS = Blocks(16, 128)  # rows, columns
 _COMPACT = Blocks(1, 1024)  # an image, patches at a time
 
 
-@triton.jit
+@kernel("patches")
 def compact_kernel(keep, cu_seqlens, indices, patches, BLOCK: tl.constexpr):
     """One program per image: the places of its True entries, in order, from its own offset on."""
     image = tl.program_id(0)
@@ -24,7 +24,7 @@ def compact_kernel(keep, cu_seqlens, indices, patches, BLOCK: tl.constexpr):
         place += tl.sum(kept, 0)
 
 
-@triton.jit
+@kernel("rows", "patches")
 def gather_kernel(
     x, index, embed, out, rows, patches, WIDTH: tl.constexpr, EMBEDDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
 ):
@@ -42,7 +42,7 @@ def gather_kernel(
     tl.store(where, values, mask=(row < rows)[:, None] & (column < WIDTH)[None, :])
 
 
-@triton.jit
+@kernel("total", "patches")
 def scatter_kernel(
     rows, inverse, base, out, total, patches, WIDTH: tl.constexpr, BASED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
 ):

@@ -63,6 +63,13 @@ def slots(rows: int, images: int, block: int) -> int:
     return rows // block + images
 
 
+def kernel(*numbers: str) -> Callable:
+    """`triton.jit` that compiles once for all values of these arguments. (It would make constants of numbers that are 1, and the compile
+    gate would look at another program than the one that runs.)
+    """
+    return triton.jit(do_not_specialize=numbers)
+
+
 @triton.jit
 def dot(a, b):
     """Matrix product with float32 sums, float32 factors unrounded."""
