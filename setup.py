@@ -6,11 +6,21 @@ diffusion = ["diffusers>=0.30"]
 train = ["torch>=2.9", "accelerate>=1.0", "pyyaml>=6.0", "scikit-image>=0.22", "scikit-learn>=1.3", "scipy>=1.11"]
 export = ["torch>=2.9", "onnx>=1.17", "onnxscript>=0.5"]
 transformers = ["transformers>=5.0", "tokenizers>=0.22", "pyarrow>=16.0"]
+batch = ["pyarrow>=16.0", "fsspec>=2024.2", "braceexpand>=0.1.7", "matplotlib>=3.8"]
+ray = [*batch, "ray[data]>=2.40"]
+s3 = [*batch, "s3fs>=2024.2"]
 test = [
     *train,
     *diffusion,
     *export,
     *transformers,
+    *ray,
+    *s3,
+    "datasets>=3.0",
+    "webdataset>=0.2.86",
+    "megatron-core>=0.9",
+    "moto[server]>=5.0",
+    "torchdata>=0.11",
     "onnxruntime>=1.20",
     "pytest>=8.0",
     "pytest-cov>=5.0",
@@ -45,8 +55,11 @@ setup(
         "diffusion": diffusion,
         "export": export,
         "transformers": transformers,
+        "batch": batch,
+        "ray": ray,
+        "s3": s3,
         "test": test,
-        "dev": [*test, "matplotlib>=3.8", "ruff>=0.9"],
+        "dev": [*test, "ruff>=0.9"],
     },
     entry_points={"console_scripts": ["dyntok = dyntok.cli:main"]},
     classifiers=[

@@ -1,4 +1,4 @@
-"""The command `dyntok`: demo, encode, decode, show, info, eval, train, import-lavit.
+"""The command `dyntok`: demo, encode, decode, show, info, eval, train, import-lavit; batch and inspect are in `cli_batch.py`.
 
 Exit codes: 0 done; 1 an error of ours, told in one line on stderr; 2 wrong usage; 3 done, but some images were left out; 130 interrupted.
 """
@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dyntok import DynamicVisualTokenizer, Encoding, __version__, lavit, load
+from dyntok import DynamicVisualTokenizer, Encoding, __version__, cli_batch, lavit, load
 from dyntok.errors import CodeError, ConfigError, DataError, DyntokError, MissingDependencyError
 from dyntok.sheet import draw_sheet
 
@@ -106,6 +106,8 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--init", metavar="NAME", help="start from the weights of this tokenizer")
     add.add_argument("--cpu", action="store_true", help="even where there is a GPU")
     add.set_defaults(run=_train)
+
+    cli_batch.add_commands(commands, _budget, _whole)
 
     add = commands.add_parser("import-lavit", help="LaVIT's released files as an ordinary checkpoint, under LaVIT's licence")
     add.add_argument("source", metavar="SOURCE", help="a folder laid out like the repository, or rain1011/LaVIT-7B-v2")

@@ -33,6 +33,10 @@ class DataError(DyntokError, ValueError):
     """A data set (folder, tar, label file) can't be read or holds nothing to work on."""
 
 
+class BatchError(DyntokError, RuntimeError):
+    """A batch run is refused, or had to stop; what is finished stays. The message says how to go on."""
+
+
 class MissingDependencyError(DyntokError, ImportError):
     """An optional dependency is not installed. The message names the extra that brings it."""
 

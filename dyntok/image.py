@@ -33,6 +33,8 @@ DEFAULT_MAX_PIXELS = 2**26
 MAX_FILE_BYTES = 2**28
 MAX_SIDE = 2**20  # Pillow's resize needs 32 bytes of filter weights per pixel of a side
 
+IMAGE_SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"])  # of names, in lower case
+
 _LAZY_FORMATS = (*ACCEPTED_FORMATS, "MPO")  # a JPEG with further pictures behind the first; Pillow's JPEG reader gives it this name
 _PHOTOMETRIC_TAG, _WHITE_IS_ZERO = 262, 0  # TIFF
 _TURNS = {
@@ -71,9 +73,19 @@ def to_pixels(source: ImageSource, config: ImageConfig, *, max_pixels: int = DEF
 
     Resized in 8 bits with Pillow's antialiased bicubic filter: `crop` scales the central square, `squash` the whole picture.
     """
+    return normalised(to_array(source, config, max_pixels=max_pixels)[0], config)
+
+
+def to_array(source: ImageSource, config: ImageConfig, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[np.ndarray, tuple[int, int]]:
+    """The first half of `to_pixels`: the resized picture, uint8 [S, S, 3]; and (width, height) of the upright original."""
     with _failures_named(source) as name:
-        image = _resize(_load(source, name, max_pixels), config)
-    pixels = np.asarray(image).transpose(2, 0, 1).astype(np.float32, order="C")  # [3, S, S]; NumPy, since torch would start threads
+        image = _load(source, name, max_pixels)
+        return np.asarray(_resize(image, config)), image.size
+
+
+def normalised(array: np.ndarray, config: ImageConfig) -> torch.Tensor:
+    """The second half of `to_pixels`: uint8 [..., S, S, 3] to float32 [..., 3, S, S]."""
+    pixels = np.moveaxis(array, -1, -3).astype(np.float32, order="C")  # NumPy, since torch would start threads
     pixels /= 255
     pixels -= _per_channel(config.mean).numpy()
     pixels /= _per_channel(config.std).numpy()

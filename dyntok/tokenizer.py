@@ -157,10 +157,9 @@ class DynamicVisualTokenizer(Persistent):
         """(rows, columns) of patches."""
         return self.backbone.grid
 
-    @property
-    def _chunk(self) -> int:
+    def _at_once(self, images: int) -> int:
         # matrix products round differently at different shapes: on a CPU every image is computed alone, always at the same shapes
-        return 1 if self.device.type == "cpu" else _CHUNK
+        return 1 if self.device.type == "cpu" else images
 
     def encode_pixels(
         self,
@@ -172,11 +171,13 @@ class DynamicVisualTokenizer(Persistent):
         max_tokens: int | None = None,
         keep: Tensor | None = None,
         exact: bool = False,
+        batch_size: int = _CHUNK,
     ) -> Encoding:
-        """Codes of normalised pixels, float [B, 3, S, S]; the options are those of `encode`, and one more:
+        """Codes of normalised pixels, float [B, 3, S, S]; the options are those of `encode`, and two more:
 
         keep: bool [B, N], the patches to keep, chosen by the caller instead of the selector; at least one per image. It takes the place
             of every other choice, `max_tokens` included.
+        batch_size: images at once on a GPU; a CPU takes them singly.
 
         Raises `ImageError` on other pixels, `ConfigError` on contradictory options or a mask that does not fit.
         """
@@ -186,7 +187,7 @@ class DynamicVisualTokenizer(Persistent):
             if policy != KeepPolicy():
                 raise ConfigError("keep was given with budget, threshold, sample or max_tokens, expected the mask alone")
             policy = self._given(keep, len(pixels))
-        parts = [self._encode(part, policy, places, exact) for places, part in self._pieces(pixels)]
+        parts = [self._encode(part, policy, places, exact) for places, part in self._pieces(pixels, batch_size)]
         return self._pack(parts, [], list(range(len(pixels))))
 
     def features(
@@ -313,14 +314,15 @@ class DynamicVisualTokenizer(Persistent):
                     else:
                         raise ImageError(f"input {place}: {error}") from error
 
-        for chunk in batched(readable(), self._chunk):
+        for chunk in batched(readable(), self._at_once(_CHUNK)):
             places, pixels = zip(*chunk, strict=True)
             yield places, torch.stack(pixels)
 
-    def _pieces(self, pixels: Tensor) -> Iterator[tuple[range, Tensor]]:
+    def _pieces(self, pixels: Tensor, batch_size: int = _CHUNK) -> Iterator[tuple[range, Tensor]]:
         """(places, normalised pixels [b, 3, S, S])"""
-        for start in range(0, len(pixels), self._chunk):
-            part = pixels[start : start + self._chunk]
+        size = self._at_once(batch_size)
+        for start in range(0, len(pixels), size):
+            part = pixels[start : start + size]
             # a copy, always laid out and aligned alike: how a kernel rounds may depend on both
             yield range(start, start + len(part)), part.clone(memory_format=torch.contiguous_format)
 

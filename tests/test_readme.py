@@ -36,7 +36,7 @@ def test_no_placeholder_is_left():
 
 def test_every_file_is_listed():
     text = README.read_text()
-    folders = ["dyntok", "dyntok/training", "dyntok/training/recipes", "dyntok/llm", "kernels/dyntok_kernels", "benchmarks"]
+    folders = ["dyntok", "dyntok/training", "dyntok/training/recipes", "dyntok/llm", "dyntok/batch", "kernels/dyntok_kernels", "benchmarks"]
     paths = [
         path for folder in folders for path in (ROOT / folder).iterdir() if path.suffix in (".py", ".yaml") and path.stem != "__init__"
     ]

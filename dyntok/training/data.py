@@ -17,9 +17,8 @@ from torch import Tensor
 
 from dyntok.config import ImageConfig
 from dyntok.errors import DataError, ImageError
-from dyntok.image import load_image, to_pixels
+from dyntok.image import IMAGE_SUFFIXES, load_image, to_pixels
 
-_IMAGE_SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"])
 HOLDOUT = 20  # one in so many images is for validation
 
 _GIVE_UP = 100  # unreadable images in a row: not the images are broken then, but the disk or the path
@@ -76,15 +75,15 @@ def _walk(source: Path) -> Iterator[Sample]:
     except OSError as error:
         raise DataError(f"can't read {source}: {error.strerror or error}") from error
     for path in paths:
-        if (path.suffix == ".tar" or path.suffix.lower() in _IMAGE_SUFFIXES) and path.is_file():
+        if (path.suffix == ".tar" or path.suffix.lower() in IMAGE_SUFFIXES) and path.is_file():
             yield from _file_samples(path, source)
 
 
 def _file_samples(path: Path, root: Path) -> Iterator[Sample]:
     if path.suffix == ".tar":
         yield from _tar_samples(path)
-    elif path.suffix.lower() not in _IMAGE_SUFFIXES:
-        suffixes = ", ".join(sorted(_IMAGE_SUFFIXES))
+    elif path.suffix.lower() not in IMAGE_SUFFIXES:
+        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
         raise DataError(f"{path} is no image and no tar; expected a name that ends in {suffixes}, or .tar (uncompressed)")
     else:
         label = path.parent.name if path.parent != root else None
@@ -102,7 +101,7 @@ def _tar_samples(path: Path) -> Iterator[Sample]:
                 key = f"{folder}/{stem}" if folder else stem
                 if not member.isreg() or member.issparse():
                     continue
-                if f".{extension.lower()}" in _IMAGE_SUFFIXES:
+                if f".{extension.lower()}" in IMAGE_SUFFIXES:
                     images[key] = member
                 elif extension in ("cls", "cls.txt") and member.size < 1024:
                     labels[key] = tar.extractfile(member).read().decode(errors="replace").strip()

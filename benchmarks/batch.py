@@ -1,0 +1,131 @@
+"""`dyntok batch` against the ideal of this machine: decoding alone and encoding alone, all cores each, one after the other.
+
+    python benchmarks/batch.py TAR... [--workers 1] [--output benchmarks/results/batch.jsonl]
+
+The ideal is 1 / (1 / decoding alone + 1 / encoding alone), both measured in this process before and after the run; the memory is that of
+the command's whole process tree, program files aside (Linux). A second run on the first 2,000 rows shows whether memory grows with the
+number of images.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from timing import append, environment
+
+import dyntok
+from dyntok.batch import BatchOptions
+from dyntok.batch.inputs import open_input
+from dyntok.batch.local import decoded
+from dyntok.batch.pipeline import Item, Work, encode
+
+_FEW = 2000
+_DECODING_WORKERS = 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("tars", nargs="+")
+    parser.add_argument("--rows", type=int, default=800, help="for decoding alone and encoding alone")
+    parser.add_argument("--options", default="", help="of `dyntok batch`, such as '--workers 0'")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    tokenizer = dyntok.load()
+    with tempfile.TemporaryDirectory() as folder:
+        before = alone(tokenizer, options.tars, options.rows)
+        run = batch([*options.tars, f"{folder}/all"], options.options)
+        after = alone(tokenizer, options.tars, options.rows)
+        few = batch([cut(options.tars[0], Path(folder) / "few.tar"), f"{folder}/few"], options.options)
+    decoding, encoding = ((a + b) / 2 for a, b in zip(before, after, strict=True))
+    ideal = 1 / (1 / decoding + 1 / encoding)
+    speed = run["images"] / run["seconds"]
+    row = {
+        **environment(), "images": run["images"], "errors": run["errors"], "options": options.options,
+        "decoding_alone": [before[0], after[0]], "encoding_alone": [before[1], after[1]], "ideal": ideal, "batch": speed,
+        "share_of_ideal": speed / ideal, "share_with_start": run["images"] / run["wall"] / ideal,
+        "tree_peak_mib": run["peak_mib"], f"tree_peak_mib_{_FEW}": few["peak_mib"], "tokens": run["tokens"], "bytes": run["bytes"],
+    }  # fmt: skip
+    print(json.dumps(row, indent=1))
+    append(options.output, row)
+
+
+def alone(tokenizer: dyntok.DynamicVisualTokenizer, tars: list[str], rows: int) -> tuple[float, float]:
+    """Images/s of decoding alone, and of encoding alone."""
+    options = BatchOptions()
+    source = open_input(tars, options, {})
+    work = (Work(shard, 0, shard.begin) for shard in source.shards())
+    stream = decoded(work, source, options, tokenizer.config.image, 32, _DECODING_WORKERS)
+    kept = [next(stream)]  # the processes have started
+    start, count = time.perf_counter(), 0
+    for some in stream:
+        count += sum(isinstance(row, Item) for row in some)
+        kept = (kept + [some])[: rows // 32 + 1]
+        if count >= 5 * rows:
+            break
+    decoding = count / (time.perf_counter() - start)
+    stream.close()
+    encode(kept[0], tokenizer, options)
+    start, count = time.perf_counter(), 0
+    for some in kept[1:]:
+        encode(some, tokenizer, options)
+        count += sum(isinstance(row, Item) for row in some)
+    return decoding, count / (time.perf_counter() - start)
+
+
+def batch(arguments: list[str], options: str) -> dict[str, float]:
+    """The command's own summary, its seconds on the clock, and the peak memory of its process tree."""
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "dyntok.cli", "batch", *arguments, "--json", *options.split()]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    peak = [0]
+    threading.Thread(target=watch, args=(process.pid, peak, lambda: process.returncode is None), daemon=True).start()
+    out, _ = process.communicate()
+    if process.returncode not in (0, 3):
+        raise SystemExit(f"the command failed with {process.returncode}: no figures of a failed run")
+    return {**json.loads(out), "wall": time.perf_counter() - start, "peak_mib": round(peak[0] / 1024)}
+
+
+def watch(pid: int, peak: list[int], running: Callable[[], bool]) -> None:
+    while running():
+        peak[0] = max(peak[0], sum(memory(process) for process in tree(pid)))
+        time.sleep(0.5)
+
+
+def tree(pid: int) -> list[int]:
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return []
+    return [pid, *(process for child in children for process in tree(int(child)))]
+
+
+def memory(pid: int) -> int:
+    """Anonymous memory and its share of shared memory in KiB: without program files, which count less the more processes map them."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
+
+
+def cut(tar: str, target: Path) -> str:
+    """Its first samples."""
+    keys: set[str] = set()
+    with tarfile.open(tar) as source, tarfile.open(target, "w") as small:
+        for member in source:
+            keys.add(member.name.partition(".")[0])
+            if len(keys) > _FEW:
+                break
+            small.addfile(member, source.extractfile(member))
+    return str(target)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""What a run is asked to do: `BatchOptions` decides what is written and is compared when a run goes on; `Engine` decides only how."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dyntok.errors import ConfigError
+from dyntok.image import DEFAULT_MAX_PIXELS
+from dyntok.selector import KeepPolicy
+from dyntok.vocab import VisualVocab
+
+KINDS = ("auto", "folder", "tar", "parquet", "list")
+FORMATS = ("parquet", "webdataset", "megatron")
+DTYPES = ("fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """Raises `ConfigError` on values that do not fit."""
+
+    kind: Literal["auto", "folder", "tar", "parquet", "list"] = "auto"  # of the input
+    format: Literal["parquet", "webdataset", "megatron"] = "parquet"  # of the output
+    shard_size: int = 8192  # images in an output shard, at most
+    keep: tuple[str, ...] = ()  # companions that travel along: columns, or extensions such as "txt"
+    image_column: str | None = None  # of Parquet; None: the only one that can hold images
+    key_column: str | None = None  # of Parquet; None: "key" or "__key__", else file name and row number
+    interleaved: bool = False  # several images per row
+    budget: int | float | None = None
+    threshold: float | None = None
+    max_tokens: int | None = None
+    max_pixels: int = DEFAULT_MAX_PIXELS  # of an image; larger ones are refused
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    vocab_size: int | None = None  # megatron: entries of the LLM's vocabulary; image start, image end and the codes come behind them
+
+    def __post_init__(self) -> None:
+        for name, choices in (("kind", KINDS), ("format", FORMATS), ("dtype", DTYPES)):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(choices)}")
+        for name in ("shard_size", "max_pixels"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}, expected an integer of 1 or more")
+        object.__setattr__(self, "keep", tuple(self.keep))
+        taken = sorted({"key", "codes", "positions", "grid", "width", "height", "fingerprint"} & set(self.keep))
+        if taken or len(set(self.keep)) < len(self.keep):
+            raise ConfigError(f"keep is {', '.join(self.keep)}; expected different names, and none that the output has itself {taken}")
+        KeepPolicy(self.budget, self.threshold, None, self.max_tokens)
+        if (self.format == "megatron") != (self.vocab_size is not None):
+            raise ConfigError("vocab_size belongs to the format megatron, which needs it: how many entries the LLM's vocabulary has")
+        if self.format == "megatron":
+            VisualVocab.after(self.vocab_size, 1)
+            if self.keep:
+                raise ConfigError("megatron files hold ids alone; leave keep out, or write parquet")
+        if self.interleaved and self.format == "webdataset":
+            raise ConfigError("interleaved rows are written as parquet or megatron, not as webdataset")
+
+    @property
+    def policy(self) -> dict[str, Any]:
+        """Arguments of `encode_pixels`."""
+        return {"budget": self.budget, "threshold": self.threshold, "max_tokens": self.max_tokens}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "keep": list(self.keep)}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How the work is done, which changes no result. Raises `ConfigError`."""
+
+    name: Literal["local", "ray"] = "local"
+    batch_size: int = 32  # images at once, at most
+    threads: int | None = None  # of each model process on a CPU; None: all cores for one, shared among several; 1 in Ray's actors
+    workers: int | None = None  # local: decoding processes; 0: none, the model's process decodes. None: by the number of cores
+    devices: tuple[str, ...] = ()  # local: one model process for each; empty: all GPUs, or the CPU
+    address: str | None = None  # ray: of a cluster; None: one of its own on this machine
+    actors: int | None = None  # ray: copies of the tokenizer; None: one for each GPU, or for every second core
+
+    def __post_init__(self) -> None:
+        if self.name not in ("local", "ray"):
+            raise ConfigError(f"engine is {self.name!r}, expected 'local' or 'ray'")
+        for name, low in (("workers", 0), ("batch_size", 1), ("threads", 1), ("actors", 1)):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < low):
+                raise ConfigError(f"{name} is {value!r}, expected an integer of {low} or more")
+        object.__setattr__(self, "devices", tuple(self.devices))
+        others = {"local": ("address", "actors"), "ray": ("workers", "devices")}[self.name]
+        if useless := [name for name in others if getattr(self, name) not in (None, ())]:
+            raise ConfigError(f"{' and '.join(useless)} given, which the engine {self.name!r} has no use for; leave them out")
+
+
+def differences(now: Mapping[str, Any], then: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Every value that is another one, such as "options.budget is 64, was None"."""
+    found = []
+    for name in sorted({*now, *then}):
+        new, old = now.get(name), then.get(name)
+        if isinstance(new, Mapping) and isinstance(old, Mapping):
+            found += differences(new, old, f"{prefix}{name}.")
+        elif new != old:
+            found.append(f"{prefix}{name} is {new!r}, was {old!r}")
+    return found
