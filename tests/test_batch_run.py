@@ -196,6 +196,30 @@ def test_errors_are_tried_again(images, checkpoint_folder, tmp_path):
     assert run(str(folder), tmp_path / "out", checkpoint_folder, shard_size=6, retry_errors=True).rows == 0
 
 
+def test_a_lost_file_after_a_retry_is_done_without_doubles(images, checkpoint_folder, tmp_path):
+    table = write_table(tmp_path / "a.parquet", {**images, "a/001": None})
+    run(table, tmp_path / "out", checkpoint_folder, shard_size=6)
+    write_table(tmp_path / "a.parquet", images)
+    run(table, tmp_path / "out", checkpoint_folder, shard_size=6, retry_errors=True)
+    assert (tmp_path / "out" / "000000-000000-retry1.parquet").exists() and len(codes(tmp_path / "out")) == 20
+    for record in (tmp_path / "out" / "__run__" / "done").glob("*.json"):  # the input is another file now; say that it is not
+        values = json.loads(record.read_text())
+        info = (tmp_path / "a.parquet").stat()
+        record.write_text(json.dumps({**values, "shard": {**values["shard"], "size": info.st_size, "stamp": str(info.st_mtime)}}))
+    (tmp_path / "out" / "000000-000000.parquet").unlink()
+    run(table, tmp_path / "out", checkpoint_folder, shard_size=6)
+    assert len(codes(tmp_path / "out")) == 20 and not list((tmp_path / "out").glob("*retry*"))
+
+
+def test_what_a_run_left_that_finished_nothing(tars, checkpoint_folder, tmp_path):
+    """Data was written, its record was not, and then somebody asked for another format."""
+    output = tmp_path / "out"
+    run(tars[:1], output, checkpoint_folder)
+    (output / "__run__" / "done" / "000000-000000.json").unlink()
+    run(tars[:1], output, checkpoint_folder, format="webdataset")
+    assert {path.name for path in output.iterdir()} == {"__run__", "000000-000000.tar"}
+
+
 def test_a_tar_that_was_cut_is_read_to_its_end_when_it_is_whole(images, checkpoint_folder, tmp_path):
     tar = tmp_path / "a.tar"
     write_tar(tar, tar_members(images))

@@ -53,6 +53,24 @@ def test_every_code_is_one_token(tokenizer, vocab, tmp_path):
         assert image.codes == (5, 0, 63)
 
 
+def test_a_tokenizer_written_in_python(tmp_path):
+    """Another backend than `tokenizers`."""
+    tokenizer = transformers.ByT5Tokenizer()
+    vocab, plain = VisualVocab.after(len(tokenizer), size=SIZE), tokenizer.encode("a red cat")
+    assert not tokenizer.is_fast and extend_tokenizer(tokenizer, vocab) == SIZE + 2
+    tokenizer.save_pretrained(tmp_path)
+    for tok in (tokenizer, transformers.ByT5Tokenizer.from_pretrained(tmp_path)):
+        assert tok.encode("a red cat") == plain
+        assert tok.encode(vocab.to_text([5, 0, 63]), add_special_tokens=False) == vocab.to_ids([5, 0, 63]).tolist()
+
+
+def test_as_many_tokens_as_lavit_has(tokenizer):
+    vocab = VisualVocab.after(len(tokenizer), size=16_384)
+    assert extend_tokenizer(tokenizer, vocab) == 16_386
+    codes = torch.randint(0, 16_384, (50,))
+    assert tokenizer.encode(vocab.to_text(codes), add_special_tokens=False) == vocab.to_ids(codes).tolist()
+
+
 def test_a_tokenizer_that_does_not_fit(tokenizer, vocab):
     before = tokenizer.get_vocab()
     with pytest.raises(CodeError, match="expected ids without a gap"):
@@ -93,6 +111,11 @@ def test_models_grow_save_reload_and_write_pictures(name, tmp_path):
             assert [s.kind for s in images] == ["image"] and 2 <= len(images[0].codes) <= 8
     extend_model(again, VisualVocab.after(old, size=SIZE))  # once more changes no size
     assert again.config.vocab_size == vocab.vocab_size
+    with torch.no_grad():
+        wanted = again(ids).logits[..., : vocab.vocab_size]
+        extend_model(again, VisualVocab.after(old, size=SIZE, patches=16))  # and once more, with positions
+        assert again.config.vocab_size == vocab.vocab_size + 16
+        assert_close(again(ids).logits[..., : vocab.vocab_size], wanted)
 
 
 def test_near_codes_start_near():

@@ -124,3 +124,30 @@ def test_ranks_and_workers_share_a_stream(parquet):
 
     for workers in (0, 2):
         assert images(stream(0, workers) + stream(1, workers)) == [(i, i + 1) for i in range(20)]
+
+
+def test_from_what_dyntok_batch_writes(photos, checkpoint_folder, tmp_path):
+    """One image per row, and interleaved documents; the errors table beside them is no document."""
+    from batch_data import codes, pictures, rows, run, tar_members, write_tar
+
+    images = pictures(photos)
+    tar = write_tar(tmp_path / "in.tar", tar_members(images | {"bad": b"broken"}))
+    run(tar, tmp_path / "single", checkpoint_folder, keep=["txt"], shard_size=8)
+    read = list(read_documents(tmp_path / "single", text="txt", positions=True))
+    found = {document.key: document.segments for document in read}
+    assert {key: (image.codes, image.positions) for key, (image, _) in found.items()} == codes(tmp_path / "single")
+    assert all(text == f"caption of {key}" for key, (_, text) in found.items())
+    vocab = VisualVocab.after(300, size=256)
+    packed = Packer(300, vocab, encode, bos=BOS, eos=EOS, pad=PAD).pack(read)
+    written = [segment.codes for row in packed for segment in parse_ids(row.input_ids, vocab) if segment.kind == "image"]
+    assert sorted(written) == sorted(tuple(row) for row, _ in codes(tmp_path / "single").values())
+
+    content = list(images.values())
+    cells = pyarrow.array([[content[0], None, content[1]], [None, b"broken"], [content[2]]], pyarrow.list_(pyarrow.binary()))
+    texts = [[None, "between", None], ["alone", None], ["under"]]
+    parquet_files.write_table(pyarrow.table({"key": ["a", "b", "c"], "images": cells, "texts": texts}), tmp_path / "in.parquet")
+    run(tmp_path / "in.parquet", tmp_path / "several", checkpoint_folder, interleaved=True, keep=["texts"])
+    a, b, c = read_documents(tmp_path / "several", text="texts")
+    made = {row["key"]: row["codes"] for row in rows(tmp_path / "several")}
+    assert [s if isinstance(s, str) else s.codes for s in a.segments] == [made["a"][0], "between", made["a"][2]]
+    assert b.segments == ("alone",) and [s if isinstance(s, str) else s.codes for s in c.segments] == [made["c"][0], "under"]

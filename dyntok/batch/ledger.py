@@ -5,6 +5,7 @@ in it. A file that no record names is not part of the output.
 """
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +24,7 @@ from dyntok.tokenizer import batched
 
 _VERSION = 1  # of the records
 _TOGETHER = 256  # records that are read at once
+_SHARD = re.compile(r"\d{6,}-\d{6,}(-retry\d+)?\.(parquet|tar|bin|idx|keys\.json)")
 _ERRORS = pa.schema(
     [("key", pa.string()), ("source", pa.string()), ("reason", pa.string()), ("place", pa.int64()), ("image", pa.int32())],
 )
@@ -104,7 +106,9 @@ class Ledger:
                 raise BatchError(
                     f"{shown(output.address)} holds another run: {'; '.join(found)}; go on as it was begun, or name a new folder"
                 )
-        elif create and before != description:  # a run that finished nothing binds nobody
+        elif create and before != description:  # a run that finished nothing binds nobody, and leaves nothing
+            for name in [name for name in output.names() if _SHARD.fullmatch(name)]:
+                output.remove(name)
             output.publish_json(f"{RUN}/run.json", description)
         self.finished_before = 0  # images in the records that were met, and input shards as far as they are finished
         self.finished_shards = 0.0
@@ -139,7 +143,7 @@ class Ledger:
     def commit(self, end: End, items: Sequence[Item], writer: Writer) -> Record:
         """Write an output shard: its errors, its data, and last its record. Raises `BatchError`; nothing counts then."""
         failures = [_failure(item, i, image) for item in items for i, image in enumerate(item.sample.images) if isinstance(image, Broken)]
-        good = [item for item in items if any(isinstance(image, Tokens) for image in item.sample.images) or not item.sample.images]
+        good = [item for item in items if not item.sample.images or not all(isinstance(image, Broken) for image in item.sample.images)]
         if failures:
             table = pa.Table.from_pylist(failures, _ERRORS)
             self.output.publish(_errors_name(end.range), lambda path: pq.write_table(table, path))
@@ -153,14 +157,17 @@ class Ledger:
         )  # fmt: skip
         name = replace(end.range, attempt=0).name
         whole = record
+        values = self.output.read_json(f"{RUN}/done/{name}.json")  # of a retry, or of a shard whose files were lost
+        before = Record(**values) if values else record
         if end.range.attempt:
-            before = Record(**self.output.read_json(f"{RUN}/done/{name}.json"))
             beyond = sum(item.place >= before.rows for item in items)
             whole = replace(
                 record, next=before.next, rows=before.rows + beyond, images=before.images + record.images,
                 tokens=before.tokens + record.tokens, duplicates=before.duplicates + record.duplicates, files=before.files | files,
             )  # fmt: skip
         self.output.publish_json(f"{RUN}/done/{name}.json", asdict(whole))
+        for file in before.files.keys() - whole.files.keys():  # a reader of the folder would take their rows for further ones
+            self.output.remove(file)
         return record
 
     def _whole(self, record: Record) -> bool:

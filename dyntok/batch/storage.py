@@ -180,6 +180,11 @@ class Output:
         text = json.dumps(values, ensure_ascii=False, indent=1) + "\n"
         self.publish(name, lambda path: Path(path).write_text(text, encoding="utf-8"))
 
+    def remove(self, name: str) -> None:
+        """Nothing happens where there is no such file. Raises `BatchError`."""
+        with told("remove", f"{self.address.rstrip('/')}/{name}", self.options), contextlib.suppress(FileNotFoundError):
+            self.fs.rm_file(self.path(name))
+
     def read_json(self, name: str) -> Any:
         """None where there is no such file. Raises `BatchError`."""
         with told("read", f"{self.address.rstrip('/')}/{name}", self.options):

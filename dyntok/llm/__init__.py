@@ -16,3 +16,6 @@ from dyntok.llm.packing import Packer as Packer
 from dyntok.llm.parsing import Segment as Segment
 from dyntok.llm.parsing import parse_ids as parse_ids
 from dyntok.llm.parsing import parse_text as parse_text
+from dyntok.llm.prefix import Prefixed as Prefixed
+from dyntok.llm.prefix import VisualPrefix as VisualPrefix
+from dyntok.llm.processor import VisualProcessor as VisualProcessor

@@ -35,7 +35,8 @@ def read_documents(
     text: the column whose text goes with the images of a row; of a list of texts one is drawn for each epoch; None: images alone
     positions: whether to read them
 
-    A row may hold one image (`codes` is a list) or several (a list of lists). A row without codes and text is left out.
+    A row may hold one image (`codes` is a list) or several (a list of lists). Where it holds as many texts as images, nulls included, they
+    stand at the same places of an interleaved document. A row without codes and text is left out.
 
     Raises `DataError` where there are no such files, where a column is missing or of the wrong type, `MissingDependencyError` without
     pyarrow.
@@ -72,16 +73,21 @@ def read_documents(
 
 
 def _documents(row: dict[str, Any], text: str | None, draw: str, path: Path) -> Iterator[Document]:
-    codes, places, words = row["codes"] or [], row.get("positions"), row[text] if text is not None else None
-    nested = bool(codes) and isinstance(codes[0], list)
-    images = codes if nested else [codes] if codes else []
-    places = places if nested and places else [places] * len(images)
-    key = str(row["key"])
-    if isinstance(words, list):
-        words = words[int(_share(f"{draw} text {key}") * len(words))] if words else None
-    if words is not None and not isinstance(words, str):
-        raise DataError(f"{path}: {text} of {key} is {type(words).__name__}, expected text or a list of texts")
-    segments = [*map(ImageCodes, images, places), *[words] * bool(words)]
+    codes, places, words, key = row["codes"] or [], row.get("positions"), row[text] if text is not None else None, str(row["key"])
+    nested = any(code is None or isinstance(code, list) for code in codes)
+    images = (codes if nested else [codes]) if codes else []
+    places = (places if nested else [places]) if places else [None] * len(images)
+    if nested and isinstance(words, list) and len(words) == len(codes):  # interleaved, as web pages are: at each place a text or an image
+        texts = list(words)
+    else:
+        if isinstance(words, list):
+            words = words[int(_share(f"{draw} text {key}") * len(words))] if words else None
+        images, places, texts = [*images, None], [*places, None], [None] * len(images) + [words]
+    segments: list[str | ImageCodes] = []
+    for words, image, place in zip(texts, images, places, strict=True):
+        if words is not None and not isinstance(words, str):
+            raise DataError(f"{path}: {text} of {key} is {type(words).__name__}, expected text or a list of texts")
+        segments += [ImageCodes(image, place)] * bool(image) + [words] * bool(words)
     if segments:
         yield Document(key, tuple(segments))
 
