@@ -119,3 +119,10 @@ def test_wrong_options(tar, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["batch", tar, str(tmp_path / "out"), "--shard-size", "0"])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("missing", "extra", "options"), [("pyarrow", "batch", []), ("ray", "ray", ["--engine", "ray"])])
+def test_an_extra_that_is_not_installed(missing, extra, options, tar, tmp_path):
+    code = f"import sys; sys.modules[{missing!r}] = None; from dyntok.cli import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run([sys.executable, "-c", code, "batch", tar, str(tmp_path / "out"), *options], capture_output=True, text=True)
+    assert done.returncode == 1 and f"pip install 'dyntok[{extra}]'" in done.stderr and done.stderr.count("\n") == 1
