@@ -125,27 +125,36 @@ def test_killed_thirty_times(undisturbed, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_ray_killed_ten_times(undisturbed, tmp_path):
-    """The pool's actors and the driver by turns."""
+    """The pool's actors and the driver by turns; every start makes progress."""
     pytest.importorskip("ray")
     output, chance = tmp_path / "out", random.Random(1)
-    process, kills = None, 0
-    for i in range(10):
-        process = process or start(output, "--engine", "ray", "--actors", "1")
-        wait_for(process, output, finished(output) + 1)
-        time.sleep(chance.random() * 3)
-        if i % 2:
-            process.kill()
-            process.communicate()
-            process, kills = None, kills + 1
-        else:
-            actors = [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline") if b"ray::MapWorker" in content(path)]
-            for actor in actors:
-                os.kill(actor, signal.SIGKILL)
-            kills += bool(actors)
+    kills = 0
+    for _ in range(5):
+        before = finished(output)
+        process = start(output, "--engine", "ray", "--actors", "1")
+        while not (actors := pool()):
+            time.sleep(0.1)
+            assert process.poll() is None, process.stderr.read()
+        time.sleep(3 + chance.random() * 6)
+        actors = pool()
+        for actor in actors:
+            os.kill(actor, signal.SIGKILL)
+        wait_for(process, output, before + 1)
+        time.sleep(chance.random())
+        process.kill()
+        process.communicate()
+        kills += bool(actors) + 1
+        while pool():  # Ray's own processes follow their driver
+            time.sleep(0.1)
     process = start(output, "--engine", "ray", "--actors", "1")
     _, told = process.communicate()
     assert process.returncode == 0 and kills == 10, told
     check(output, undisturbed)
+
+
+def pool():
+    """The processes of the pool's actors."""
+    return [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline") if b"ray::MapWorker" in content(path)]
 
 
 def content(path):

@@ -23,7 +23,7 @@ except ModuleNotFoundError as error:
 
 _COLUMN = "batch"
 _WORK_AT_ONCE = 4096  # input shards that Ray is given at a time, so that no list of all of them is held
-_BLOCK_BYTES = 2**21  # small blocks: the first output shards are complete soon, and a lost one costs little
+_BLOCK_BYTES = 2**16  # a few batches of codes: they reach the writer soon, and a dead actor costs little
 
 
 def run_ray(
