@@ -2,14 +2,17 @@
 
 import argparse
 import dataclasses
+import functools
 import re
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import dyntok
 from dyntok import TokenizerConfig, cli
+from dyntok.image import to_pixels
 from dyntok.training.loop import Trainer
 from dyntok.training.recipe import Recipe
 
@@ -27,6 +30,42 @@ def test_the_ten_lines_run(tmp_path, monkeypatch, capsys):
     assert Image.open(tmp_path / "again.png").size == (128, 128)
     assert len(names["short"].codes[0]) == 48 and names["ids"][0] == 32000 and names["mask"].all()
     assert str(names["enc"].positions[0]) in capsys.readouterr().out
+
+
+def snippet(beginning):
+    return re.search(rf"```python\n({re.escape(beginning)}.*?)```", README.read_text(), re.DOTALL)[1]
+
+
+def test_the_lines_on_whole_datasets_run(photos, tmp_path, monkeypatch):
+    datasets, ray = pytest.importorskip("datasets"), pytest.importorskip("ray")
+    from batch_data import pictures, rows, tar_members, write_table, write_tar
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shards").mkdir()
+    images = pictures(photos, 8)
+    write_tar("shards/0.tar", tar_members(images))
+    write_table("images.parquet", images)
+    cells = datasets.Dataset.from_dict({"image": [{"bytes": content, "path": None} for content in images.values()]})
+    names = {"torch": torch, "ray": ray, "dataset": cells.cast_column("image", datasets.Image())}
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error", ignore_reinit_error=True)
+    try:
+        exec(compile(snippet("from dyntok import batch"), "README.md", "exec"), names)
+        wanted = [row["codes"] for row in rows("codes")]
+        assert len(wanted) == 8 and names["mask"].sum() == sum(map(len, wanted))
+        assert [row["codes"] for row in names["dataset"]] == wanted
+        assert isinstance(names["table"], ray.data.Dataset)
+    finally:
+        ray.shutdown()
+
+
+def test_the_lines_on_compiling_and_exporting_run(photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))  # the real one needs a C++ compiler
+    tok = dyntok.load()
+    names = {"torch": torch, "tok": tok, "pixels": torch.stack([to_pixels(photo, tok.config.image) for photo in photos[:2]])}
+    exec(compile(snippet("from dyntok.export import FixedDecoder"), "README.md", "exec"), names)
+    assert names["codes"].shape == (2, 96) and Path("encoder.onnx").exists() and Path("decoder.onnx").exists()
+    assert torch.equal(names["codes"][0], tok.encode(photos[0], budget=96).codes[0])
 
 
 def test_no_placeholder_is_left():
