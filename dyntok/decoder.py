@@ -90,7 +90,7 @@ class Decoder(nn.Module):
         guessed = torch.cat([none, *(guessed_positions(n, self.grid, self.dithered) for n in lengths)]).to(tokens.device)
         known = torch.zeros_like(guessed, dtype=torch.bool) if positions is None else positions >= 0
         cell = guessed if positions is None else torch.where(known, positions, guessed)
-        image = torch.repeat_interleave(torch.tensor(lengths, dtype=torch.long)).to(tokens.device)
+        image = torch.cat([none, *(torch.full((n,), i, dtype=torch.long) for i, n in enumerate(lengths))]).to(tokens.device)
         tokens = tokens + torch.where(known[:, None], self.placed_embed[0], self.placed_embed[1])
         total = len(lengths) * self.num_patches
         return scatter_rows(tokens, image * self.num_patches + cell, self.query_embed, total=total).unflatten(0, (-1, self.num_patches))

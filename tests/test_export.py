@@ -92,6 +92,13 @@ def test_onnxruntime_gives_the_same_ids(tiny, pixels, expected, tmp_path):
     assert_close(torch.from_numpy(painted), FixedDecoder(tiny)(codes, positions).detach(), atol=1e-3, rtol=0)
 
 
+def test_a_single_image_goes_to_onnx(tiny, pixels, tmp_path):
+    codes, positions = FixedEncoder(tiny, BUDGET)(pixels[:1])
+    to_onnx(FixedEncoder(tiny, BUDGET), tmp_path / "encoder.onnx", pixels[:1])
+    to_onnx(FixedDecoder(tiny), tmp_path / "decoder.onnx", codes, positions)
+    assert (tmp_path / "encoder.onnx").exists() and (tmp_path / "decoder.onnx").exists()
+
+
 def op_cases():
     ops, lengths = torch.ops.dyntok, bounds([3, 0, 5])
     q, k, v = (torch.randn(8, 2, 16, requires_grad=True) for _ in range(3))
