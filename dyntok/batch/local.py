@@ -7,6 +7,7 @@ import gc
 import multiprocessing
 import os
 import queue
+import signal
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -77,7 +78,9 @@ def decoded(work: Iterable[Work], source: Input, options: BatchOptions, config: 
     )
     gc.freeze()  # else the collector writes to every object, and pages that forked processes share become two
     try:
-        yield from loader
+        with _deaf_to_the_keyboard():
+            rows = iter(loader)
+        yield from rows
     finally:
         gc.unfreeze()
 
@@ -155,8 +158,9 @@ def _several(
     processes = [context.Process(target=_serve, args=(device, *arguments)) for device in devices]
     waiting, running = iter(_Ahead(work)), len(devices)
     try:
-        for process in processes:
-            process.start()
+        with _deaf_to_the_keyboard():
+            for process in processes:
+                process.start()
         following = next(waiting, None)
         while running:
             while running and not tasks.full():
@@ -204,8 +208,19 @@ def _serve(
         results.put((None, None))
     except DyntokError as error:
         results.put((None, error))
-    except KeyboardInterrupt:  # the parent tells of it
-        pass
+
+
+@contextmanager
+def _deaf_to_the_keyboard() -> Iterator[None]:
+    """Processes that begin here never hear Ctrl-C, wherever they are just then; this one hears it a moment later, and ends them."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_with_parent(worker: int = 0) -> None:
