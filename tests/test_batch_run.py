@@ -17,6 +17,8 @@ from batch_data import HERE, codes, errors, files, pictures, records, rows, run,
 
 import dyntok
 from dyntok.batch import BatchOptions, Engine, Summary, tokenize
+from dyntok.batch.ledger import Record, read_records
+from dyntok.batch.pipeline import Range
 from dyntok.batch.storage import Output, read_options
 from dyntok.errors import BatchError, ConfigError, DyntokError
 
@@ -378,3 +380,13 @@ def test_a_tokenizer_that_is_loaded_already(tars, tokenizer, tmp_path):
     assert summary.tokens == 9 * 58
     (table,) = {len(row["codes"]) for row in rows(tmp_path / "out")}
     assert table == 9 and pa.types.is_uint8(pa.array([1], pa.uint8()).type)
+
+
+def test_records_come_in_the_order_of_the_input(tmp_path):
+    """Beyond a million shards, too, whose numbers have more digits."""
+    output = Output(tmp_path, {})
+    record = Record({}, 0, 1, True, 1, 1, 1, 0, 0, {})
+    spans = [Range(0, 2), Range(0, 1_000_000), Range(1, 0), Range(999_999, 0), Range(1_000_000, 0)]
+    for span in reversed(spans):
+        output.publish_json(f"__run__/done/{span.name}.json", dataclasses.asdict(record))
+    assert list(read_records(output)) == [(span, record) for span in spans]

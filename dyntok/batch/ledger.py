@@ -70,7 +70,7 @@ def read_description(output: Output) -> dict[str, Any]:
 
 def read_records(output: Output) -> Iterator[tuple[Range, Record]]:
     """Of everything that is complete, in order. Raises `BatchError`."""
-    all_names = sorted(name.removesuffix(".json") for name in output.names(f"{RUN}/done"))
+    all_names = sorted((name.removesuffix(".json") for name in output.names(f"{RUN}/done")), key=_numbers)
     for names in batched(all_names, _TOGETHER):
         for name, values in zip(names, output.read_jsons([f"{RUN}/done/{name}.json" for name in names]), strict=True):
             shard, _, number = name.partition("-")
@@ -78,6 +78,11 @@ def read_records(output: Output) -> Iterator[tuple[Range, Record]]:
                 yield Range(int(shard), int(number)), Record(**values)
             except (TypeError, ValueError) as error:
                 raise BatchError(f"{shown(output.address)}/{RUN}/done/{name}.json is damaged; remove it, and run again") from error
+
+
+def _numbers(name: str) -> list[int]:
+    """As text, shard 1000000 would come before shard 999999."""
+    return [int(part) if part.isdecimal() else -1 for part in name.split("-")]
 
 
 def read_errors(output: Output, span: Range, record: Record) -> list[dict[str, Any]]:
