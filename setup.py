@@ -61,7 +61,7 @@ setup(
         "test": test,
         "dev": [*test, "ruff>=0.9"],
     },
-    entry_points={"console_scripts": ["dyntok = dyntok.cli:main"]},
+    entry_points={"console_scripts": ["dyntok = dyntok.cli.main:main"]},
     classifiers=[
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",

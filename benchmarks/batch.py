@@ -22,9 +22,9 @@ from timing import append, environment
 
 import dyntok
 from dyntok.batch import BatchOptions
-from dyntok.batch.inputs import open_input
-from dyntok.batch.local import decoded
-from dyntok.batch.pipeline import Item, Work, encode
+from dyntok.batch.engines.local import decoded
+from dyntok.batch.engines.stages import Item, Work, encode
+from dyntok.batch.inputs.samples import open_input
 
 _FEW = 2000
 _DECODING_WORKERS = 2

@@ -33,9 +33,17 @@ def main() -> None:
     found = step()
     if not torch.equal(found, compiled()) or found.isfinite().sum() != BATCH * (CODES + 1):
         raise SystemExit("the step allows something else than codes and the end: no timing of a wrong result")
-    timed = {name: seconds(work, 15)[0] * 1e3 for name, work in (("step", step), ("compiled", compiled), ("copy", scores.clone))}
+    timed = {
+        name: seconds(work, 15)[0] * 1e3
+        for name, work in (("step", step), ("compiled", compiled), ("copy", scores.clone))
+    }
     ratios = {f"{name}_ratio": round(timed[name] / timed["copy"], 2) for name in ("step", "compiled")}
-    row = {"vocabulary": VOCABULARY, "batch": BATCH, "ms": {name: round(value, 2) for name, value in timed.items()}, **ratios}
+    row = {
+        "vocabulary": VOCABULARY,
+        "batch": BATCH,
+        "ms": {name: round(value, 2) for name, value in timed.items()},
+        **ratios,
+    }
     print(json.dumps(row))
     append(options.output, {**environment(), **row})
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import dyntok
 import dyntok_kernels as ops
-from dyntok.merger import LAVIT_EPS, build_merger
+from dyntok.model.merger import LAVIT_EPS, build_merger
 from dyntok_kernels import reference
 
 N, KEPT, D, HEADS, K, C = 256, 85, 1408, 16, 16384, 32
@@ -62,13 +62,22 @@ def attention(device: str, images: int, causal: bool) -> Case:
 
 
 def nearest_code(device: str, images: int) -> Case:
-    z, codebook = F.normalize(torch.randn(8192, C, device=device), dim=-1), F.normalize(torch.randn(K, C, device=device), dim=-1)
+    z, codebook = (
+        F.normalize(torch.randn(8192, C, device=device), dim=-1),
+        F.normalize(torch.randn(K, C, device=device), dim=-1),
+    )
 
     def squared_distances() -> Tensor:
         return (z.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * z @ codebook.T).argmin(1)
 
     # the reference takes T x K x C numbers
-    return Case(lambda: ops.nearest_code(z, codebook), lambda: reference.nearest_code(z[:64], codebook), squared_distances, 1e-3, 64)
+    return Case(
+        lambda: ops.nearest_code(z, codebook),
+        lambda: reference.nearest_code(z[:64], codebook),
+        squared_distances,
+        1e-3,
+        64,
+    )
 
 
 def compact(device: str, images: int) -> Case:
@@ -82,12 +91,19 @@ def gather_rows(device: str, images: int) -> Case:
     index = ops.compact(keep)[0][: images * KEPT]
     flat = x.flatten(0, 1)
     return Case(
-        lambda: ops.gather_rows(flat, index, embed), lambda: reference.gather_rows(flat, index, embed), lambda: (x + embed)[keep], 1e-6
+        lambda: ops.gather_rows(flat, index, embed),
+        lambda: reference.gather_rows(flat, index, embed),
+        lambda: (x + embed)[keep],
+        1e-6,
     )
 
 
 def scatter_rows(device: str, images: int) -> Case:
-    rows, base, keep = torch.randn(images * KEPT, D, device=device), torch.randn(N, D, device=device), third(images, device)
+    rows, base, keep = (
+        torch.randn(images * KEPT, D, device=device),
+        torch.randn(N, D, device=device),
+        third(images, device),
+    )
     index, total = ops.compact(keep)[0][: images * KEPT], images * N
 
     def plain() -> Tensor:
@@ -102,11 +118,17 @@ def scatter_rows(device: str, images: int) -> Case:
 def codebook_stats(device: str, images: int) -> Case:
     z, codes = torch.randn(images * KEPT, C, device=device), torch.randint(0, K, (images * KEPT,), device=device)
     plain = lambda: torch.zeros(K, C, device=device).index_add_(0, codes, z)  # noqa: E731
-    return Case(lambda: ops.codebook_stats(z, codes, K)[1], lambda: reference.codebook_stats(z, codes, K)[1], plain, 1e-5)
+    return Case(
+        lambda: ops.codebook_stats(z, codes, K)[1], lambda: reference.codebook_stats(z, codes, K)[1], plain, 1e-5
+    )
 
 
 def merge_similar(device: str, images: int) -> Case:
-    x, keep, weights = torch.randn(images, N, D, device=device), third(images, device), torch.ones(images, N, device=device)
+    x, keep, weights = (
+        torch.randn(images, N, D, device=device),
+        third(images, device),
+        torch.ones(images, N, device=device),
+    )
 
     def plain() -> Tensor:
         """Dense, image by image."""
@@ -136,7 +158,9 @@ class DenseMerger(nn.Module):
         super().__init__()
         self.merger, self.attend, self.keep = merger, attend, keep
         depth, heads = len(merger.blocks), merger.num_heads
-        self.kv = [(w.contiguous(), b) for w, b in zip(*(p.chunk(depth) for p in merger.context_kv.parameters()), strict=True)]
+        self.kv = [
+            (w.contiguous(), b) for w, b in zip(*(p.chunk(depth) for p in merger.context_kv.parameters()), strict=True)
+        ]
         patches = keep.shape[1]
         causal = torch.ones(patches, patches, device=keep.device).tril()
         own = torch.eye(patches, device=keep.device) * (~keep).float()[:, None]
@@ -161,15 +185,25 @@ def merger(device: str, images: int) -> dict:
     network = build_merger(D, config.merger).to(device).eval()
     features, keep = torch.randn(images, N, D, device=device), third(images, device)
     formula = DenseMerger(network, keep, lambda q, k, v, w: reference.masked_attention(q, k, v, w, LAVIT_EPS))
-    sdpa = DenseMerger(network, keep, lambda q, k, v, w: F.scaled_dot_product_attention(q, k, v, attn_mask=w[:, None] > 0))
-    ways = {"packed": lambda: network(features, keep), "dense, formula": lambda: formula(features), "dense, sdpa": lambda: sdpa(features)}
+    sdpa = DenseMerger(
+        network, keep, lambda q, k, v, w: F.scaled_dot_product_attention(q, k, v, attn_mask=w[:, None] > 0)
+    )
+    ways = {
+        "packed": lambda: network(features, keep),
+        "dense, formula": lambda: formula(features),
+        "dense, sdpa": lambda: sdpa(features),
+    }
     results = {name: way() for name, way in ways.items()}
     for name, result in results.items():
         off = float((result - results["packed"]).norm() / result.norm())
         if off > 1e-3:
             raise SystemExit(f"merger: packed and {name} differ by {off:.2g}: no timing of a wrong result")
     times = {name: seconds(way, 3)[0] for name, way in ways.items()}
-    return {"seconds": times, "ratio": {name: t / times["packed"] for name, t in times.items()}, "flops": merger_flops(images)}
+    return {
+        "seconds": times,
+        "ratio": {name: t / times["packed"] for name, t in times.items()},
+        "flops": merger_flops(images),
+    }
 
 
 def merger_flops(images: int) -> float:
@@ -185,12 +219,16 @@ def rate(device: str, images: int) -> dict:
                             "tiny, 85 rows": (85, 192, 192), "tiny, 256 rows": (256, 576, 192)}.items():  # fmt: skip
         a, b = torch.randn(m, k, device=device), torch.randn(n, k, device=device)
         repeats = max(1, int(4e9 / (2 * m * n * k)))
-        found[name] = 2 * m * n * k * repeats / seconds(lambda a=a, b=b, r=repeats: [a @ b.T for _ in range(r)], 3)[0] / 1e9
+        found[name] = (
+            2 * m * n * k * repeats / seconds(lambda a=a, b=b, r=repeats: [a @ b.T for _ in range(r)], 3)[0] / 1e9
+        )
     return {"gflop_per_s": {name: round(value, 1) for name, value in found.items()}}
 
 
 def check(name: str, ours: Tensor, expected: Tensor, tolerance: float) -> None:
-    wrong = (ours != expected).float().mean() if ours.dtype == torch.long else (ours - expected).norm() / expected.norm()
+    wrong = (
+        (ours != expected).float().mean() if ours.dtype == torch.long else (ours - expected).norm() / expected.norm()
+    )
     off = float(wrong)
     if off > tolerance:
         raise SystemExit(f"{name}: off by {off:.2g}, at most {tolerance} is right: no timing of a wrong result")
@@ -237,9 +275,17 @@ def main() -> None:
             result = case.ours()
             check(f"{name} against its reference", result[: case.rows], case.reference(), case.tolerance)
             check(f"{name} against PyTorch", result, case.plain(), case.tolerance)
-            for key, work, repeats in (("ours", case.ours, 7), ("pytorch", case.plain, 7), ("reference", case.reference, 1)):
+            for key, work, repeats in (
+                ("ours", case.ours, 7),
+                ("pytorch", case.plain, 7),
+                ("reference", case.reference, 1),
+            ):
                 median, spread = seconds(lambda work=work: (work(), wait(options.device)), repeats)
-                row |= {f"{key}_ms": 1e3 * median, f"{key}_spread_ms": 1e3 * spread, f"{key}_peak_mb": peak(options.device, work)}
+                row |= {
+                    f"{key}_ms": 1e3 * median,
+                    f"{key}_spread_ms": 1e3 * spread,
+                    f"{key}_peak_mb": peak(options.device, work),
+                }
             row |= {"ratio": row["pytorch_ms"] / row["ours_ms"], "reference_rows": case.rows or "all"}
         print(json.dumps(row), flush=True)
         append(options.output, {**environment(), **row})

@@ -23,17 +23,19 @@ from safetensors import safe_open
 from timing import append, environment, seconds
 
 import dyntok
-from dyntok import lavit
-from dyntok.codebook import Codebook
 from dyntok.image import to_pixels
-from dyntok.merger import build_merger
+from dyntok.lavit import convert as lavit
+from dyntok.model.codebook import Codebook
+from dyntok.model.merger import build_merger
 
 FACTORS = (1, 3, 10)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["agreement", "full", "run", "half", "merger"], help="run: the measured part of full")
+    parser.add_argument(
+        "what", choices=["agreement", "full", "run", "half", "merger"], help="run: the measured part of full"
+    )
     parser.add_argument("fixture", nargs="?", type=Path)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "dyntok-lavit-random")
     parser.add_argument("--images", type=int, default=4)
@@ -52,7 +54,9 @@ def load_fixture(path: Path, folder: Path) -> dyntok.DynamicVisualTokenizer:
         for place in lavit.FILES.values():
             prefix = Path(place).name + "/"
             (folder / place).parent.mkdir(parents=True, exist_ok=True)
-            torch.save({n.removeprefix(prefix): file.get_tensor(n) for n in names if n.startswith(prefix)}, folder / place)
+            torch.save(
+                {n.removeprefix(prefix): file.get_tensor(n) for n in names if n.startswith(prefix)}, folder / place
+            )
     return dyntok.load(folder, config=config)
 
 
@@ -73,14 +77,18 @@ def agreement(options: argparse.Namespace) -> dict:
         tokenizer = load_fixture(options.fixture, Path(folder))
     pixels = torch.stack([to_pixels(photo, tokenizer.config.image) for photo in photographs(200)])
     width = tokenizer.backbone.embed_dim
-    queries = [(layer.weight[:width], layer.bias[:width]) for b in tokenizer.merger.blocks for layer in (b.self_qkv, b.cross_query)]
+    queries = [
+        (layer.weight[:width], layer.bias[:width])
+        for b in tokenizer.merger.blocks
+        for layer in (b.self_qkv, b.cross_query)
+    ]
     scaled, shares = 1, {}
     for factor in FACTORS:
         with torch.no_grad():
             for tensor in (t for pair in queries for t in pair):
                 tensor.mul_(factor / scaled)
         scaled = factor
-        packed, exact = (tokenizer.encode_pixels(pixels, exact=mode) for mode in (False, True))
+        packed, exact = (tokenizer.encode_tensor(pixels, exact=mode) for mode in (False, True))
         shares[f"x{factor}"] = float((packed.packed_codes == exact.packed_codes).double().mean())
     return {"images": len(pixels), "tokens": packed.num_tokens, "equal_codes": shares}
 
@@ -109,10 +117,10 @@ def run(options: argparse.Namespace) -> dict:
     hashing = mark()
     encoding = tokenizer.encode(Path(dyntok.__file__).parent / "assets" / "astronaut.jpg", budget=1 / 3)
     encode = mark()
-    features = tokenizer.decode_features(encoding)
+    features = tokenizer.decode_to_features(encoding)
     decode = mark()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    timed = {"load": loading, "fingerprint": hashing, "encode": encode, "decode_features": decode}
+    timed = {"load": loading, "fingerprint": hashing, "encode": encode, "decode_to_features": decode}
     return {"seconds": timed, "peak_gib": round(peak, 2), "tokens": encoding.num_tokens, "features": list(features.shape),
             "fingerprint": fingerprint}  # fmt: skip
 
@@ -132,7 +140,10 @@ def half(options: argparse.Namespace) -> dict:
         pairs = list(zip(whole, map(by_position, rows), strict=True))
         both = [(old[p], new[p]) for old, new in pairs for p in old.keys() & new.keys()]
         total = sum(map(len, whole))
-        shares[name] = {"kept_too": round(len(both) / total, 4), "same_code": round(sum(a == b for a, b in both) / len(both), 4)}
+        shares[name] = {
+            "kept_too": round(len(both) / total, 4),
+            "same_code": round(sum(a == b for a, b in both) / len(both), 4),
+        }
     return {"images": len(photos), "tokens": sum(map(len, whole)), **shares}
 
 
@@ -152,7 +163,10 @@ def merger(options: argparse.Namespace) -> dict:
     equal = float((codebook(projection(packed)) == codebook(projection(exact))).double().mean())
     if error > 1e-3:
         raise SystemExit(f"packed and exact differ by {error:.2g}: no timing of a wrong result")
-    timed = {name: seconds(lambda mode=mode: network(features, keep, exact=mode), 3) for name, mode in (("packed", False), ("exact", True))}
+    timed = {
+        name: seconds(lambda mode=mode: network(features, keep, exact=mode), 3)
+        for name, mode in (("packed", False), ("exact", True))
+    }
     return {"images": options.images, "kept": 85, "relative_error": error, "equal_codes": equal,
             "seconds": {name: round(median, 3) for name, (median, _) in timed.items()},
             "spread": {name: round(spread, 3) for name, (_, spread) in timed.items()},

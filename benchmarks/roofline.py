@@ -39,12 +39,21 @@ def operations(images: int) -> dict[str, tuple[Work, Work]]:
     rows = 2 * kept * D * BYTES
     similar = 2 * images * (N - KEPT) * KEPT * D
     return {
-        "varlen_attention, among kept": (attention(KEPT, KEPT, images, causal=True), attention(N, N, images, scores=True)),
+        "varlen_attention, among kept": (
+            attention(KEPT, KEPT, images, causal=True),
+            attention(N, N, images, scores=True),
+        ),
         "varlen_attention, to dropped": (attention(KEPT, N - KEPT, images), attention(N, N, images, scores=True)),
-        "nearest_code": (Work(search, kept * (C * BYTES + 8) + K * C * BYTES), Work(search, kept * K * 3 * BYTES + K * C * BYTES)),
+        "nearest_code": (
+            Work(search, kept * (C * BYTES + 8) + K * C * BYTES),
+            Work(search, kept * K * 3 * BYTES + K * C * BYTES),
+        ),
         "compact": (Work(0, patches + 4 * patches), Work(0, 2 * patches + 8 * patches)),
         "gather_rows": (Work(kept * D, rows + N * D * BYTES), Work(kept * D, 2 * rows + N * D * BYTES)),
-        "scatter_rows": (Work(patches * D, (kept + patches + N) * D * BYTES), Work(patches * D, (kept + 3 * patches) * D * BYTES)),
+        "scatter_rows": (
+            Work(patches * D, (kept + patches + N) * D * BYTES),
+            Work(patches * D, (kept + 3 * patches) * D * BYTES),
+        ),
         "codebook_stats": (Work(kept * C, stats), Work(2 * kept * K * C, kept * K * BYTES + stats)),
         "merge_similar": (
             Work(similar + 2 * images * KEPT * (N - KEPT) * D, (2 * patches + kept + dropped) * D * BYTES),
@@ -54,7 +63,13 @@ def operations(images: int) -> dict[str, tuple[Work, Work]]:
 
 
 def main() -> None:
-    print("| operation | images | Gflop | MB | " + " | ".join(RATES) + " | dense: Gflop | MB | " + " | ".join(RATES) + " |")
+    print(
+        "| operation | images | Gflop | MB | "
+        + " | ".join(RATES)
+        + " | dense: Gflop | MB | "
+        + " | ".join(RATES)
+        + " |"
+    )
     print("|---" * (6 + 2 * len(RATES)) + "|")
     for images in (64, 256):
         for name, ways in operations(images).items():

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import dyntok
+from dyntok.training.classifier import load_judge
 from dyntok.training.data import find_samples
 from dyntok.training.evaluate import evaluate
-from dyntok.training.judge import load_judge
 from dyntok.training.recipe import Teacher
 
 BUDGETS = (32, 64, 96, 128, 192, 256)
@@ -34,10 +34,18 @@ def main() -> None:
     data = Path(os.environ["DYNTOK_DATA"])
     sources = [data / "photos", data / "captioned"]
     tokenizer = dyntok.load(options.model)
-    judge = load_judge(Teacher("mobilenetv2_100", weights=str(data / "teacher" / "mobilenetv2_100_imagenet.safetensors"), kwargs=MOBILENET))
+    judge = load_judge(
+        Teacher(
+            "mobilenetv2_100", weights=str(data / "teacher" / "mobilenetv2_100_imagenet.safetensors"), kwargs=MOBILENET
+        )
+    )
     validation = find_samples(sources, "validation")
     runs = {
-        "learned": {"probe_samples": find_samples(sources, "train"), "probe_prefix": "imagenette-", "probe_limit": 2000},
+        "learned": {
+            "probe_samples": find_samples(sources, "train"),
+            "probe_prefix": "imagenette-",
+            "probe_limit": 2000,
+        },
         "learned, without positions": {"positions": False},
         "random": {"selection": "random"},
         "even": {"selection": "even"},

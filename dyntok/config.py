@@ -38,7 +38,10 @@ def _is_number(value: Any) -> bool:
 
 def _check_whole(name: str, value: Any, lowest: int, highest: int = _MAX_COUNT) -> None:
     whole = isinstance(value, int) and not isinstance(value, bool)
-    _check(whole and lowest <= value <= highest, f"{name} is {_brief(value)}, expected a whole number from {lowest} to {highest}")
+    _check(
+        whole and lowest <= value <= highest,
+        f"{name} is {_brief(value)}, expected a whole number from {lowest} to {highest}",
+    )
 
 
 def _check_positive(name: str, value: Any) -> None:
@@ -58,7 +61,7 @@ def _brief(value: Any) -> str:
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """How a picture becomes a normalised float tensor [3, img_size, img_size]."""
+    """How a picture becomes a normalized float tensor [3, img_size, img_size]."""
 
     img_size: int = 224
     resize: Literal["crop", "squash"] = "crop"  # keep the aspect ratio and cut the centre, or stretch to the square
@@ -92,12 +95,22 @@ class BackboneConfig:
 
     def __post_init__(self) -> None:
         plain = isinstance(self.name, str) and re.fullmatch(r"[A-Za-z0-9_.-]{1,128}", self.name)
-        _check(bool(plain), f"backbone.name is {_brief(self.name)}, expected the plain name of a timm model, without source or path")
-        _check(isinstance(self.kwargs, dict), f"backbone.kwargs is {_brief(self.kwargs)}, expected a mapping of options")
+        _check(
+            bool(plain),
+            f"backbone.name is {_brief(self.name)}, expected the plain name of a timm model, without source or path",
+        )
+        _check(
+            isinstance(self.kwargs, dict), f"backbone.kwargs is {_brief(self.kwargs)}, expected a mapping of options"
+        )
         for option, value in self.kwargs.items():
             refused = not isinstance(option, str) or option in _REFUSED_OPTIONS or option.startswith("pretrained")
-            _check(not refused, f"backbone.kwargs has {_brief(option)}, which a configuration may not set; leave it out")
-            _check(_is_plain(value), f"backbone.kwargs.{option} is {_brief(value)}, expected a number, bool, short text or list of numbers")
+            _check(
+                not refused, f"backbone.kwargs has {_brief(option)}, which a configuration may not set; leave it out"
+            )
+            _check(
+                _is_plain(value),
+                f"backbone.kwargs.{option} is {_brief(value)}, expected a number, bool, short text or list of numbers",
+            )
         _check_whole("backbone.layer", self.layer, -_MAX_COUNT)
         _check_bool("backbone.norm", self.norm)
         _check_bool("backbone.frozen", self.frozen)
@@ -106,7 +119,13 @@ class BackboneConfig:
 def _is_plain(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return len(value) <= _MAX_TEXT and all(map(_is_number, value))
-    return value is None or isinstance(value, bool) or isinstance(value, str) and len(value) <= _MAX_TEXT or _is_number(value)
+    return (
+        value is None
+        or isinstance(value, bool)
+        or isinstance(value, str)
+        and len(value) <= _MAX_TEXT
+        or _is_number(value)
+    )
 
 
 @dataclass(frozen=True)
@@ -116,7 +135,10 @@ class SelectorConfig:
     dither: float = 0.0  # amplitude of the position bias at the start, in logits; 0: no position bias
 
     def __post_init__(self) -> None:
-        _check(_is_number(self.dither) and self.dither >= 0, f"selector.dither is {_brief(self.dither)}, expected a number of 0 or more")
+        _check(
+            _is_number(self.dither) and self.dither >= 0,
+            f"selector.dither is {_brief(self.dither)}, expected a number of 0 or more",
+        )
 
 
 @dataclass(frozen=True)
@@ -134,7 +156,9 @@ class MergerConfig:
 
     def __post_init__(self) -> None:
         _check_blocks("merger", self)
-        _check(self.kind in ("blocks", "similar"), f"merger.kind is {_brief(self.kind)}, expected 'blocks' or 'similar'")
+        _check(
+            self.kind in ("blocks", "similar"), f"merger.kind is {_brief(self.kind)}, expected 'blocks' or 'similar'"
+        )
         _check_bool("merger.norm", self.norm)
 
 
@@ -156,11 +180,14 @@ class CodebookConfig:
     def __post_init__(self) -> None:
         _check_whole("codebook.size", self.size, 1)
         _check_whole("codebook.dim", self.dim, 1)
-        _check(self.projection in ("mlp", "linear"), f"codebook.projection is {self.projection!r}, expected 'mlp' or 'linear'")
+        _check(
+            self.projection in ("mlp", "linear"),
+            f"codebook.projection is {self.projection!r}, expected 'mlp' or 'linear'",
+        )
 
 
 @dataclass(frozen=True)
-class ConditionConfig:
+class ConditioningConfig:
     """What a diffusion U-Net reads in place of a text prompt, made from the decoder's features (extra `diffusion`)."""
 
     embed_dims: tuple[int, ...] = (768,)  # a linear layer for each; side by side they are the prompt's embeddings
@@ -181,7 +208,10 @@ class ConditionConfig:
             _check_whole("conditions.pooled_dim", self.pooled_dim, 1)
         _check_whole("conditions.num_heads", self.num_heads, 1)
         plain = isinstance(self.folder, str) and re.fullmatch(r"\w[\w-]{0,63}", self.folder)
-        _check(bool(plain), f"conditions.folder is {_brief(self.folder)}, expected the plain name of a folder beside the checkpoint")
+        _check(
+            bool(plain),
+            f"conditions.folder is {_brief(self.folder)}, expected the plain name of a folder beside the checkpoint",
+        )
 
 
 @dataclass(frozen=True)
@@ -193,12 +223,14 @@ class DecoderConfig:
     depth: int = 12
     num_heads: int = 16
     mlp_ratio: float = 4.3637
-    placement: Literal["rank", "grid"] = "rank"  # rank: queries read tokens by cross-attention, as in LaVIT; grid: tokens lie on the grid
+    placement: Literal["rank", "grid"] = (
+        "rank"  # rank: queries read tokens by cross-attention, as in LaVIT; grid: tokens lie on the grid
+    )
     conv: bool = False  # a depth-wise 3x3 convolution in every block
     head: Literal["mlp", "none"] = "mlp"  # mlp: norm, Linear, Tanh, Linear as in LaVIT; none: the last block's output
     pixels: bool = False  # features -> image with the pixel head (pixels.py)
     init_scale: float = 1.0
-    conditions: ConditionConfig | None = None  # features -> image with a diffusion model (diffusion.py)
+    conditions: ConditioningConfig | None = None  # features -> image with a diffusion model (diffusion.py)
 
     def __post_init__(self) -> None:
         _check_blocks("decoder", self)
@@ -206,10 +238,14 @@ class DecoderConfig:
             if getattr(self, name) is not None:
                 _check_whole(f"decoder.{name}", getattr(self, name), 1)
         _check(not (self.out_dim and self.head == "none"), "decoder.out_dim needs decoder.head: mlp")
-        _check(not (self.pixels and self.conditions), "decoder has pixels and conditions, expected one way to make images")
+        _check(
+            not (self.pixels and self.conditions), "decoder has pixels and conditions, expected one way to make images"
+        )
         _check_bool("decoder.conv", self.conv)
         _check_bool("decoder.pixels", self.pixels)
-        _check(self.placement in ("rank", "grid"), f"decoder.placement is {self.placement!r}, expected 'rank' or 'grid'")
+        _check(
+            self.placement in ("rank", "grid"), f"decoder.placement is {self.placement!r}, expected 'rank' or 'grid'"
+        )
         _check(self.head in ("mlp", "none"), f"decoder.head is {self.head!r}, expected 'mlp' or 'none'")
 
 
@@ -236,7 +272,10 @@ class TokenizerConfig:
         if self.understanding_dim is not None:
             _check_whole("understanding_dim", self.understanding_dim, 1)
         highres = self.highres_decoder
-        _check(highres is None or not highres.pixels, "highres_decoder.pixels is true, but only the decoder can have a pixel head")
+        _check(
+            highres is None or not highres.pixels,
+            "highres_decoder.pixels is true, but only the decoder can have a pixel head",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types only; `from_dict` is its inverse."""
@@ -272,7 +311,10 @@ def build_dataclass(cls: type, values: Any, where: str) -> Any:
         raise ConfigError(f"unknown {where}{', '.join(map(str, unknown))}; expected some of {', '.join(fields)}")
     built = {}
     for name, value in values.items():
-        section = next((kind for kind in (typing.get_args(fields[name]) or (fields[name],)) if dataclasses.is_dataclass(kind)), None)
+        section = next(
+            (kind for kind in (typing.get_args(fields[name]) or (fields[name],)) if dataclasses.is_dataclass(kind)),
+            None,
+        )
         absent = value is None and type(None) in typing.get_args(fields[name])
         built[name] = build_dataclass(section, value, f"{name}.") if section and not absent else value
     try:
@@ -289,7 +331,9 @@ def _stated(config: Any) -> dict[str, Any]:
         value = getattr(config, option.name)
         default = option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
         if value != default:
-            stated[option.name] = _stated(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+            stated[option.name] = (
+                _stated(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+            )
     return stated
 
 
@@ -299,14 +343,23 @@ PRESETS = {
         backbone=BackboneConfig(
             name="vit_tiny_patch16_224",
             kwargs=dict(
-                img_size=128, patch_size=8, embed_dim=192, depth=4, num_heads=3, init_values=0.1, class_token=False, global_pool="avg"
+                img_size=128,
+                patch_size=8,
+                embed_dim=192,
+                depth=4,
+                num_heads=3,
+                init_values=0.1,
+                class_token=False,
+                global_pool="avg",
             ),
             frozen=False,
         ),
         selector=SelectorConfig(dither=4.0),
         merger=MergerConfig(depth=2, num_heads=3, mlp_ratio=4.0, norm=False, init_scale=0.1),
         codebook=CodebookConfig(size=8192, dim=16, projection="linear"),
-        decoder=DecoderConfig(depth=4, num_heads=3, mlp_ratio=4.0, placement="grid", conv=True, head="none", pixels=True, init_scale=0.0),
+        decoder=DecoderConfig(
+            depth=4, num_heads=3, mlp_ratio=4.0, placement="grid", conv=True, head="none", pixels=True, init_scale=0.0
+        ),
     ),
     "small": TokenizerConfig(
         backbone=BackboneConfig(name="vit_small_patch16_224"),
@@ -319,6 +372,6 @@ PRESETS = {
         backbone=BackboneConfig(name="eva_giant_patch14_clip_224"),
         merger=MergerConfig(depth=12, num_heads=16),
         codebook=CodebookConfig(size=16384, dim=32),
-        decoder=DecoderConfig(depth=12, num_heads=16, conditions=ConditionConfig()),
+        decoder=DecoderConfig(depth=12, num_heads=16, conditions=ConditioningConfig()),
     ),
 }

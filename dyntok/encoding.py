@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dyntok.errors import CodeError, FingerprintError, ImageError
-from dyntok.packed import (
+from dyntok.ragged import (
     brief,
     check_packed,
     check_tensor,
@@ -93,12 +93,16 @@ class Encoding:
         rows = integer_rows(codes, "codes")
         lengths = [len(r) for r in rows]
         if sum(lengths) > torch.iinfo(torch.int32).max:
-            raise CodeError(f"{sum(lengths)} tokens are too many for one Encoding (cu_seqlens is int32); encode in smaller batches")
+            raise CodeError(
+                f"{sum(lengths)} tokens are too many for one Encoding (cu_seqlens is int32); encode in smaller batches"
+            )
         packed_positions, device = None, rows[0].device if rows else None
         if positions is not None:
             places = integer_rows(positions, "positions")
             if [len(p) for p in places] != lengths:
-                raise CodeError(f"codes have lengths {brief(lengths)} and positions {brief([len(p) for p in places])}, expected equal ones")
+                raise CodeError(
+                    f"codes have lengths {brief(lengths)} and positions {brief([len(p) for p in places])}, expected equal ones"
+                )
             packed_positions = _join(places, device)
         return cls(
             _join(rows, device),
@@ -123,7 +127,9 @@ class Encoding:
             raise CodeError("Encoding.cat got no encodings, expected at least one")
         prints = sorted({str(p.fingerprint) for p in parts})
         if len(prints) > 1:
-            raise FingerprintError(f"can't join codes of different tokenizers ({', '.join(prints)}); encode all images with one")
+            raise FingerprintError(
+                f"can't join codes of different tokenizers ({', '.join(prints)}); encode all images with one"
+            )
         devices = sorted({str(p.device) for p in parts})
         if len(devices) > 1:
             raise CodeError(f"encodings lie on {' and '.join(devices)}; move them to one device with .to() first")

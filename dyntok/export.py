@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyntok.errors import ConfigError, MissingDependencyError
-from dyntok.selector import KeepPolicy
+from dyntok.policy import KeepPolicy
 from dyntok.tokenizer import DynamicVisualTokenizer
 from dyntok_kernels import compact
 
 
 class FixedEncoder(nn.Module):
-    """Normalised pixels float [B, 3, S, S] -> codes and positions, LongTensors [B, budget], as `encode_pixels(pixels, budget=budget)`.
+    """Normalised pixels float [B, 3, S, S] -> codes and positions, LongTensors [B, budget], as `encode_tensor(pixels, budget=budget)`.
 
     Raises `ConfigError` where the budget is not from 1 to the number of patches.
     """
@@ -42,7 +42,7 @@ class FixedEncoder(nn.Module):
 
 
 class FixedDecoder(nn.Module):
-    """Codes and positions, LongTensors [B, n] (positions -1 throughout an image where they are unknown) -> normalised pixels
+    """Codes and positions, LongTensors [B, n] (positions -1 throughout an image where they are unknown) -> normalized pixels
     [B, 3, S, S], or patch features [B, N, D] of a tokenizer without a pixel head. Codes out of range are not checked here.
     """
 
@@ -90,7 +90,9 @@ def _decompositions() -> dict:
         ops.gather_rows.default: lambda x, index, embed: x.index_select(0, index.long()),
         ops.scatter_rows.default: _scatter_rows,
         # ONNX's TopK, unlike PyTorch's, keeps the order of equal values
-        torch.ops.aten.sort.stable: lambda x, *, stable, dim=-1, descending=False: torch.topk(x, x.shape[dim], dim, descending),
+        torch.ops.aten.sort.stable: lambda x, *, stable, dim=-1, descending=False: torch.topk(
+            x, x.shape[dim], dim, descending
+        ),
     }
 
 

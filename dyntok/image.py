@@ -1,4 +1,4 @@
-"""Any kind of picture to normalised pixels and back, safely: path, bytes, PIL image, ndarray or tensor in, float tensor out.
+"""Any kind of picture to normalized pixels and back, safely: path, bytes, PIL image, ndarray or tensor in, float tensor out.
 
 Does: read, check against limits before decoding, decode, turn upright, bring to 8-bit RGB, resize, normalise. Every source takes this one
 path, so the same picture gives the same pixels however it came. Whatever goes wrong is an `ImageError` that names the source.
@@ -26,16 +26,23 @@ from dyntok.errors import ImageError
 ImageSource: TypeAlias = str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tensor
 
 # None of these starts another program (EPS runs Ghostscript). AVIF came with Pillow 11.3, and a build may lack it.
-ACCEPTED_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF") + (("AVIF",) if importlib.util.find_spec("PIL._avif") else ())
+ACCEPTED_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF") + (
+    ("AVIF",) if importlib.util.find_spec("PIL._avif") else ()
+)
 # Reading takes up to 16 bytes per pixel (WebP, AVIF), so these limits keep one file below 2 GB, the half of one for PyTorch included.
 # 2**26 lets 61-megapixel cameras in and lies below the size at which Pillow itself begins to warn.
 DEFAULT_MAX_PIXELS = 2**26
 MAX_FILE_BYTES = 2**28
 MAX_SIDE = 2**20  # Pillow's resize needs 32 bytes of filter weights per pixel of a side
 
-IMAGE_SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"])  # of names, in lower case
+IMAGE_SUFFIXES = frozenset(
+    [".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"]
+)  # of names, in lower case
 
-_LAZY_FORMATS = (*ACCEPTED_FORMATS, "MPO")  # a JPEG with further pictures behind the first; Pillow's JPEG reader gives it this name
+_LAZY_FORMATS = (
+    *ACCEPTED_FORMATS,
+    "MPO",
+)  # a JPEG with further pictures behind the first; Pillow's JPEG reader gives it this name
 _PHOTOMETRIC_TAG, _WHITE_IS_ZERO = 262, 0  # TIFF
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -47,7 +54,9 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-logging.getLogger("PIL").addHandler(logging.NullHandler())  # else what Pillow logs about broken files lands on a bare stderr
+logging.getLogger("PIL").addHandler(
+    logging.NullHandler()
+)  # else what Pillow logs about broken files lands on a bare stderr
 
 
 def load_image(source: ImageSource, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
@@ -73,17 +82,19 @@ def to_pixels(source: ImageSource, config: ImageConfig, *, max_pixels: int = DEF
 
     Resized in 8 bits with Pillow's antialiased bicubic filter: `crop` scales the central square, `squash` the whole picture.
     """
-    return normalised(to_array(source, config, max_pixels=max_pixels)[0], config)
+    return normalized(to_array(source, config, max_pixels=max_pixels)[0], config)
 
 
-def to_array(source: ImageSource, config: ImageConfig, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[np.ndarray, tuple[int, int]]:
+def to_array(
+    source: ImageSource, config: ImageConfig, *, max_pixels: int = DEFAULT_MAX_PIXELS
+) -> tuple[np.ndarray, tuple[int, int]]:
     """The first half of `to_pixels`: the resized picture, uint8 [S, S, 3]; and (width, height) of the upright original."""
     with _failures_named(source) as name:
         image = _load(source, name, max_pixels)
         return np.asarray(_resize(image, config)), image.size
 
 
-def normalised(array: np.ndarray, config: ImageConfig) -> torch.Tensor:
+def normalized(array: np.ndarray, config: ImageConfig) -> torch.Tensor:
     """The second half of `to_pixels`: uint8 [..., S, S, 3] to float32 [..., 3, S, S]."""
     pixels = np.moveaxis(array, -1, -3).astype(np.float32, order="C")  # NumPy, since torch would start threads
     pixels /= 255
@@ -93,10 +104,10 @@ def normalised(array: np.ndarray, config: ImageConfig) -> torch.Tensor:
 
 
 def to_image(pixels: torch.Tensor, config: ImageConfig) -> Image.Image:
-    """The RGB image of normalised pixels [3, H, W], clamped and rounded to 8 bits; undoes the normalisation of `to_pixels`."""
+    """The RGB image of normalized pixels [3, H, W], clamped and rounded to 8 bits; undoes the normalisation of `to_pixels`."""
     name = describe(pixels)
     if pixels.ndim != 3 or pixels.shape[0] != 3 or not pixels.is_floating_point() or 0 in pixels.shape:
-        raise ImageError(f"{name}: expected normalised floating-point pixels [3, H, W]")
+        raise ImageError(f"{name}: expected normalized floating-point pixels [3, H, W]")
     values = pixels.detach().cpu().to(torch.float32)
     if not values.isfinite().all():
         raise ImageError(f"{name}: holds NaN or infinite values, expected finite ones")
@@ -109,7 +120,11 @@ def is_single(images: object) -> bool:
     if isinstance(images, torch.Tensor | np.ndarray):
         return images.ndim < 4
     # strings, bytes and open files can be iterated over, but not image by image
-    return isinstance(images, str | bytes | os.PathLike | Image.Image) or hasattr(images, "read") or not isinstance(images, Iterable)
+    return (
+        isinstance(images, str | bytes | os.PathLike | Image.Image)
+        or hasattr(images, "read")
+        or not isinstance(images, Iterable)
+    )
 
 
 def describe(source: Any) -> str:
@@ -120,7 +135,9 @@ def describe(source: Any) -> str:
         return f"<bytes, {len(source):,} bytes>"
     if isinstance(source, Image.Image):
         file = getattr(source, "filename", None)  # only images from Image.open have one, and those from streams have ""
-        return f"<PIL {source.mode} {source.width}x{source.height}{' ' + _printable(os.fsdecode(file)) if file else ''}>"
+        return (
+            f"<PIL {source.mode} {source.width}x{source.height}{' ' + _printable(os.fsdecode(file)) if file else ''}>"
+        )
     if isinstance(source, np.ndarray):
         return f"<ndarray {source.dtype} {_printable(str(source.shape))}>"
     if isinstance(source, torch.Tensor):
@@ -138,7 +155,9 @@ def _printable(text: str, longest: int = 120) -> str:
 def _failures_named(source: ImageSource) -> Iterator[str]:
     name = describe(source)
     _thread.decoding = True
-    if warnings.filters[:1] != [_WARNINGS_HERE]:  # elsewhere or nowhere: others put theirs in front, catch_warnings makes new lists
+    if warnings.filters[:1] != [
+        _WARNINGS_HERE
+    ]:  # elsewhere or nowhere: others put theirs in front, catch_warnings makes new lists
         with suppress(ValueError):
             warnings.filters.remove(_WARNINGS_HERE)
         warnings.filters.insert(0, _WARNINGS_HERE)
@@ -147,11 +166,15 @@ def _failures_named(source: ImageSource) -> Iterator[str]:
     except ImageError:
         raise
     except UnidentifiedImageError as error:
-        raise ImageError(f"{name}: not a readable image; expected one of {', '.join(ACCEPTED_FORMATS)}, intact") from error
+        raise ImageError(
+            f"{name}: not a readable image; expected one of {', '.join(ACCEPTED_FORMATS)}, intact"
+        ) from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name}: too large ({error}); scale it down first") from error
     except Exception as error:  # on broken files Pillow raises almost anything: SyntaxError, struct.error, IndexError, MemoryError, ...
-        raise ImageError(f"{name}: can't be read as an image; expected an intact one ({type(error).__name__}: {error})") from error
+        raise ImageError(
+            f"{name}: can't be read as an image; expected an intact one ({type(error).__name__}: {error})"
+        ) from error
     finally:
         _thread.decoding = False
 
@@ -180,7 +203,9 @@ def _load(source: ImageSource, name: str, max_pixels: int) -> Image.Image:
     if isinstance(source, Image.Image):
         if isinstance(source, ImageFile.ImageFile) and source.format not in _LAZY_FORMATS:
             formats = ", ".join(ACCEPTED_FORMATS)
-            raise ImageError(f"{name}: format {source.format}, expected one of {formats}; if you trust it, pass image.copy()")
+            raise ImageError(
+                f"{name}: format {source.format}, expected one of {formats}; if you trust it, pass image.copy()"
+            )
         _check_size(*source.size, name, max_pixels)
         return _upright_rgb(source, name)
     if isinstance(source, torch.Tensor):
@@ -225,9 +250,13 @@ def _check_size(width: int, height: int, name: str, max_pixels: int) -> None:
 
 def _array_to_image(array: np.ndarray, name: str, max_pixels: int) -> Image.Image:
     if array.dtype != np.uint8:
-        raise ImageError(f"{name}: expected uint8 with values 0 to 255; for floats in [0, 1] pass (array * 255).round().astype('uint8')")
+        raise ImageError(
+            f"{name}: expected uint8 with values 0 to 255; for floats in [0, 1] pass (array * 255).round().astype('uint8')"
+        )
     if not (array.ndim == 2 or array.ndim == 3 and array.shape[2] in (1, 3, 4)):
-        raise ImageError(f"{name}: expected the shape [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]; one image at a time, channels last")
+        raise ImageError(
+            f"{name}: expected the shape [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]; one image at a time, channels last"
+        )
     _check_size(array.shape[1], array.shape[0], name, max_pixels)
     return Image.fromarray(np.ascontiguousarray(array[:, :, 0] if array.shape[2:] == (1,) else array))
 
@@ -243,7 +272,9 @@ def _tensor_to_array(tensor: torch.Tensor, name: str, max_pixels: int) -> np.nda
     if tensor.dtype != torch.uint8:
         low, high = tensor.aminmax()  # NaN if any value is
         if not (low >= 0 and high <= 1):
-            raise ImageError(f"{name}: values from {low:.4g} to {high:.4g}, expected [0, 1]; scale or clamp them (not normalised pixels)")
+            raise ImageError(
+                f"{name}: values from {low:.4g} to {high:.4g}, expected [0, 1]; scale or clamp them (not normalized pixels)"
+            )
         tensor = tensor.to(torch.float32).mul(255).round().to(torch.uint8)
     return tensor.permute(1, 2, 0).numpy()
 
@@ -284,7 +315,9 @@ def _grey_8bit(image: Image.Image, name: str) -> np.ndarray:
     whites = {"I": (255, 65535), "F": (1, 255, 65535)}.get(image.mode, (65535,))
     white = next((white for white in whites if high <= white), None)
     if white is None or not low >= 0:  # not: NaN
-        raise ImageError(f"{name}: values from {low} to {high}, expected 0 to one of {', '.join(map(str, whites))}; scale them first")
+        raise ImageError(
+            f"{name}: values from {low} to {high}, expected 0 to one of {', '.join(map(str, whites))}; scale them first"
+        )
     transparent = image.info.get("transparency")
     clear = values == transparent if isinstance(transparent, int) else None
     scaled = values.astype(np.float32)
@@ -302,7 +335,10 @@ def _resize(image: Image.Image, config: ImageConfig) -> Image.Image:
     size, (width, height) = config.img_size, image.size
     if config.resize == "crop":
         side = min(width, height)
-        left, top = (width - side) // 2, (height - side) // 2  # whole pixels, so that a picture of the right size is not blurred
+        left, top = (
+            (width - side) // 2,
+            (height - side) // 2,
+        )  # whole pixels, so that a picture of the right size is not blurred
         return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
     if height > 64 * width:  # Pillow scales the width first, which would blow up a tall sliver before it shrinks
         image = image.resize((width, size), Image.Resampling.BICUBIC)

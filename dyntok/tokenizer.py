@@ -10,26 +10,29 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dyntok.backbone import Backbone
-from dyntok.codebook import Codebook
-from dyntok.conditions import Conditions
+from dyntok.checkpoint.pretrained import Persistent
 from dyntok.config import ImageConfig, TokenizerConfig
-from dyntok.decoder import Decoder
-from dyntok.diffusion import FILES, DiffusionPainter
 from dyntok.encoding import Encoding
 from dyntok.errors import CheckpointError, CodeError, ConfigError, FingerprintError, ImageError
 from dyntok.features import Features
 from dyntok.image import DEFAULT_MAX_PIXELS, ImageSource, is_single, to_image, to_pixels
-from dyntok.merger import build_merger, cu_seqlens_of
-from dyntok.persistence import Persistent
-from dyntok.pixels import PixelHead
-from dyntok.selector import KeepPolicy, Selector
-from dyntok.understanding import Understanding
+from dyntok.lavit.conditioning import Conditioning
+from dyntok.lavit.diffusion import FILES, DiffusionDecoder
+from dyntok.lavit.understanding import Understanding
+from dyntok.model.backbone import Backbone
+from dyntok.model.codebook import Codebook
+from dyntok.model.decoder import Decoder
+from dyntok.model.merger import build_merger, cu_seqlens_of
+from dyntok.model.pixel_head import PixelHead
+from dyntok.model.selector import Selector
+from dyntok.policy import KeepPolicy
 
 _Rows: TypeAlias = Iterable[Tensor | Sequence[int]]  # one row of integers per image
 Codes: TypeAlias = Encoding | _Rows
 
-_Policy: TypeAlias = Callable[[Tensor, Sequence[int]], Tensor]  # log-probabilities [B, N, 2], places in the call -> keep mask [B, N]
+_Policy: TypeAlias = Callable[
+    [Tensor, Sequence[int]], Tensor
+]  # log-probabilities [B, N, 2], places in the call -> keep mask [B, N]
 _CHUNK = 32  # images at once, where they need not be taken singly
 _PAINTED = ImageConfig(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))  # of pixels in [0, 1]
 
@@ -61,13 +64,17 @@ class DynamicVisualTokenizer(Persistent):
         for name in ("decoder", "highres_decoder"):
             section = getattr(config, name)
             dithered = config.selector.dither > 0
-            decoder = None if section is None else Decoder(self.backbone.grid, code_dim, width, section, dithered=dithered)
+            decoder = (
+                None if section is None else Decoder(self.backbone.grid, code_dim, width, section, dithered=dithered)
+            )
             self.add_module(name, decoder)
         paints = config.decoder is not None and config.decoder.pixels
-        self.pixel_head = PixelHead(self.decoder.out_dim, self.backbone.grid, self.backbone.patch_size) if paints else None
+        self.pixel_head = (
+            PixelHead(self.decoder.out_dim, self.backbone.grid, self.backbone.patch_size) if paints else None
+        )
         reads = config.understanding_dim is not None
         self.understanding = Understanding(width, config.merger, config.understanding_dim) if reads else None
-        self._painters: dict[tuple, DiffusionPainter] = {}  # by folder, device and dtype
+        self._painters: dict[tuple, DiffusionDecoder] = {}  # by folder, device and dtype
 
     # The easy door: pictures in, pictures out.
 
@@ -121,7 +128,7 @@ class DynamicVisualTokenizer(Persistent):
         With positions the picture is sharper; without, the decoder guesses them from the order. A decoder that knows tokens by their rank
         (placement "rank", as LaVIT's) does not use those of an `Encoding`. grid: (rows, columns), where it is not the tokenizer's own.
 
-        Where a diffusion model paints (LaVIT), the other arguments are its options, see `DiffusionPainter`; highres: by the decoder for
+        Where a diffusion model paints (LaVIT), the other arguments are its options, see `DiffusionDecoder`; highres: by the decoder for
         larger pictures. It is loaded when it is first needed.
 
         Raises `CodeError` on codes or positions out of range, an image without codes or with more codes than patches, positions given to a
@@ -134,12 +141,12 @@ class DynamicVisualTokenizer(Persistent):
         options = {name: value for name, value in options.items() if value is not None}
         if self.pixel_head is None:
             painter = self._painter(highres)
-            painted = (painter(*self.decode_conditions(piece, highres=highres), **options) for piece in pieces)
+            painted = (painter(*self.decode_to_conditioning(piece, highres=highres), **options) for piece in pieces)
             return [to_image(pixels, _PAINTED) for piece in painted for pixels in piece]
         if options or highres:
             names = ", ".join([*options, *["highres"] * highres])
             raise ConfigError(f"{names} given, but this tokenizer paints without a diffusion model; leave them out")
-        return [to_image(pixels, self.config.image) for piece in pieces for pixels in self.decode_pixels(piece)]
+        return [to_image(pixels, self.config.image) for piece in pieces for pixels in self.decode_to_pixels(piece)]
 
     # The raw door: tensors in, tensors out.
 
@@ -161,7 +168,7 @@ class DynamicVisualTokenizer(Persistent):
         # matrix products round differently at different shapes: on a CPU every image is computed alone, always at the same shapes
         return 1 if self.device.type == "cpu" else images
 
-    def encode_pixels(
+    def encode_tensor(
         self,
         pixels: Tensor,
         *,
@@ -173,7 +180,7 @@ class DynamicVisualTokenizer(Persistent):
         exact: bool = False,
         batch_size: int = _CHUNK,
     ) -> Encoding:
-        """Codes of normalised pixels, float [B, 3, S, S]; the options are those of `encode`, and two more:
+        """Codes of normalized pixels, float [B, 3, S, S]; the options are those of `encode`, and two more:
 
         keep: bool [B, N], the patches to keep, chosen by the caller instead of the selector; at least one per image. It takes the place
             of every other choice, `max_tokens` included.
@@ -185,7 +192,9 @@ class DynamicVisualTokenizer(Persistent):
         self._check_pixels(pixels)
         if keep is not None:
             if policy != KeepPolicy():
-                raise ConfigError("keep was given with budget, threshold, sample or max_tokens, expected the mask alone")
+                raise ConfigError(
+                    "keep was given with budget, threshold, sample or max_tokens, expected the mask alone"
+                )
             policy = self._given(keep, len(pixels))
         parts = [self._encode(part, policy, places, exact) for places, part in self._pieces(pixels, batch_size)]
         return self._pack(parts, [], list(range(len(pixels))))
@@ -210,7 +219,7 @@ class DynamicVisualTokenizer(Persistent):
         policy = KeepPolicy(budget, threshold, sample, max_tokens)
         return self._continuous(self._chunks(images, max_pixels), policy, exact, path)
 
-    def features_pixels(
+    def features_tensor(
         self,
         pixels: Tensor,
         *,
@@ -221,13 +230,18 @@ class DynamicVisualTokenizer(Persistent):
         max_tokens: int | None = None,
         exact: bool = False,
     ) -> Features:
-        """`features` of normalised pixels, float [B, 3, S, S]."""
+        """`features` of normalized pixels, float [B, 3, S, S]."""
         policy = KeepPolicy(budget, threshold, sample, max_tokens)
         self._check_pixels(pixels)
         return self._continuous(self._pieces(pixels), policy, exact, path)
 
-    def decode_features(
-        self, codes: Codes, *, positions: _Rows | None = None, grid: tuple[int, int] | None = None, highres: bool = False
+    def decode_to_features(
+        self,
+        codes: Codes,
+        *,
+        positions: _Rows | None = None,
+        grid: tuple[int, int] | None = None,
+        highres: bool = False,
     ) -> Tensor:
         """Patch features [B, N, D] from codes; arguments and errors as in `decode`, but nothing that paints is needed."""
         encoding = self._as_encoding(codes, positions, grid, highres)
@@ -235,26 +249,37 @@ class DynamicVisualTokenizer(Persistent):
             vectors = self.codebook.lookup(encoding.packed_codes)
             return self._decoder(highres)(vectors, encoding.cu_seqlens, encoding.packed_positions)
 
-    def decode_conditions(
-        self, codes: Codes, *, positions: _Rows | None = None, grid: tuple[int, int] | None = None, highres: bool = False
+    def decode_to_conditioning(
+        self,
+        codes: Codes,
+        *,
+        positions: _Rows | None = None,
+        grid: tuple[int, int] | None = None,
+        highres: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """What a diffusion U-Net reads: prompt embeddings [B, N, E], and the pooled embedding [B, P] or None; otherwise as `decode`."""
         conditions = self._conditions(highres)
         with self.inference():
-            return conditions(self.decode_features(codes, positions=positions, grid=grid, highres=highres))
+            return conditions(self.decode_to_features(codes, positions=positions, grid=grid, highres=highres))
 
-    def decode_pixels(self, codes: Codes, *, positions: _Rows | None = None, grid: tuple[int, int] | None = None) -> Tensor:
+    def decode_to_pixels(
+        self, codes: Codes, *, positions: _Rows | None = None, grid: tuple[int, int] | None = None
+    ) -> Tensor:
         """Normalised pixels [B, 3, S, S] from codes, by the pixel head; arguments and errors as in `decode`."""
         if self.pixel_head is None:
-            raise CodeError("this tokenizer has no pixel head, so it makes no pixels at once; decode_features(codes) gives patch features")
+            raise CodeError(
+                "this tokenizer has no pixel head, so it makes no pixels at once; decode_to_features(codes) gives patch features"
+            )
         with self.inference():
-            return self.pixel_head(self.decode_features(codes, positions=positions, grid=grid))
+            return self.pixel_head(self.decode_to_features(codes, positions=positions, grid=grid))
 
     def part(self, name: Literal["decoder", "highres_decoder", "understanding"]) -> nn.Module:
         """That part, fetched now where it was not needed before. Raises `ConfigError` where the tokenizer has none."""
         if getattr(self, name) is None:
             if self.late_parts is None:
-                raise ConfigError(f"this tokenizer has no {name.replace('_', ' ')}; load one that has, or do without it")
+                raise ConfigError(
+                    f"this tokenizer has no {name.replace('_', ' ')}; load one that has, or do without it"
+                )
             sections, part = self.late_parts.fetch(name, self)
             self.config = dataclasses.replace(self.config, **sections)
             setattr(self, name, part)
@@ -263,24 +288,28 @@ class DynamicVisualTokenizer(Persistent):
     def _decoder(self, highres: bool) -> Decoder:
         return self.part("highres_decoder" if highres else "decoder")
 
-    def _conditions(self, highres: bool) -> Conditions:
+    def _conditions(self, highres: bool) -> Conditioning:
         conditions = self._decoder(highres).conditions
         if conditions is None:
             has = "no pixel head and " if self.pixel_head is None else ""
-            raise CodeError(f"this tokenizer has {has}no conditions for a diffusion model; decode_features(codes) gives patch features")
+            raise CodeError(
+                f"this tokenizer has {has}no conditions for a diffusion model; decode_to_features(codes) gives patch features"
+            )
         return conditions
 
-    def _painter(self, highres: bool) -> DiffusionPainter:
+    def _painter(self, highres: bool) -> DiffusionDecoder:
         self._conditions(highres)  # refuses a tokenizer that makes no images
         folder = (self.config.highres_decoder if highres else self.config.decoder).conditions.folder
         key = folder, self.device, self.dtype
         if key not in self._painters:
             if self.origin is None:
-                raise CheckpointError("this tokenizer was not loaded from anywhere, so no diffusion model lies beside it; load a saved one")
+                raise CheckpointError(
+                    "this tokenizer was not loaded from anywhere, so no diffusion model lies beside it; load a saved one"
+                )
             if self.late_parts is not None:
                 painter = self.late_parts.painter(*key)
             else:
-                painter = DiffusionPainter.load(self.origin.folder(folder, FILES), device=self.device, dtype=self.dtype)
+                painter = DiffusionDecoder.load(self.origin.folder(folder, FILES), device=self.device, dtype=self.dtype)
             self._painters = {k: v for k, v in self._painters.items() if k[1:] == key[1:]} | {key: painter}
         return self._painters[key]
 
@@ -289,7 +318,9 @@ class DynamicVisualTokenizer(Persistent):
         shape = [images, self.grid[0] * self.grid[1]]
         if not isinstance(keep, Tensor) or keep.dtype != torch.bool or list(keep.shape) != shape:
             got = f"{keep.dtype} {list(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
-            raise ConfigError(f"keep is {got}, expected a bool tensor {shape}: one entry for each patch of each image, in raster order")
+            raise ConfigError(
+                f"keep is {got}, expected a bool tensor {shape}: one entry for each patch of each image, in raster order"
+            )
         if not keep.any(1).all():
             image = int((~keep.any(1)).nonzero()[0])
             raise ConfigError(f"keep drops every patch of image {image}, expected at least one that is kept")
@@ -297,9 +328,12 @@ class DynamicVisualTokenizer(Persistent):
         return lambda log_probs, places: keep[places[0] : places[0] + len(log_probs)]
 
     def _chunks(
-        self, images: ImageSource | Iterable[ImageSource], max_pixels: int, failures: list[tuple[int, ImageError]] | None = None
+        self,
+        images: ImageSource | Iterable[ImageSource],
+        max_pixels: int,
+        failures: list[tuple[int, ImageError]] | None = None,
     ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-        """(places among the inputs, normalised pixels [b, 3, S, S]) of readable images; the others go to `failures`, or raise if None."""
+        """(places among the inputs, normalized pixels [b, 3, S, S]) of readable images; the others go to `failures`, or raise if None."""
         single = is_single(images)
 
         def readable() -> Iterator[tuple[int, Tensor]]:
@@ -319,7 +353,7 @@ class DynamicVisualTokenizer(Persistent):
             yield places, torch.stack(pixels)
 
     def _pieces(self, pixels: Tensor, batch_size: int = _CHUNK) -> Iterator[tuple[range, Tensor]]:
-        """(places, normalised pixels [b, 3, S, S])"""
+        """(places, normalized pixels [b, 3, S, S])"""
         size = self._at_once(batch_size)
         for start in range(0, len(pixels), size):
             part = pixels[start : start + size]
@@ -337,7 +371,9 @@ class DynamicVisualTokenizer(Persistent):
             features, keep = self._choose(pixels, policy, places)
             return self.codebook(self.projection(self.merger(features, keep, exact=exact))), keep
 
-    def _continuous(self, chunks: Iterable[tuple[Sequence[int], Tensor]], policy: _Policy, exact: bool, path: str) -> Features:
+    def _continuous(
+        self, chunks: Iterable[tuple[Sequence[int], Tensor]], policy: _Policy, exact: bool, path: str
+    ) -> Features:
         if path not in ("codes", "understanding"):
             raise ConfigError(f"path is {path!r}, expected 'codes' or 'understanding'")
         merger = self.merger if path == "codes" else self.part("understanding")
@@ -354,9 +390,16 @@ class DynamicVisualTokenizer(Persistent):
         no_image = torch.empty(0, self.grid[0] * self.grid[1], dtype=torch.bool, device=self.device)
         rows, masks = zip((nothing, no_image), *parts, strict=True)
         keep = torch.cat(masks)
-        return torch.cat(rows), keep.nonzero()[:, 1], cu_seqlens_of(keep), torch.tensor(self.grid, device=self.device).repeat(len(keep), 1)
+        return (
+            torch.cat(rows),
+            keep.nonzero()[:, 1],
+            cu_seqlens_of(keep),
+            torch.tensor(self.grid, device=self.device).repeat(len(keep), 1),
+        )
 
-    def _pack(self, parts: list[tuple[Tensor, Tensor]], failures: list[tuple[int, ImageError]], source_index: list[int]) -> Encoding:
+    def _pack(
+        self, parts: list[tuple[Tensor, Tensor]], failures: list[tuple[int, ImageError]], source_index: list[int]
+    ) -> Encoding:
         packed = self._join(parts, torch.empty(0, dtype=torch.long, device=self.device))
         source = torch.tensor(source_index, dtype=torch.long, device=self.device)
         return Encoding(*packed, self.fingerprint, tuple(failures), source)
@@ -365,24 +408,38 @@ class DynamicVisualTokenizer(Persistent):
         shape = (3, self.config.image.img_size, self.config.image.img_size)
         if not isinstance(pixels, Tensor) or tuple(pixels.shape[1:]) != shape or not pixels.is_floating_point():
             got = f"{pixels.dtype} {list(pixels.shape)}" if isinstance(pixels, Tensor) else type(pixels).__name__
-            raise ImageError(f"pixels are {got}, expected normalised floats [B, {', '.join(map(str, shape))}]; encode() prepares images")
+            raise ImageError(
+                f"pixels are {got}, expected normalized floats [B, {', '.join(map(str, shape))}]; encode() prepares images"
+            )
         if not pixels.isfinite().all():
             raise ImageError("pixels hold NaN or infinite values, expected finite ones")
 
-    def _as_encoding(self, codes: Codes, positions: _Rows | None, grid: tuple[int, int] | None, highres: bool = False) -> Encoding:
+    def _as_encoding(
+        self, codes: Codes, positions: _Rows | None, grid: tuple[int, int] | None, highres: bool = False
+    ) -> Encoding:
         if not isinstance(codes, Encoding):
             if not isinstance(codes, Iterable):
-                raise CodeError(f"codes are {type(codes).__name__}, expected an Encoding or one list of integers per image")
+                raise CodeError(
+                    f"codes are {type(codes).__name__}, expected an Encoding or one list of integers per image"
+                )
             if positions is not None and self._decoder(highres).placement == "rank":
-                raise CodeError("positions were given, but this decoder knows tokens by their rank alone; leave positions out")
+                raise CodeError(
+                    "positions were given, but this decoder knows tokens by their rank alone; leave positions out"
+                )
             codes = Encoding.pack(codes, positions, grid or self.grid)
         elif positions is not None or grid is not None:
-            raise CodeError("positions= or grid= was given with an Encoding, which has its own; give them with plain lists of codes only")
+            raise CodeError(
+                "positions= or grid= was given with an Encoding, which has its own; give them with plain lists of codes only"
+            )
         if codes.fingerprint not in (None, self.fingerprint):
             written, own = codes.fingerprint, self.fingerprint
-            raise FingerprintError(f"these codes were written by the tokenizer {written}, this one is {own}; load the one that wrote them")
+            raise FingerprintError(
+                f"these codes were written by the tokenizer {written}, this one is {own}; load the one that wrote them"
+            )
         if (codes.grids != torch.tensor(self.grid, device=codes.device)).any():
-            raise CodeError(f"an image has another grid than {self.grid[0]} x {self.grid[1]}, which is all that this tokenizer decodes")
+            raise CodeError(
+                f"an image has another grid than {self.grid[0]} x {self.grid[1]}, which is all that this tokenizer decodes"
+            )
         return codes.to(self.device)
 
 

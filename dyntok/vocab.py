@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dyntok.encoding import Encoding
 from dyntok.errors import CodeError
-from dyntok.packed import counted, integers, refuse
+from dyntok.ragged import counted, integers, refuse
 
 LAVIT_IMAGE_START, LAVIT_IMAGE_END, LAVIT_OFFSET = 32000, 32001, 32002  # ids in LaVIT's LLM: code k is LAVIT_OFFSET + k
 LAVIT_CODES = 16384
@@ -56,7 +56,9 @@ class VisualVocab:
         for name in ("image_start", "image_end"):
             if self.offset <= getattr(self, name) < self.position_offset + self.patches:
                 also = " and the positions behind them" * bool(self.patches)
-                raise CodeError(f"{name} is {getattr(self, name)}, expected an id outside the codes' {self._range}{also}")
+                raise CodeError(
+                    f"{name} is {getattr(self, name)}, expected an id outside the codes' {self._range}{also}"
+                )
         if self.image_start == self.image_end:
             raise CodeError(f"image_start and image_end are both {self.image_start}, expected two different ids")
 
@@ -101,14 +103,20 @@ class VisualVocab:
         if name not in _LARGEST:
             raise CodeError(f"ids can't be stored as {name}; expected one of {', '.join(_LARGEST)}")
         if self.vocab_size - 1 > _LARGEST[name]:
-            raise CodeError(f"ids up to {self.vocab_size - 1} overflow {name} (at most {_LARGEST[name]}); store them as {self.dtype}")
+            raise CodeError(
+                f"ids up to {self.vocab_size - 1} overflow {name} (at most {_LARGEST[name]}); store them as {self.dtype}"
+            )
 
     def is_visual(self, id: int) -> bool:
         """Whether this is start, end, or the id of a code or position."""
         return id in (self.image_start, self.image_end) or self.offset <= id < self.position_offset + self.patches
 
     def to_ids(
-        self, codes: Tensor | Sequence[int] | Encoding, wrap: bool = True, *, positions: Tensor | Sequence[int] | None = None
+        self,
+        codes: Tensor | Sequence[int] | Encoding,
+        wrap: bool = True,
+        *,
+        positions: Tensor | Sequence[int] | None = None,
     ) -> Tensor | list[Tensor]:
         """int64 [T + 2] of one image's codes [T], between start and end; [T] without `wrap`. An Encoding gives a list, image by image.
 
@@ -122,7 +130,10 @@ class VisualVocab:
         row = integers(codes, "codes")
         if not len(row):
             raise CodeError("no codes; an image has at least one")
-        refuse((row < 0) | (row >= self.size), lambda i: f"code {row[i]} at place {i} is out of range, expected 0 to {self.size - 1}")
+        refuse(
+            (row < 0) | (row >= self.size),
+            lambda i: f"code {row[i]} at place {i} is out of range, expected 0 to {self.size - 1}",
+        )
         ids = row + self.offset
         if (positions is None) != (self.patches == 0):
             raise CodeError(
@@ -150,10 +161,14 @@ class VisualVocab:
         """One image as text, between start and end; arguments and errors are those of `to_ids`."""
         ids = self.to_ids(codes, wrap=False, positions=positions).tolist()
         numbers = (
-            (id - self.offset, "v", self.size) if id < self.position_offset else (id - self.position_offset, "p", self.patches)
+            (id - self.offset, "v", self.size)
+            if id < self.position_offset
+            else (id - self.position_offset, "p", self.patches)
             for id in ids
         )
-        return START_TOKEN + "".join(self._spelled(letter, number, count) for number, letter, count in numbers) + END_TOKEN
+        return (
+            START_TOKEN + "".join(self._spelled(letter, number, count) for number, letter, count in numbers) + END_TOKEN
+        )
 
     def _codes_and_positions(self, ids: Tensor | Sequence[int]) -> tuple[Tensor, Tensor | None]:
         row = integers(ids, "ids")
@@ -173,16 +188,22 @@ class VisualVocab:
         if not len(row):
             raise CodeError("no codes among these ids; an image has at least one")
         codes = row - self.offset
-        refuse((codes < 0) | (codes >= self.size), lambda i: f"id {row[i]} is not the id of a code, expected {self._range}")
+        refuse(
+            (codes < 0) | (codes >= self.size), lambda i: f"id {row[i]} is not the id of a code, expected {self._range}"
+        )
         if positions is not None:
             self._check_positions(positions, len(codes))
         return codes, positions
 
     def _check_positions(self, positions: Tensor, codes: int) -> None:
         if len(positions) != codes:
-            raise CodeError(f"{counted(codes, 'code')} with {counted(len(positions), 'position')}, expected one for each")
+            raise CodeError(
+                f"{counted(codes, 'code')} with {counted(len(positions), 'position')}, expected one for each"
+            )
         outside = (positions < 0) | (positions >= self.patches)
-        refuse(outside, lambda i: f"position {positions[i]} at place {i} is out of range, expected 0 to {self.patches - 1}")
+        refuse(
+            outside, lambda i: f"position {positions[i]} at place {i} is out of range, expected 0 to {self.patches - 1}"
+        )
         unordered = positions.diff() <= 0
         refuse(unordered, lambda i: f"position {positions[i + 1]} comes after {positions[i]}; expected raster order")
 

@@ -36,12 +36,21 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }  # fmt: skip
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}  # bytes per program
-MATRIX = {"sm_80": r"mma\.sync", "sm_90": r"wgmma\.|mma\.sync", "sm_100": r"tcgen05\.mma|mma\.sync", "gfx942": r"v_mfma"}
+MATRIX = {
+    "sm_80": r"mma\.sync",
+    "sm_90": r"wgmma\.|mma\.sync",
+    "sm_100": r"tcgen05\.mma|mma\.sync",
+    "gfx942": r"v_mfma",
+}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
 def variants() -> dict[str, Variant]:
-    found = [variant for module in (attention, nearest_code, rows, codebook_stats, merge_similar) for variant in module.variants()]
+    found = [
+        variant
+        for module in (attention, nearest_code, rows, codebook_stats, merge_similar)
+        for variant in module.variants()
+    ]
     named = {variant.name: variant for variant in found}
     assert len(named) == len(found), "two variants have one name"
     return named
@@ -57,7 +66,12 @@ def build(name: str, target: str) -> tuple[str, str, dict, list[str]]:
     )  # fmt: skip
     numbers = {name for name, kind in variant.signature.items() if kind == "i32"}
     if numbers != set(variant.kernel.do_not_specialize):
-        return name, target, {}, [f"would be compiled anew for values of {', '.join(sorted(numbers))}; name them to `kernel`"]
+        return (
+            name,
+            target,
+            {},
+            [f"would be compiled anew for values of {', '.join(sorted(numbers))}; name them to `kernel`"],
+        )
     options = {"num_warps": variant.blocks.warps, "num_stages": variant.blocks.stages}
     try:
         compiled = triton.compile(source, target=TARGETS[target], options=options)
@@ -66,15 +80,21 @@ def build(name: str, target: str) -> tuple[str, str, dict, list[str]]:
     uses = {"registers": 0, "shared": compiled.metadata.shared, "spills": 0}  # the latter two in bytes
     if target == "gfx942":
         text = compiled.asm["amdgcn"]
-        numbers = {key: int(value) for key, value in re.findall(r"\.(vgpr_count|private_segment_fixed_size): +(\d+)", text)}
+        numbers = {
+            key: int(value) for key, value in re.findall(r"\.(vgpr_count|private_segment_fixed_size): +(\d+)", text)
+        }
         uses["registers"] = numbers["vgpr_count"]
-        uses["spills"] = numbers["private_segment_fixed_size"]  # a scalar register kept in a vector register's lane touches no memory
+        uses["spills"] = numbers[
+            "private_segment_fixed_size"
+        ]  # a scalar register kept in a vector register's lane touches no memory
     else:
         text = compiled.asm["ptx"]
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
             file.flush()
-            told = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+            told = subprocess.run(
+                [CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+            ).stdout
         numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", told)}
         uses["registers"] = numbers["REG"]
         uses["spills"] = numbers["STACK"] + numbers["LOCAL"]
@@ -108,7 +128,9 @@ def main() -> int:
     old = json.loads(TABLE.read_text()) if TABLE.exists() else {"triton": None, "kernels": {}}
     if not options.write and old["triton"] == triton.__version__:
         faults += [
-            f"{name}: {rows[name]}, the table says {old['kernels'].get(name)}" for name in rows if rows[name] != old["kernels"].get(name)
+            f"{name}: {rows[name]}, the table says {old['kernels'].get(name)}"
+            for name in rows
+            if rows[name] != old["kernels"].get(name)
         ]
         if not options.only:
             faults += [f"{name} is in the table and no kernel any more" for name in old["kernels"] if name not in rows]

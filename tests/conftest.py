@@ -39,12 +39,16 @@ def small_config():
         image=ImageConfig(img_size=64),
         backbone=BackboneConfig(
             name="vit_tiny_patch16_224",
-            kwargs=dict(img_size=64, patch_size=8, embed_dim=48, depth=1, num_heads=3, class_token=False, global_pool="avg"),
+            kwargs=dict(
+                img_size=64, patch_size=8, embed_dim=48, depth=1, num_heads=3, class_token=False, global_pool="avg"
+            ),
             frozen=False,
         ),
         merger=MergerConfig(depth=1, num_heads=3, mlp_ratio=2.0, norm=False),
         codebook=CodebookConfig(size=256, dim=8, projection="linear"),
-        decoder=DecoderConfig(depth=1, num_heads=3, mlp_ratio=2.0, placement="grid", conv=True, head="none", pixels=True),
+        decoder=DecoderConfig(
+            depth=1, num_heads=3, mlp_ratio=2.0, placement="grid", conv=True, head="none", pixels=True
+        ),
     )
 
 
@@ -110,7 +114,7 @@ def parity():
 @pytest.fixture(scope="session")
 def values(tmp_path_factory, photos, small_config):
     """The recipe of a small training run, as YAML gives it."""
-    from small_run import write_recipe  # here, because it loads what only training needs
+    from support.small_run import write_recipe  # here, because it loads what only training needs
 
     return write_recipe(tmp_path_factory.mktemp("photos"), photos, small_config)
 
@@ -118,7 +122,7 @@ def values(tmp_path_factory, photos, small_config):
 @pytest.fixture(scope="session")
 def undisturbed(values, tmp_path_factory):
     """The folder of that run from beginning to end; not to be changed."""
-    from small_run import trainer
+    from support.small_run import trainer
 
     folder = tmp_path_factory.mktemp("undisturbed") / "a" / "run"  # folders are made
     trainer(values, folder).run()

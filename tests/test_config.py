@@ -5,7 +5,15 @@ import math
 
 import pytest
 
-from dyntok.config import PRESETS, BackboneConfig, CodebookConfig, ConditionConfig, DecoderConfig, MergerConfig, TokenizerConfig
+from dyntok.config import (
+    PRESETS,
+    BackboneConfig,
+    CodebookConfig,
+    ConditioningConfig,
+    DecoderConfig,
+    MergerConfig,
+    TokenizerConfig,
+)
 from dyntok.errors import ConfigError
 
 HUGE = 10**400  # no float is so large
@@ -21,9 +29,13 @@ def test_presets_survive_json(name):
 
 def test_optional_sections_are_built_too():
     conditions = {"embed_dims": [8, 16], "pooled_dim": 16, "folder": "highres"}
-    config = TokenizerConfig.from_dict({"decoder": None, "highres_decoder": {"depth": 3, "conditions": conditions}, "understanding_dim": 7})
+    config = TokenizerConfig.from_dict(
+        {"decoder": None, "highres_decoder": {"depth": 3, "conditions": conditions}, "understanding_dim": 7}
+    )
     assert config.decoder is None and config.understanding_dim == 7
-    assert config.highres_decoder == DecoderConfig(depth=3, conditions=ConditionConfig((8, 16), pooled_dim=16, folder="highres"))
+    assert config.highres_decoder == DecoderConfig(
+        depth=3, conditions=ConditioningConfig((8, 16), pooled_dim=16, folder="highres")
+    )
     assert TokenizerConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     with pytest.raises(ConfigError, match="unknown conditions.dims"):
         TokenizerConfig.from_dict({"decoder": {"conditions": {"dims": [8]}}})
@@ -34,15 +46,17 @@ def test_optional_sections_are_built_too():
 @pytest.mark.parametrize("folder", ["../unet", "a/b", "", ".", "x" * 65, 3, "unet\n"], ids=repr)
 def test_a_folder_of_a_configuration_stays_beside_it(folder):
     with pytest.raises(ConfigError, match="expected the plain name of a folder"):
-        ConditionConfig(folder=folder)
+        ConditioningConfig(folder=folder)
 
 
 @pytest.mark.parametrize(
-    "options", [{"embed_dims": []}, {"embed_dims": [0]}, {"embed_dims": 768}, {"pooled_dim": 0}, {"num_heads": 0}], ids=str
+    "options",
+    [{"embed_dims": []}, {"embed_dims": [0]}, {"embed_dims": 768}, {"pooled_dim": 0}, {"num_heads": 0}],
+    ids=str,
 )
 def test_wrong_conditions(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
-        ConditionConfig(**options)
+        ConditioningConfig(**options)
 
 
 def test_out_dim_needs_a_head():
@@ -52,13 +66,24 @@ def test_out_dim_needs_a_head():
 
 def test_stated_leaves_defaults_out():
     assert TokenizerConfig().stated() == {}
-    config = TokenizerConfig(backbone=BackboneConfig(layer=3), codebook=CodebookConfig(size=64), decoder=None, understanding_dim=5)
-    assert config.stated() == {"backbone": {"layer": 3}, "codebook": {"size": 64}, "decoder": None, "understanding_dim": 5}
+    config = TokenizerConfig(
+        backbone=BackboneConfig(layer=3), codebook=CodebookConfig(size=64), decoder=None, understanding_dim=5
+    )
+    assert config.stated() == {
+        "backbone": {"layer": 3},
+        "codebook": {"size": 64},
+        "decoder": None,
+        "understanding_dim": 5,
+    }
 
 
 def test_sections_and_values_may_be_left_out():
     config = TokenizerConfig.from_dict({"codebook": {"size": 64}, "decoder": {"embed_dim": None}})
-    assert config.codebook == CodebookConfig(size=64) and config.merger == MergerConfig() and config.decoder.embed_dim is None
+    assert (
+        config.codebook == CodebookConfig(size=64)
+        and config.merger == MergerConfig()
+        and config.decoder.embed_dim is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -140,7 +165,9 @@ def test_senseless_values_are_named_whichever_door_they_come_through(section, va
         part(**values)
 
 
-@pytest.mark.parametrize("name", ["vit_small_patch16_224", "vit_base_patch16_224.augreg_in21k", "eva02_tiny_patch14_224.mim_in22k", "a-b"])
+@pytest.mark.parametrize(
+    "name", ["vit_small_patch16_224", "vit_base_patch16_224.augreg_in21k", "eva02_tiny_patch14_224.mim_in22k", "a-b"]
+)
 def test_backbones_are_named_as_in_timm(name):
     assert BackboneConfig(name).name == name
 
@@ -178,11 +205,28 @@ def test_plain_options_of_backbones_are_taken(value):
 
 @pytest.mark.parametrize(
     "value",
-    [{"url": "x"}, [[1]], ["a"], [True], {1}, print, "x" * 65, b"avg", math.nan, math.inf, HUGE, ENDLESS, [ENDLESS], [1] * 65],
+    [
+        {"url": "x"},
+        [[1]],
+        ["a"],
+        [True],
+        {1},
+        print,
+        "x" * 65,
+        b"avg",
+        math.nan,
+        math.inf,
+        HUGE,
+        ENDLESS,
+        [ENDLESS],
+        [1] * 65,
+    ],
     ids=lambda value: type(value).__name__,
 )
 def test_other_options_of_backbones_are_refused(value):
-    with pytest.raises(ConfigError, match="backbone.kwargs.option is .*expected a number, bool, short text or list of numbers"):
+    with pytest.raises(
+        ConfigError, match="backbone.kwargs.option is .*expected a number, bool, short text or list of numbers"
+    ):
         BackboneConfig(kwargs={"option": value})
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dyntok.encoding import Encoding
 from dyntok.errors import CodeError, FingerprintError, ImageError
-from dyntok.packed import MAX_GRID_SIDE
+from dyntok.ragged import MAX_GRID_SIDE
 
 LIMITED = settings(max_examples=60, deadline=None)
 
@@ -196,7 +196,9 @@ def test_a_row_that_is_not_there_is_an_index_error(index):
         small()[index]
 
 
-@pytest.mark.parametrize("index", [1.0, "0", [0, True], [True, False], torch.tensor([0.5]), torch.tensor([[0]]), None, True], ids=str)
+@pytest.mark.parametrize(
+    "index", [1.0, "0", [0, True], [True, False], torch.tensor([0.5]), torch.tensor([[0]]), None, True], ids=str
+)
 def test_what_is_no_index_is_refused(index):
     with pytest.raises(CodeError):
         small()[index]
@@ -302,7 +304,10 @@ def test_copies_and_pickles_are_equal():
     [
         (small(), "Encoding(3 images, 6 tokens (1 to 3 each), 3 different grids, with positions, fingerprint ab)"),
         (small()[1], "Encoding(1 image, 1 token (1 each), grid 1x3, with positions, fingerprint ab)"),
-        (Encoding.pack([], None, (2, 2), None, [(0, ImageError("a"))]), "Encoding(0 images, 0 tokens, no positions, 1 failure)"),
+        (
+            Encoding.pack([], None, (2, 2), None, [(0, ImageError("a"))]),
+            "Encoding(0 images, 0 tokens, no positions, 1 failure)",
+        ),
     ],
     ids=["three", "one", "none"],
 )
@@ -348,7 +353,9 @@ def test_keep_masks_give_the_positions_back(enc):
 
 JUNK = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["codes", "grids", "x"]), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["codes", "grids", "x"]), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_triton import bounds, similar_case
+from support.kernel_cases import bounds, similar_case
 from torch.testing import assert_close
 
 import dyntok
@@ -27,7 +27,7 @@ def pixels(tiny, photos):
 
 @pytest.fixture(scope="module")
 def expected(tiny, pixels):
-    return tiny.encode_pixels(pixels, budget=BUDGET)
+    return tiny.encode_tensor(pixels, budget=BUDGET)
 
 
 def as_rows(encoding):
@@ -43,8 +43,8 @@ def test_the_encoder_gives_the_tokenizers_codes(tiny, pixels, expected):
 @torch.no_grad()
 def test_the_decoder_paints_the_tokenizers_pixels(tiny, expected):
     codes, positions = as_rows(expected)
-    assert_close(FixedDecoder(tiny)(codes, positions), tiny.decode_pixels(expected), atol=1e-4, rtol=0)
-    unknown = tiny.decode_pixels(expected.codes)
+    assert_close(FixedDecoder(tiny)(codes, positions), tiny.decode_to_pixels(expected), atol=1e-4, rtol=0)
+    unknown = tiny.decode_to_pixels(expected.codes)
     assert_close(FixedDecoder(tiny)(codes, torch.full_like(positions, -1)), unknown, atol=1e-4, rtol=0)
 
 
@@ -66,7 +66,7 @@ def test_both_compile_as_one_graph(tiny, pixels, expected):
 def test_a_full_budget_compiles_too(tiny, pixels):
     with torch.no_grad():
         codes, _ = torch.compile(FixedEncoder(tiny, 256), fullgraph=True, backend="aot_eager")(pixels[:1])
-    assert torch.equal(codes[0], tiny.encode_pixels(pixels[:1], budget=256).codes[0])
+    assert torch.equal(codes[0], tiny.encode_tensor(pixels[:1], budget=256).codes[0])
 
 
 def test_exported_programs(tiny, pixels, expected):
@@ -76,7 +76,9 @@ def test_exported_programs(tiny, pixels, expected):
     codes, positions = encoder.module()(pixels)
     assert torch.equal(codes, as_rows(expected)[0]) and torch.equal(positions, as_rows(expected)[1])
     decoder = FixedDecoder(tiny)
-    assert_close(export(decoder, codes, positions).module()(codes, positions), decoder(codes, positions), atol=1e-5, rtol=0)
+    assert_close(
+        export(decoder, codes, positions).module()(codes, positions), decoder(codes, positions), atol=1e-5, rtol=0
+    )
 
 
 def test_onnxruntime_gives_the_same_ids(tiny, pixels, expected, tmp_path):
@@ -88,7 +90,9 @@ def test_onnxruntime_gives_the_same_ids(tiny, pixels, expected, tmp_path):
     assert np.array_equal(got[0], codes) and np.array_equal(got[1], positions)
     to_onnx(FixedDecoder(tiny), tmp_path / "decoder.onnx", codes, positions)
     session = onnxruntime.InferenceSession(tmp_path / "decoder.onnx")
-    (painted,) = session.run(None, dict(zip([i.name for i in session.get_inputs()], [codes.numpy(), positions.numpy()], strict=True)))
+    (painted,) = session.run(
+        None, dict(zip([i.name for i in session.get_inputs()], [codes.numpy(), positions.numpy()], strict=True))
+    )
     assert_close(torch.from_numpy(painted), FixedDecoder(tiny)(codes, positions).detach(), atol=1e-3, rtol=0)
 
 

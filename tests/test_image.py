@@ -105,7 +105,13 @@ def test_orientation_applies_to_converted_modes_too():
 @pytest.mark.parametrize("mode", ["L", "P", "YCbCr", "HSV", "CMYK", "RGBA", "RGBX", "PA"])
 def test_modes_keep_the_picture(mode):
     picture = Image.fromarray(PHOTO)
-    converted = picture.quantize(256).convert("PA") if mode == "PA" else picture.quantize(256) if mode == "P" else picture.convert(mode)
+    converted = (
+        picture.quantize(256).convert("PA")
+        if mode == "PA"
+        else picture.quantize(256)
+        if mode == "P"
+        else picture.convert(mode)
+    )
     got = array(load_image(converted)).astype(float)
     expected = array(picture.convert("L").convert("RGB")) if mode == "L" else PHOTO
     assert np.abs(got - expected).mean() < (6 if mode in ("P", "PA") else 3)
@@ -145,7 +151,9 @@ def test_sixteen_bits_are_scaled_not_clipped(kind):
         "I": lambda: Image.fromarray(values.astype(np.int32)),
         "F": lambda: Image.fromarray(values.astype(np.float32)),
     }[kind]()
-    assert np.array_equal(array(load_image(source))[:, :, 2], np.tile(np.arange(256, dtype=np.uint8).reshape(16, 16), (3, 1)))
+    assert np.array_equal(
+        array(load_image(source))[:, :, 2], np.tile(np.arange(256, dtype=np.uint8).reshape(16, 16), (3, 1))
+    )
 
 
 def test_sixteen_bit_tiff_where_white_is_zero():
@@ -198,7 +206,8 @@ def test_alpha_is_composited_on_white(mode, format):
 
 
 @pytest.mark.parametrize(
-    "pixels, key", [((GREY > 90).astype(np.uint8) * 77, 77), (np.full((4, 6, 3), 9, np.uint8), (9, 9, 9)), (sixteen_bits(), 257 * 7)]
+    "pixels, key",
+    [((GREY > 90).astype(np.uint8) * 77, 77), (np.full((4, 6, 3), 9, np.uint8), (9, 9, 9)), (sixteen_bits(), 257 * 7)],
 )
 def test_transparent_colour_key_is_white(pixels, key):
     got = array(load_image(encoded(pixels, "PNG", transparency=key)))
@@ -227,7 +236,9 @@ def test_the_result_is_a_new_image_and_the_source_stays():
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
-@pytest.mark.parametrize("exif", [b"II*\0\x08\0\0\0\x05\0\x12\x01", b"II*\0\x08\0\0\0", b"MM\0*\0\0\0", b"nonsense here"])
+@pytest.mark.parametrize(
+    "exif", [b"II*\0\x08\0\0\0\x05\0\x12\x01", b"II*\0\x08\0\0\0", b"MM\0*\0\0\0", b"nonsense here"]
+)
 def test_damaged_exif_neither_stops_nor_warns(exif, format):
     content = encoded(PHOTO, format, exif=b"Exif\0\0" + exif)
     with warnings.catch_warnings():
@@ -259,7 +270,9 @@ def test_the_list_of_warning_filters_does_not_grow():
 
 def test_threads_give_the_same_as_one_after_another():
     config = ImageConfig(img_size=32)
-    contents = [encoded(np.roll(PHOTO, shift, axis=1), format) for shift in range(6) for format in ("JPEG", "WEBP", "GIF")]
+    contents = [
+        encoded(np.roll(PHOTO, shift, axis=1), format) for shift in range(6) for format in ("JPEG", "WEBP", "GIF")
+    ]
     expected = [to_pixels(content, config) for content in contents]
     with ThreadPoolExecutor(4) as pool:
         got = list(pool.map(lambda content: to_pixels(content, config), contents))
@@ -274,7 +287,10 @@ def test_pixels_are_normalised(resize):
     config = ImageConfig(img_size=160, resize=resize, mean=OPENAI_CLIP_MEAN, std=OPENAI_CLIP_STD)
     pixels = to_pixels(PHOTO, config)
     assert pixels.shape == (3, 160, 160) and pixels.dtype == torch.float32 and pixels.is_contiguous()
-    resized = {"crop": PHOTO[:, 40:200], "squash": array(Image.fromarray(PHOTO).resize((160, 160), Image.Resampling.BICUBIC))}[resize]
+    resized = {
+        "crop": PHOTO[:, 40:200],
+        "squash": array(Image.fromarray(PHOTO).resize((160, 160), Image.Resampling.BICUBIC)),
+    }[resize]
     expected = (resized / 255 - OPENAI_CLIP_MEAN) / OPENAI_CLIP_STD
     assert np.abs(pixels.permute(1, 2, 0).numpy() - expected).max() < 1e-5
 
@@ -326,7 +342,13 @@ def test_to_image_clamps_and_rounds():
 
 @pytest.mark.parametrize(
     "pixels",
-    [torch.zeros(1, 3, 4, 4), torch.zeros(4, 4, 3), torch.zeros(3, 4, 4).byte(), torch.zeros(3, 0, 4), torch.full((3, 4, 4), torch.nan)],
+    [
+        torch.zeros(1, 3, 4, 4),
+        torch.zeros(4, 4, 3),
+        torch.zeros(3, 4, 4).byte(),
+        torch.zeros(3, 0, 4),
+        torch.full((3, 4, 4), torch.nan),
+    ],
 )
 def test_to_image_refuses_what_is_no_image(pixels):
     with pytest.raises(ImageError, match="<tensor .*expected"):

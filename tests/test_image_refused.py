@@ -48,7 +48,9 @@ def refused(source, match=None, **options):
     return caught.value
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", b"\0" * 100, b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"PK\x03\x04" + b"\0" * 60])
+@pytest.mark.parametrize(
+    "content", [b"", b"hello", b"\0" * 100, b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"PK\x03\x04" + b"\0" * 60]
+)
 def test_what_is_not_an_image(content):
     refused(content)
 
@@ -102,7 +104,16 @@ def test_max_pixels_holds_for_every_source(tmp_path):
     path = tmp_path / "photo.png"
     path.write_bytes(encoded(PHOTO, "PNG"))
     tensor = torch.from_numpy(PHOTO).permute(2, 0, 1)
-    for source in (path, path.read_bytes(), Image.open(path), Image.fromarray(PHOTO), PHOTO, GREY, tensor, tensor / 255):
+    for source in (
+        path,
+        path.read_bytes(),
+        Image.open(path),
+        Image.fromarray(PHOTO),
+        PHOTO,
+        GREY,
+        tensor,
+        tensor / 255,
+    ):
         assert load_image(source, max_pixels=count).size == (240, 160)
         refused(source, "240 x 160 = 38,400 pixels, the limit is 38,399", max_pixels=count - 1)
 

@@ -108,7 +108,9 @@ def results(folder):
 
 
 def test_each_is_read_or_refused(results):
-    surprises = [(name, outcomes) for name, outcomes, _ in results if outcomes not in (["read", "read"], ["refused", "refused"])]
+    surprises = [
+        (name, outcomes) for name, outcomes, _ in results if outcomes not in (["read", "read"], ["refused", "refused"])
+    ]
     assert not surprises
 
 
@@ -123,13 +125,18 @@ def test_good_files_are_read_and_bad_ones_are_not(results):
     assert {name for name in refused if name.startswith("exif-orientation") and name.endswith(".jpg")} == set()
     programs = (".eps", ".wmf", ".psd", ".doc", ".h5", ".pkl", ".fli", ".jp2", ".j2k", ".tga", ".dds")
     assert {name for name in read if name.endswith(programs)} == set()
-    assert {name for name in read if "crash-" in name or "decompression_bomb.gif" in name or "Bad_reallybig" in name} == set()
+    assert {
+        name for name in read if "crash-" in name or "decompression_bomb.gif" in name or "Bad_reallybig" in name
+    } == set()
 
 
 @pytest.mark.parametrize("kind", ["Landscape", "Portrait"])
 def test_all_orientations_show_the_same_picture(folder, kind):
     """They differ in JPEG noise and in the digit that each shows in its middle."""
-    pictures = [dyntok.image.load_image(folder / f"exif-orientation__{kind}_{k}.jpg").resize((30, 30)).tobytes() for k in range(9)]
+    pictures = [
+        dyntok.image.load_image(folder / f"exif-orientation__{kind}_{k}.jpg").resize((30, 30)).tobytes()
+        for k in range(9)
+    ]
     for k, picture in enumerate(pictures):
         assert sum(abs(a - b) for a, b in zip(picture, pictures[1], strict=True)) / len(picture) < 4, k
 

@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import types
 import zipfile
 from pathlib import Path
 
@@ -28,11 +27,22 @@ PUBLIC = {
     "VisualVocab",
     "load",
 }
-OPTIONAL = ["triton", "transformers", "ray", "pyarrow", "accelerate", "timm", "matplotlib", "scipy", "skimage", "sklearn"]
+OPTIONAL = [
+    "triton",
+    "transformers",
+    "ray",
+    "pyarrow",
+    "accelerate",
+    "timm",
+    "matplotlib",
+    "scipy",
+    "skimage",
+    "sklearn",
+]
 
 
 def test_the_names_are_these():
-    names = {name for name, value in vars(dyntok).items() if not name.startswith("_") and not isinstance(value, types.ModuleType)}
+    names = {name for name in dyntok.__all__ if not name.startswith("_")}
     assert names == PUBLIC
     assert all(getattr(dyntok, name).__doc__ for name in PUBLIC)
 
@@ -59,7 +69,17 @@ def test_the_wheel_holds_two_packages_and_their_data(tmp_path):
         shutil.copytree(ROOT / name, source / name, ignore=ignored)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(source)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        str(tmp_path),
+        str(source),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     (wheel,) = tmp_path.glob("*.whl")

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 import dyntok
-from dyntok import TokenizerConfig, cli
+from dyntok import TokenizerConfig
+from dyntok.cli import main as cli
 from dyntok.image import to_pixels
 from dyntok.training.loop import Trainer
 from dyntok.training.recipe import Recipe
@@ -38,7 +39,7 @@ def snippet(beginning):
 
 def test_the_lines_on_whole_datasets_run(photos, tmp_path, monkeypatch):
     datasets, ray = pytest.importorskip("datasets"), pytest.importorskip("ray")
-    from batch_data import pictures, rows, tar_members, write_table, write_tar
+    from support.batch_data import pictures, rows, tar_members, write_table, write_tar
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "shards").mkdir()
@@ -60,9 +61,15 @@ def test_the_lines_on_whole_datasets_run(photos, tmp_path, monkeypatch):
 
 def test_the_lines_on_compiling_and_exporting_run(photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))  # the real one needs a C++ compiler
+    monkeypatch.setattr(
+        torch, "compile", functools.partial(torch.compile, backend="aot_eager")
+    )  # the real one needs a C++ compiler
     tok = dyntok.load()
-    names = {"torch": torch, "tok": tok, "pixels": torch.stack([to_pixels(photo, tok.config.image) for photo in photos[:2]])}
+    names = {
+        "torch": torch,
+        "tok": tok,
+        "pixels": torch.stack([to_pixels(photo, tok.config.image) for photo in photos[:2]]),
+    }
     exec(compile(snippet("from dyntok.export import FixedDecoder"), "README.md", "exec"), names)
     assert names["codes"].shape == (2, 96) and Path("encoder.onnx").exists() and Path("decoder.onnx").exists()
     assert torch.equal(names["codes"][0], tok.encode(photos[0], budget=96).codes[0])
@@ -75,15 +82,28 @@ def test_no_placeholder_is_left():
 
 def test_every_file_is_listed():
     text = README.read_text()
-    folders = ["dyntok", "dyntok/training", "dyntok/training/recipes", "dyntok/llm", "dyntok/batch", "kernels/dyntok_kernels", "benchmarks"]
+    folders = [
+        "dyntok",
+        "dyntok/training",
+        "dyntok/training/recipes",
+        "dyntok/llm",
+        "dyntok/batch",
+        "kernels/dyntok_kernels",
+        "benchmarks",
+    ]
     paths = [
-        path for folder in folders for path in (ROOT / folder).iterdir() if path.suffix in (".py", ".yaml") and path.stem != "__init__"
+        path
+        for folder in folders
+        for path in (ROOT / folder).iterdir()
+        if path.suffix in (".py", ".yaml") and path.stem != "__init__"
     ]
     rows = [line for line in text.partition("## Files")[2].splitlines() if line.startswith("| `")]
 
     def listed(path):  # a name follows the folder or another name of the folder
         folder = path.parent.relative_to(ROOT).as_posix()
-        return any(line.startswith(f"| `{folder}/") and re.search(rf"[`/]{re.escape(path.name)}`", line) for line in rows)
+        return any(
+            line.startswith(f"| `{folder}/") and re.search(rf"[`/]{re.escape(path.name)}`", line) for line in rows
+        )
 
     assert len(paths) > 40 and [str(path) for path in paths if not listed(path)] == []
 
@@ -91,7 +111,12 @@ def test_every_file_is_listed():
 def test_every_option_is_told():
     text = README.read_text()
     (commands,) = (action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction))
-    options = {option for command in commands.choices.values() for action in command._actions for option in action.option_strings}
+    options = {
+        option
+        for command in commands.choices.values()
+        for action in command._actions
+        for option in action.option_strings
+    }
     told = set(re.findall(r"--[a-z-]+", text))
     assert {option for option in options if option.startswith("--")} - told - {"--help", "--output"} == set()
 
@@ -106,7 +131,10 @@ def test_the_example_recipe_trains(photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = Recipe.load("recipe.yaml")
     assert recipe.config == dataclasses.replace(TokenizerConfig.preset("tiny"), codebook=recipe.config.codebook)
-    assert (recipe.config.codebook.size, recipe.config.codebook.dim) == (4096, TokenizerConfig.preset("tiny").codebook.dim)
+    assert (recipe.config.codebook.size, recipe.config.codebook.dim) == (
+        4096,
+        TokenizerConfig.preset("tiny").codebook.dim,
+    )
     assert [stage.decay for stage in recipe.stages] == ["constant", "constant", "linear"]
     run = Trainer(dataclasses.replace(recipe, batch_size=8), "run", cpu=True)  # the test is short of time
     for stage in recipe.stages:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import dyntok
-from dyntok.registry import BUNDLED
+from dyntok.loading import BUNDLED
 from dyntok.training.data import find_samples
 
 PHOTOGRAPHS = 208
@@ -94,12 +94,19 @@ def test_a_few_photographs(checkpoint_folder, photos, tmp_path):
     found = encode(checkpoint_folder, tmp_path, 1, 1, 3, 8)
     encoding = dyntok.load(checkpoint_folder).encode(tmp_path / name for name in found)
     pairs = zip(encoding.codes, encoding.positions, strict=True)
-    check(found, {name: [[codes.tolist(), positions.tolist()]] for name, (codes, positions) in zip(found, pairs, strict=True)})
+    check(
+        found,
+        {name: [[codes.tolist(), positions.tolist()]] for name, (codes, positions) in zip(found, pairs, strict=True)},
+    )
 
 
 def test_the_number_of_threads_does_not_matter(model, photos):
     tokenizer, threads = dyntok.load(model), torch.get_num_threads()
-    images = [Image.fromarray(photo).crop(box) for photo in photos for box in [(0, 0, 150, 150), (20, 10, 90, 80), (50, 0, 150, 120)]]
+    images = [
+        Image.fromarray(photo).crop(box)
+        for photo in photos
+        for box in [(0, 0, 150, 150), (20, 10, 90, 80), (50, 0, 150, 120)]
+    ]
     encodings = []
     try:
         for number in (1, 2, 4):
@@ -115,5 +122,5 @@ def test_every_image_is_computed_alone(tokenizer, photos):
     shapes = []
     tokenizer.backbone.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
     tokenizer.encode(photos)
-    tokenizer.encode_pixels(torch.zeros(5, 3, 64, 64))
+    tokenizer.encode_tensor(torch.zeros(5, 3, 64, 64))
     assert shapes == [(1, 3, 64, 64)] * (len(photos) + 5)

@@ -33,7 +33,9 @@ def featureless(small_config):
 
 
 def rows(encoding):
-    return list(zip(map(torch.Tensor.tolist, encoding.codes), map(torch.Tensor.tolist, encoding.positions), strict=True))
+    return list(
+        zip(map(torch.Tensor.tolist, encoding.codes), map(torch.Tensor.tolist, encoding.positions), strict=True)
+    )
 
 
 @pytest.mark.parametrize("form", ["str", "path", "bytes", "PIL", "array", "uint8 tensor", "float tensor"])
@@ -45,7 +47,9 @@ def test_every_source_gives_the_same_codes(tokenizer, photos, sources, form):
 def test_an_encoding_tells_codes_places_and_origin(tokenizer, photos):
     encoding = tokenizer.encode(photos)
     assert len(encoding) == len(photos) and encoding.fingerprint == tokenizer.fingerprint
-    assert encoding.grids.tolist() == [[8, 8]] * len(photos) and encoding.source_index.tolist() == list(range(len(photos)))
+    assert encoding.grids.tolist() == [[8, 8]] * len(photos) and encoding.source_index.tolist() == list(
+        range(len(photos))
+    )
     assert encoding.failures == () and len(set(encoding.lengths.tolist())) > 1
     for codes, positions in rows(encoding):
         assert set(codes) <= set(range(256)) and positions == sorted(set(positions))
@@ -61,10 +65,14 @@ def test_many_are_as_many_singles_in_any_container(tokenizer, photos):
 
 
 def test_nothing_gives_an_empty_encoding(tokenizer):
-    for encoding in (tokenizer.encode([]), tokenizer.encode(iter(())), tokenizer.encode_pixels(torch.empty(0, 3, 64, 64))):
+    for encoding in (
+        tokenizer.encode([]),
+        tokenizer.encode(iter(())),
+        tokenizer.encode_tensor(torch.empty(0, 3, 64, 64)),
+    ):
         assert len(encoding) == 0 and encoding.num_tokens == 0 and encoding.grids.shape == (0, 2)
         assert tokenizer.decode(encoding) == []
-    assert tokenizer.decode([]) == [] and tokenizer.decode_features([]).shape == (0, N, 48)
+    assert tokenizer.decode([]) == [] and tokenizer.decode_to_features([]).shape == (0, N, 48)
     assert len(tokenizer.features([])) == 0 and tokenizer.features([]).padded()[0].shape == (0, 0, 48)
 
 
@@ -95,7 +103,10 @@ def test_policies_keep_the_best_by_score(tokenizer, photos):
         return [set(positions.tolist()) for positions in tokenizer.encode(photos, **options).positions]
 
     learned = kept()
-    assert all(fewer <= some <= more for fewer, some, more in zip(kept(threshold=0.51), learned, kept(threshold=0.49), strict=True))
+    assert all(
+        fewer <= some <= more
+        for fewer, some, more in zip(kept(threshold=0.51), learned, kept(threshold=0.49), strict=True)
+    )
     assert all(few < more for few, more in zip(kept(budget=8), kept(budget=12), strict=True))
     assert all(few <= full for few, full in zip(kept(max_tokens=8), learned, strict=True))
 
@@ -115,7 +126,9 @@ def test_sampling_follows_the_seed_and_the_place(tokenizer, photos):
 def test_exact_keeps_the_same_patches(tokenizer, photos):
     exact = tokenizer.encode(photos, exact=True)
     assert [p for _, p in rows(exact)] == [p for _, p in rows(tokenizer.encode(photos))]
-    assert exact == tokenizer.encode_pixels(torch.stack([to_pixels(p, tokenizer.config.image) for p in photos]), exact=True)
+    assert exact == tokenizer.encode_tensor(
+        torch.stack([to_pixels(p, tokenizer.config.image) for p in photos]), exact=True
+    )
 
 
 @pytest.mark.parametrize(
@@ -144,7 +157,9 @@ def test_bad_images_raise_or_are_left_out(tokenizer, photos, tmp_path):
     encoding = tokenizer.encode(images, errors="skip")
     assert encoding == tokenizer.encode(photos[:2]) and encoding.source_index.tolist() == [0, 2]
     assert [index for index, _ in encoding.failures] == [1, 3, 4]
-    assert all(isinstance(error, ImageError) for _, error in encoding.failures) and "missing.jpg" in str(encoding.failures[1][1])
+    assert all(isinstance(error, ImageError) for _, error in encoding.failures) and "missing.jpg" in str(
+        encoding.failures[1][1]
+    )
     nothing = tokenizer.encode([JUNK, missing], errors="skip")
     assert len(nothing) == 0 and len(nothing.failures) == 2
     with pytest.raises(ImageError, match="missing.jpg"):
@@ -152,7 +167,11 @@ def test_bad_images_raise_or_are_left_out(tokenizer, photos, tmp_path):
 
 
 def test_which_of_many_is_bad_is_told(tokenizer, photos):
-    for bad, name in ((JUNK, "<bytes, 12 bytes>"), (photos[0] / 255, "<ndarray float64"), (Image.new("I", (4, 4), -3), "<PIL I 4x4>")):
+    for bad, name in (
+        (JUNK, "<bytes, 12 bytes>"),
+        (photos[0] / 255, "<ndarray float64"),
+        (Image.new("I", (4, 4), -3), "<PIL I 4x4>"),
+    ):
         for encode in (tokenizer.encode, tokenizer.features):
             with pytest.raises(ImageError, match=f"^input 2: {name}"):
                 encode([photos[0], photos[1], bad])
@@ -202,23 +221,27 @@ def test_codes_become_pictures(tokenizer, photos):
     encoding = tokenizer.encode(photos)
     images = tokenizer.decode(encoding)
     assert [(image.mode, image.size) for image in images] == [("RGB", (64, 64))] * len(photos)
-    pixels = tokenizer.decode_pixels(encoding)
+    pixels = tokenizer.decode_to_pixels(encoding)
     assert pixels.shape == (len(photos), 3, 64, 64) and not pixels.requires_grad
     assert [image.tobytes() for image in images] == [to_image(row, tokenizer.config.image).tobytes() for row in pixels]
-    assert torch.equal(tokenizer.pixel_head(tokenizer.decode_features(encoding)), pixels)
-    given = tokenizer.decode_pixels(encoding.codes, positions=encoding.positions, grid=(8, 8))
+    assert torch.equal(tokenizer.pixel_head(tokenizer.decode_to_features(encoding)), pixels)
+    given = tokenizer.decode_to_pixels(encoding.codes, positions=encoding.positions, grid=(8, 8))
     assert torch.equal(given, pixels)
-    assert not torch.equal(tokenizer.decode_pixels(encoding.codes), pixels)  # positions tell something
-    assert torch.allclose(tokenizer.decode_pixels(encoding[2]), pixels[2:3], atol=1e-5)
+    assert not torch.equal(tokenizer.decode_to_pixels(encoding.codes), pixels)  # positions tell something
+    assert torch.allclose(tokenizer.decode_to_pixels(encoding[2]), pixels[2:3], atol=1e-5)
 
 
 def test_codes_alone_as_a_language_model_writes_them(tokenizer):
     written = [[17, 4, 9], [200], list(range(64))]
-    pixels = tokenizer.decode_pixels(written)
-    assert torch.equal(pixels, tokenizer.decode_pixels([torch.tensor(codes) for codes in written]))
-    assert torch.equal(pixels, tokenizer.decode_pixels(np.array(codes, dtype=np.uint16) for codes in written))
-    assert torch.equal(tokenizer.decode_pixels(torch.tensor([[1, 2], [3, 4]])), tokenizer.decode_pixels([[1, 2], [3, 4]]))
-    assert len(tokenizer.decode(written)) == 3 and len(tokenizer.decode([[1]] * 70)) == 70  # more than are decoded at once
+    pixels = tokenizer.decode_to_pixels(written)
+    assert torch.equal(pixels, tokenizer.decode_to_pixels([torch.tensor(codes) for codes in written]))
+    assert torch.equal(pixels, tokenizer.decode_to_pixels(np.array(codes, dtype=np.uint16) for codes in written))
+    assert torch.equal(
+        tokenizer.decode_to_pixels(torch.tensor([[1, 2], [3, 4]])), tokenizer.decode_to_pixels([[1, 2], [3, 4]])
+    )
+    assert (
+        len(tokenizer.decode(written)) == 3 and len(tokenizer.decode([[1]] * 70)) == 70
+    )  # more than are decoded at once
 
 
 @pytest.mark.parametrize(
@@ -246,7 +269,7 @@ def test_codes_alone_as_a_language_model_writes_them(tokenizer):
     ],
 )
 def test_codes_that_can_not_be_decoded(tokenizer, codes, options, message):
-    for decode in (tokenizer.decode, tokenizer.decode_features, tokenizer.decode_pixels):
+    for decode in (tokenizer.decode, tokenizer.decode_to_features, tokenizer.decode_to_pixels):
         with pytest.raises(CodeError, match=message):
             decode(codes, **options)
 
@@ -260,16 +283,18 @@ def test_codes_of_another_tokenizer_are_refused(tokenizer):
 
 def test_without_a_pixel_head_there_are_features_only(featureless, photos):
     encoding = featureless.encode(photos)
-    assert featureless.decode_features(encoding).shape == (len(photos), N, 48)
-    for decode in (featureless.decode, featureless.decode_pixels):
-        with pytest.raises(CodeError, match="pixel head.*decode_features"):
+    assert featureless.decode_to_features(encoding).shape == (len(photos), N, 48)
+    for decode in (featureless.decode, featureless.decode_to_pixels):
+        with pytest.raises(CodeError, match="pixel head.*decode_to_features"):
             decode(encoding)
 
 
 def test_features_are_what_the_codes_quantize(tokenizer, photos):
     features, encoding = tokenizer.features(photos), tokenizer.encode(photos)
     assert features.tokens.shape == (encoding.num_tokens, 48) and features.tokens.dtype == torch.float32
-    assert torch.equal(features.positions, encoding.packed_positions) and torch.equal(features.cu_seqlens, encoding.cu_seqlens)
+    assert torch.equal(features.positions, encoding.packed_positions) and torch.equal(
+        features.cu_seqlens, encoding.cu_seqlens
+    )
     assert torch.equal(features.lengths, encoding.lengths) and torch.equal(features.grids, encoding.grids)
     with torch.no_grad():
         codes = [tokenizer.codebook(tokenizer.projection(tokens)) for tokens in features.split()]
@@ -283,34 +308,40 @@ def test_features_are_what_the_codes_quantize(tokenizer, photos):
 def test_the_raw_door_gives_the_same(tokenizer, photos):
     pixels = torch.stack([to_pixels(photo, tokenizer.config.image) for photo in photos])
     encoding = tokenizer.encode(photos)
-    assert tokenizer.encode_pixels(pixels) == encoding
-    assert tokenizer.encode_pixels(pixels.to(memory_format=torch.channels_last)) == encoding
-    assert tokenizer.encode_pixels(pixels.double()) == encoding
-    assert tokenizer.encode_pixels(pixels, budget=9) == tokenizer.encode(photos, budget=9)
-    assert tokenizer.encode_pixels(pixels, keep=encoding.keep_mask()) == encoding
+    assert tokenizer.encode_tensor(pixels) == encoding
+    assert tokenizer.encode_tensor(pixels.to(memory_format=torch.channels_last)) == encoding
+    assert tokenizer.encode_tensor(pixels.double()) == encoding
+    assert tokenizer.encode_tensor(pixels, budget=9) == tokenizer.encode(photos, budget=9)
+    assert tokenizer.encode_tensor(pixels, keep=encoding.keep_mask()) == encoding
 
 
 @pytest.mark.parametrize(
     "pixels",
-    [torch.zeros(3, 64, 64), torch.zeros(1, 3, 64, 32), torch.zeros(1, 1, 64, 64), torch.zeros(1, 3, 64, 64).byte(), [[0.0]]],
+    [
+        torch.zeros(3, 64, 64),
+        torch.zeros(1, 3, 64, 32),
+        torch.zeros(1, 1, 64, 64),
+        torch.zeros(1, 3, 64, 64).byte(),
+        [[0.0]],
+    ],
     ids=["no batch", "oblong", "grey", "integers", "list"],
 )
 def test_pixels_of_another_shape_are_refused(tokenizer, pixels):
-    with pytest.raises(ImageError, match=r"expected normalised floats \[B, 3, 64, 64\]"):
-        tokenizer.encode_pixels(pixels)
+    with pytest.raises(ImageError, match=r"expected normalized floats \[B, 3, 64, 64\]"):
+        tokenizer.encode_tensor(pixels)
 
 
 def test_pixels_must_be_finite(tokenizer):
     for value in (torch.nan, torch.inf):
         with pytest.raises(ImageError, match="NaN or infinite"):
-            tokenizer.encode_pixels(torch.full((1, 3, 64, 64), value))
+            tokenizer.encode_tensor(torch.full((1, 3, 64, 64), value))
 
 
 def test_a_mask_stands_alone_and_fits(tokenizer):
     pixels, mask = torch.zeros(2, 3, 64, 64), torch.ones(2, N, dtype=torch.bool)
     for options in ({"keep": mask, "budget": 3}, {"keep": mask[:1]}, {"keep": mask.float()}, {"keep": mask & False}):
         with pytest.raises(ConfigError, match="keep"):
-            tokenizer.encode_pixels(pixels, **options)
+            tokenizer.encode_tensor(pixels, **options)
 
 
 def test_training_mode_changes_nothing_and_stays(small_config, photos):
@@ -318,12 +349,12 @@ def test_training_mode_changes_nothing_and_stays(small_config, photos):
     config = dataclasses.replace(small_config, backbone=dataclasses.replace(small_config.backbone, kwargs=kwargs))
     tokenizer = DynamicVisualTokenizer(config).eval()
     encoding, features = tokenizer.encode(photos), tokenizer.features(photos).tokens
-    pixels = tokenizer.decode_pixels(encoding)
+    pixels = tokenizer.decode_to_pixels(encoding)
     tokenizer.train()
     tokenizer.decoder.eval()
     modes = [module.training for module in tokenizer.modules()]
     assert tokenizer.encode(photos) == encoding and torch.equal(tokenizer.features(photos).tokens, features)
-    assert torch.equal(tokenizer.decode_pixels(encoding), pixels)
+    assert torch.equal(tokenizer.decode_to_pixels(encoding), pixels)
     with pytest.raises(CodeError):
         tokenizer.decode([[999]])
     assert [module.training for module in tokenizer.modules()] == modes and any(modes) and not all(modes)
@@ -335,7 +366,7 @@ def test_other_precisions_work(tokenizer, photos, dtype):
     tokenizer.to(dtype)
     encoding = tokenizer.encode(photos[:2])
     assert tokenizer.dtype == tokenizer.features(photos[0]).tokens.dtype == dtype
-    assert tokenizer.decode_pixels(encoding).dtype == dtype and len(tokenizer.decode(encoding)) == 2
+    assert tokenizer.decode_to_pixels(encoding).dtype == dtype and len(tokenizer.decode(encoding)) == 2
 
 
 def test_batches_end_with_what_is_left():

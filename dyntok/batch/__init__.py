@@ -9,13 +9,13 @@ try:
 except ModuleNotFoundError as error:
     raise MissingDependencyError.of(str(error.name), "batch") from error
 
-from dyntok.batch.inspecting import Report as Report
-from dyntok.batch.inspecting import inspect as inspect
-from dyntok.batch.mapping import Tokenize as Tokenize
+from dyntok.batch.dataset import Batch as Batch
+from dyntok.batch.dataset import CodesDataset as CodesDataset
+from dyntok.batch.dataset import read as read
+from dyntok.batch.map import TokenizeColumn as TokenizeColumn
 from dyntok.batch.options import BatchOptions as BatchOptions
-from dyntok.batch.options import Engine as Engine
-from dyntok.batch.reading import Batch as Batch
-from dyntok.batch.reading import CodesDataset as CodesDataset
-from dyntok.batch.reading import read as read
+from dyntok.batch.options import EngineOptions as EngineOptions
+from dyntok.batch.report import Report as Report
+from dyntok.batch.report import inspect as inspect
 from dyntok.batch.run import Summary as Summary
 from dyntok.batch.run import tokenize as tokenize

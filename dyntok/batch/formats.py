@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dyntok.batch.engines.stages import Item, Tokens, narrowest
 from dyntok.batch.options import BatchOptions
-from dyntok.batch.pipeline import Item, Tokens, narrowest
 from dyntok.batch.storage import Output
 from dyntok.errors import BatchError, DataError
 from dyntok.tokenizer import DynamicVisualTokenizer
@@ -29,7 +29,9 @@ _MEGATRON_TYPES = {"uint16": 8, "int32": 4}
 
 
 class Writer(Protocol):
-    def write(self, output: Output, name: str, items: Sequence[Item], types: Mapping[str, pa.DataType]) -> dict[str, int]:
+    def write(
+        self, output: Output, name: str, items: Sequence[Item], types: Mapping[str, pa.DataType]
+    ) -> dict[str, int]:
         """Makes the files of one output shard appear; their names and sizes in bytes. Raises `BatchError`."""
         ...
 
@@ -57,7 +59,9 @@ class Parquet:
         self.interleaved = interleaved
         self.metadata = {METADATA_KEY: json.dumps({**description, "codebook_size": codes}, ensure_ascii=False).encode()}
 
-    def write(self, output: Output, name: str, items: Sequence[Item], types: Mapping[str, pa.DataType]) -> dict[str, int]:
+    def write(
+        self, output: Output, name: str, items: Sequence[Item], types: Mapping[str, pa.DataType]
+    ) -> dict[str, int]:
         values = {"codes": _codes, "positions": _positions, "grid": _grid, "width": _width, "height": _height}
         arrays = {"key": pa.array([item.sample.key for item in items], pa.string())}
         for column, kind in self.columns.items():
@@ -68,7 +72,9 @@ class Parquet:
         schema = pa.schema([(column, array.type) for column, array in arrays.items()], self.metadata)
         table = pa.Table.from_arrays(list(arrays.values()), schema=schema)
         file = f"{name}.parquet"
-        size = output.publish(file, lambda path: pq.write_table(table, path, row_group_size=ROWS_IN_GROUP, compression="zstd"))
+        size = output.publish(
+            file, lambda path: pq.write_table(table, path, row_group_size=ROWS_IN_GROUP, compression="zstd")
+        )
         return {file: size}
 
 
@@ -105,17 +111,28 @@ class WebDataset:
     def __init__(self, description: Mapping[str, Any]) -> None:
         self.description = description
 
-    def write(self, output: Output, name: str, items: Sequence[Item], types: Mapping[str, pa.DataType]) -> dict[str, int]:
+    def write(
+        self, output: Output, name: str, items: Sequence[Item], types: Mapping[str, pa.DataType]
+    ) -> dict[str, int]:
         def write(path: str) -> None:
             taken: set[str] = set()
             with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
                 for item in items:
                     (image,) = item.sample.images
                     stem = _member_name(item.sample.key, taken)
-                    facts = {"key": item.sample.key, "grid": list(image.grid), "width": image.size[0], "height": image.size[1]}
+                    facts = {
+                        "key": item.sample.key,
+                        "grid": list(image.grid),
+                        "width": image.size[0],
+                        "height": image.size[1],
+                    }
                     _add(tar, f"{stem}.codes.npy", _npy(image.codes))
                     _add(tar, f"{stem}.positions.npy", _npy(image.positions))
-                    _add(tar, f"{stem}.json", _json({**facts, **item.sample.companions, "fingerprint": self._fingerprint}))
+                    _add(
+                        tar,
+                        f"{stem}.json",
+                        _json({**facts, **item.sample.companions, "fingerprint": self._fingerprint}),
+                    )
 
         file = f"{name}.tar"
         return {file: output.publish(file, write)}
@@ -126,7 +143,9 @@ class WebDataset:
 
 
 def _member_name(key: str, taken: set[str]) -> str:
-    parts = [part for part in PurePosixPath(key.replace("\\", "/").replace("\0", "")).parts if part not in ("/", "..", ".")] or ["_"]
+    parts = [
+        part for part in PurePosixPath(key.replace("\\", "/").replace("\0", "")).parts if part not in ("/", "..", ".")
+    ] or ["_"]
     stem = "/".join([*parts[:-1], parts[-1].replace(".", "_")])
     name, number = stem, 2
     while name in taken:
@@ -145,7 +164,9 @@ def _json(values: Mapping[str, Any]) -> bytes:
     try:
         return json.dumps(values, ensure_ascii=False).encode()
     except TypeError as error:
-        raise DataError(f"a companion of {values['key']!r} can't be written as JSON ({error}); write parquet, or leave it out") from error
+        raise DataError(
+            f"a companion of {values['key']!r} can't be written as JSON ({error}); write parquet, or leave it out"
+        ) from error
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -161,16 +182,24 @@ class Megatron:
         self.vocab = vocab
         self.dtype = np.dtype("uint16" if vocab.dtype == "uint16" else "int32")
         if vocab.vocab_size - 1 > np.iinfo(self.dtype).max:
-            raise BatchError(f"ids up to {vocab.vocab_size - 1} do not fit into Megatron's {self.dtype}; the vocabulary must be smaller")
+            raise BatchError(
+                f"ids up to {vocab.vocab_size - 1} do not fit into Megatron's {self.dtype}; the vocabulary must be smaller"
+            )
 
-    def write(self, output: Output, name: str, items: Sequence[Item], types: Mapping[str, pa.DataType]) -> dict[str, int]:
-        documents = [np.concatenate([self._ids(image) for image in _images(item) if image] or [np.empty(0)]) for item in items]
+    def write(
+        self, output: Output, name: str, items: Sequence[Item], types: Mapping[str, pa.DataType]
+    ) -> dict[str, int]:
+        documents = [
+            np.concatenate([self._ids(image) for image in _images(item) if image] or [np.empty(0)]) for item in items
+        ]
         lengths = [len(document) for document in documents]
         keys = [item.sample.key for item in items]
         writes: dict[str, Callable[[str], Any]] = {
             f"{name}.bin": lambda path: np.concatenate(documents).astype(self.dtype).tofile(path),
             f"{name}.idx": lambda path: Path(path).write_bytes(megatron_index(lengths, self.dtype)),
-            f"{name}.keys.json": lambda path: Path(path).write_text(json.dumps(keys, ensure_ascii=False) + "\n", encoding="utf-8"),
+            f"{name}.keys.json": lambda path: Path(path).write_text(
+                json.dumps(keys, ensure_ascii=False) + "\n", encoding="utf-8"
+            ),
         }
         return {file: output.publish(file, write) for file, write in writes.items()}
 
@@ -181,6 +210,8 @@ class Megatron:
 def megatron_index(lengths: Sequence[int], dtype: np.dtype) -> bytes:
     """The `.idx` file of documents that are one sequence each: header, lengths (int32), byte offsets (int64), documents (int64)."""
     offsets = np.concatenate([[0], np.cumsum(lengths)])[:-1] * dtype.itemsize
-    header = _MEGATRON_MAGIC + struct.pack("<QBQQ", _MEGATRON_VERSION, _MEGATRON_TYPES[dtype.name], len(lengths), len(lengths) + 1)
+    header = _MEGATRON_MAGIC + struct.pack(
+        "<QBQQ", _MEGATRON_VERSION, _MEGATRON_TYPES[dtype.name], len(lengths), len(lengths) + 1
+    )
     arrays = np.asarray(lengths, "<i4"), offsets.astype("<i8"), np.arange(len(lengths) + 1, dtype="<i8")
     return header + b"".join(array.tobytes() for array in arrays)

@@ -1,4 +1,4 @@
-"""What a run is asked to do: `BatchOptions` decides what is written and is compared when a run goes on; `Engine` decides only how."""
+"""What a run is asked to do: `BatchOptions` decides what is written and is compared when a run goes on; `EngineOptions` decides only how."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from dyntok.errors import ConfigError
 from dyntok.image import DEFAULT_MAX_PIXELS
-from dyntok.selector import KeepPolicy
+from dyntok.policy import KeepPolicy
 from dyntok.vocab import VisualVocab
 
 KINDS = ("auto", "folder", "tar", "parquet", "list")
@@ -31,7 +31,9 @@ class BatchOptions:
     max_tokens: int | None = None
     max_pixels: int = DEFAULT_MAX_PIXELS  # of an image; larger ones are refused
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    vocab_size: int | None = None  # megatron: entries of the LLM's vocabulary; image start, image end and the codes come behind them
+    vocab_size: int | None = (
+        None  # megatron: entries of the LLM's vocabulary; image start, image end and the codes come behind them
+    )
 
     def __post_init__(self) -> None:
         for name, choices in (("kind", KINDS), ("format", FORMATS), ("dtype", DTYPES)):
@@ -43,10 +45,14 @@ class BatchOptions:
         object.__setattr__(self, "keep", tuple(self.keep))
         taken = sorted({"key", "codes", "positions", "grid", "width", "height", "fingerprint"} & set(self.keep))
         if taken or len(set(self.keep)) < len(self.keep):
-            raise ConfigError(f"keep is {', '.join(self.keep)}; expected different names, and none that the output has itself {taken}")
+            raise ConfigError(
+                f"keep is {', '.join(self.keep)}; expected different names, and none that the output has itself {taken}"
+            )
         KeepPolicy(self.budget, self.threshold, None, self.max_tokens)
         if (self.format == "megatron") != (self.vocab_size is not None):
-            raise ConfigError("vocab_size belongs to the format megatron, which needs it: how many entries the LLM's vocabulary has")
+            raise ConfigError(
+                "vocab_size belongs to the format megatron, which needs it: how many entries the LLM's vocabulary has"
+            )
         if self.format == "megatron":
             VisualVocab.after(self.vocab_size, 1)
             if self.keep:
@@ -56,7 +62,7 @@ class BatchOptions:
 
     @property
     def policy(self) -> dict[str, Any]:
-        """Arguments of `encode_pixels`."""
+        """Arguments of `encode_tensor`."""
         return {"budget": self.budget, "threshold": self.threshold, "max_tokens": self.max_tokens}
 
     def to_dict(self) -> dict[str, Any]:
@@ -64,13 +70,17 @@ class BatchOptions:
 
 
 @dataclass(frozen=True)
-class Engine:
+class EngineOptions:
     """How the work is done, which changes no result. Raises `ConfigError`."""
 
     name: Literal["local", "ray"] = "local"
     batch_size: int = 32  # images at once, at most
-    threads: int | None = None  # of each model process on a CPU; None: all cores for one, shared among several; 1 in Ray's actors
-    workers: int | None = None  # local: decoding processes; 0: none, the model's process decodes. None: by the number of cores
+    threads: int | None = (
+        None  # of each model process on a CPU; None: all cores for one, shared among several; 1 in Ray's actors
+    )
+    workers: int | None = (
+        None  # local: decoding processes; 0: none, the model's process decodes. None: by the number of cores
+    )
     devices: tuple[str, ...] = ()  # local: one model process for each; empty: all GPUs, or the CPU
     address: str | None = None  # ray: of a cluster; None: one of its own on this machine
     actors: int | None = None  # ray: copies of the tokenizer; None: one for each GPU, or for every second core
@@ -85,7 +95,9 @@ class Engine:
         object.__setattr__(self, "devices", tuple(self.devices))
         others = {"local": ("address", "actors"), "ray": ("workers", "devices")}[self.name]
         if useless := [name for name in others if getattr(self, name) not in (None, ())]:
-            raise ConfigError(f"{' and '.join(useless)} given, which the engine {self.name!r} has no use for; leave them out")
+            raise ConfigError(
+                f"{' and '.join(useless)} given, which the engine {self.name!r} has no use for; leave them out"
+            )
 
 
 def differences(now: Mapping[str, Any], then: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 
 import dyntok
+from dyntok.batch.engines.local import dead_workers_told, run_local
+from dyntok.batch.engines.stages import End, Item, Range, Tokens
 from dyntok.batch.formats import make_writer
-from dyntok.batch.inputs import Broken, Input, open_input
-from dyntok.batch.ledger import Ledger, Record, describe
-from dyntok.batch.local import dead_workers_told, run_local
-from dyntok.batch.options import BatchOptions, Engine
-from dyntok.batch.pipeline import End, Item, Range, Tokens
+from dyntok.batch.inputs.samples import Broken, Input, open_input
+from dyntok.batch.manifest import Ledger, Record, describe
+from dyntok.batch.options import BatchOptions, EngineOptions
 from dyntok.batch.storage import Output, StorageOptions, locate, shown
 from dyntok.errors import BatchError, ConfigError, DyntokError
-from dyntok.registry import load
+from dyntok.loading import load
 from dyntok.tokenizer import DynamicVisualTokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -48,7 +48,11 @@ class Summary:
         """About; None until something is finished and everything counted."""
         if self.input_shards_in_all is None or not self.input_shards:
             return None
-        return self.seconds / self.input_shards * max(self.input_shards_in_all - self.input_shards_before - self.input_shards, 0)
+        return (
+            self.seconds
+            / self.input_shards
+            * max(self.input_shards_in_all - self.input_shards_before - self.input_shards, 0)
+        )
 
     def add(self, end: End, record: Record) -> None:
         """An output shard that is complete."""
@@ -62,9 +66,13 @@ class Summary:
 
     def __str__(self) -> str:
         parts = [f"{self.images:,} images, {self.tokens:,} tokens ({self.tokens / max(self.images, 1):.1f} per image)"]
-        parts.append(f"{self.shards:,} output shards of {self.bytes / 1e6:.1f} MB, {self.images / max(self.seconds, 1e-9):.1f} images/s")
+        parts.append(
+            f"{self.shards:,} output shards of {self.bytes / 1e6:.1f} MB, {self.images / max(self.seconds, 1e-9):.1f} images/s"
+        )
         parts += [f"{self.finished_before:,} images were finished before"] * bool(self.finished_before)
-        parts += [f"{self.duplicates:,} keys came twice or more in a shard; all of their rows were written"] * bool(self.duplicates)
+        parts += [f"{self.duplicates:,} keys came twice or more in a shard; all of their rows were written"] * bool(
+            self.duplicates
+        )
         parts += [f"{self.errors:,} images left out, see the errors table (dyntok inspect)"] * bool(self.errors)
         return "\n".join(parts)
 
@@ -75,7 +83,7 @@ def tokenize(
     *,
     model: str | os.PathLike | DynamicVisualTokenizer | None = None,
     options: BatchOptions | None = None,
-    engine: Engine | None = None,
+    engine: EngineOptions | None = None,
     retry_errors: bool = False,
     max_error_rate: float = 1.0,
     storage: StorageOptions | None = None,
@@ -93,7 +101,7 @@ def tokenize(
 
     Raises `ConfigError`, `DataError` on what can't be done; `BatchError` where it had to stop: what is finished stays.
     """
-    engine = engine or Engine()
+    engine = engine or EngineOptions()
     if not 0 <= max_error_rate <= 1:
         raise ConfigError(f"max_error_rate is {max_error_rate}, expected a share from 0 to 1")
     task = prepare(inputs, output, model=model, options=options, storage=storage)
@@ -107,7 +115,9 @@ def tokenize(
         if progress is not None and not retry_errors:
             threading.Thread(target=_count_shards, args=(task.source, summary), daemon=True).start()
         run = _engine(engine)(work, task.source, task.options, _with_devices(engine), task.tokenizer)
-        with contextlib.closing(run) as batches:  # at once when something stops: else its processes live on until the exception is gone
+        with contextlib.closing(
+            run
+        ) as batches:  # at once when something stops: else its processes live on until the exception is gone
             for row in (row for batch in batches for row in batch):
                 _count(row, summary)
                 for end, items in open_ranges.add(row):
@@ -147,30 +157,34 @@ def prepare(
 ) -> Task:
     """Arguments and errors are those of `tokenize`."""
     options, storage = options or BatchOptions(), storage or {}
-    sources = [os.fspath(inputs)] if isinstance(inputs, (str, os.PathLike)) else [os.fspath(source) for source in inputs]
+    sources = (
+        [os.fspath(inputs)] if isinstance(inputs, (str, os.PathLike)) else [os.fspath(source) for source in inputs]
+    )
     target = Output(output, storage)
     for name in sources:
         fs, path = locate(name, storage)
         if type(fs) is type(target.fs) and f"{target.root}/".startswith(f"{path.rstrip('/')}/"):
-            raise ConfigError(f"the output {shown(target.address)} lies inside the input {shown(name)}; name another folder")
+            raise ConfigError(
+                f"the output {shown(target.address)} lies inside the input {shown(name)}; name another folder"
+            )
     source = open_input(sources, options, storage)
     tokenizer = model if isinstance(model, DynamicVisualTokenizer) else load(model, dtype=DTYPES[options.dtype])
     description = describe(sources, source.kind, tokenizer.fingerprint, options, dyntok.__version__)
     return Task(source, target, tokenizer, options, description)
 
 
-def _engine(engine: Engine) -> Callable[..., Iterator[list[Item | End]]]:
+def _engine(engine: EngineOptions) -> Callable[..., Iterator[list[Item | End]]]:
     if engine.name == "local":
         return run_local
-    from dyntok.batch.rays import run_ray
+    from dyntok.batch.engines.ray import run_ray
 
     return run_ray
 
 
-def _with_devices(engine: Engine) -> Engine:
+def _with_devices(engine: EngineOptions) -> EngineOptions:
     if engine.name == "ray" or engine.devices or not torch.cuda.is_available():
         return engine
-    return Engine(**{**vars(engine), "devices": tuple(f"cuda:{i}" for i in range(torch.cuda.device_count()))})
+    return EngineOptions(**{**vars(engine), "devices": tuple(f"cuda:{i}" for i in range(torch.cuda.device_count()))})
 
 
 class _OpenRanges:

@@ -57,7 +57,9 @@ def read_options(path: str | os.PathLike | None) -> StorageOptions:
     except (OSError, ValueError) as error:
         raise ConfigError(f"can't read storage options from {path}: {type(error).__name__}; expected JSON") from error
     if not isinstance(values, dict) or not all(isinstance(value, dict) for value in values.values()):
-        raise ConfigError(f'{path} holds no mapping of protocols to options; expected such as {{"s3": {{"anon": true}}}}')
+        raise ConfigError(
+            f'{path} holds no mapping of protocols to options; expected such as {{"s3": {{"anon": true}}}}'
+        )
     return values
 
 
@@ -68,7 +70,9 @@ def locate(address: str, options: StorageOptions) -> tuple[fsspec.AbstractFileSy
         with told("reach", address, options):
             return url_to_fs(address, **options.get(protocol, {}))
     except ImportError as error:
-        raise MissingDependencyError.of(f"the fsspec file system of {protocol}://", _EXTRAS.get(protocol, "batch")) from error
+        raise MissingDependencyError.of(
+            f"the fsspec file system of {protocol}://", _EXTRAS.get(protocol, "batch")
+        ) from error
 
 
 def stamp_of(info: Mapping[str, Any]) -> str:
@@ -136,9 +140,13 @@ class Output:
         with lock:
             try:
                 if fcntl:
-                    fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, such a lock does not live on in forked workers
+                    fcntl.lockf(
+                        lock, fcntl.LOCK_EX | fcntl.LOCK_NB
+                    )  # unlike flock's, such a lock does not live on in forked workers
             except OSError as error:
-                raise BatchError(f"another run is writing to {shown(self.address)}; wait for it, or end it first") from error
+                raise BatchError(
+                    f"another run is writing to {shown(self.address)}; wait for it, or end it first"
+                ) from error
             shutil.rmtree(self.path(_TEMPORARY), ignore_errors=True)
             try:
                 yield
@@ -223,4 +231,6 @@ class Output:
                 return
             self.fs.invalidate_cache()
             with contextlib.suppress(FileNotFoundError):
-                yield from (info["name"].rsplit("/", 1)[-1] for info in self.fs.ls(place, detail=True) if info["type"] == "file")
+                yield from (
+                    info["name"].rsplit("/", 1)[-1] for info in self.fs.ls(place, detail=True) if info["type"] == "file"
+                )

@@ -60,24 +60,35 @@ def read_documents(
                 found = True
                 missing = [name for name in wanted if name not in names]
                 if missing:
-                    raise DataError(f"{path} has no column {', '.join(missing)}, only {', '.join(names)}; text= names the column of texts")
+                    raise DataError(
+                        f"{path} has no column {', '.join(missing)}, only {', '.join(names)}; text= names the column of texts"
+                    )
                 for batch in file.iter_batches(batch_size=1024, columns=wanted):
                     for row in batch.to_pylist():
                         yield from _documents(row, text, f"{seed} {epoch}", path)
         except (OSError, pyarrow.ArrowException) as error:
             if isinstance(error, DataError):
                 raise
-            raise DataError(f"can't read {path}: {error}; expected Parquet with the columns {', '.join(wanted)}") from error
+            raise DataError(
+                f"can't read {path}: {error}; expected Parquet with the columns {', '.join(wanted)}"
+            ) from error
     if not found:
         raise DataError(f"no Parquet with the columns key and codes in {source}; `dyntok batch` writes such files")
 
 
 def _documents(row: dict[str, Any], text: str | None, draw: str, path: Path) -> Iterator[Document]:
-    codes, places, words, key = row["codes"] or [], row.get("positions"), row[text] if text is not None else None, str(row["key"])
+    codes, places, words, key = (
+        row["codes"] or [],
+        row.get("positions"),
+        row[text] if text is not None else None,
+        str(row["key"]),
+    )
     nested = any(code is None or isinstance(code, list) for code in codes)
     images = (codes if nested else [codes]) if codes else []
     places = (places if nested else [places]) if places else [None] * len(images)
-    if nested and isinstance(words, list) and len(words) == len(codes):  # interleaved, as web pages are: at each place a text or an image
+    if (
+        nested and isinstance(words, list) and len(words) == len(codes)
+    ):  # interleaved, as web pages are: at each place a text or an image
         texts = list(words)
     else:
         if isinstance(words, list):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dyntok.errors import CodeError, ConfigError, MissingDependencyError
-from dyntok.packed import brief
+from dyntok.ragged import brief
 from dyntok.vocab import VisualVocab
 
 
@@ -34,7 +34,9 @@ def extend_tokenizer(tokenizer: Any, vocab: VisualVocab) -> int:
     wanted = vocab.tokens
     taken = {token: known[token] for token, id in wanted.items() if known.get(token, id) != id}
     if taken:
-        raise CodeError(f"the tokenizer has {brief(taken)} already, the vocabulary expects {brief({t: wanted[t] for t in taken})}")
+        raise CodeError(
+            f"the tokenizer has {brief(taken)} already, the vocabulary expects {brief({t: wanted[t] for t in taken})}"
+        )
     new = {token: id for token, id in wanted.items() if token not in known}
     first = max(known.values(), default=-1) + 1
     if list(new.values()) != list(range(first, first + len(new))):
@@ -45,14 +47,20 @@ def extend_tokenizer(tokenizer: Any, vocab: VisualVocab) -> int:
     # A special token is a list entry to tokenizers written in Python, which they go through for each one that is added.
     special = getattr(tokenizer, "is_fast", False)
     try:
-        tokenizer.add_tokens([AddedToken(token, special=special, normalized=False) for token in new], special_tokens=special)
+        tokenizer.add_tokens(
+            [AddedToken(token, special=special, normalized=False) for token in new], special_tokens=special
+        )
     except NotImplementedError as error:
         name = type(tokenizer).__name__
-        raise ConfigError(f"{name} takes no new tokens ({error}); load the model's tokenizer.json instead, as TokenizersBackend") from error
+        raise ConfigError(
+            f"{name} takes no new tokens ({error}); load the model's tokenizer.json instead, as TokenizersBackend"
+        ) from error
     return len(new)
 
 
-def extend_model(model: Any, vocab: VisualVocab, *, init: Literal["mean"] | Tensor = "mean", pad_to_multiple_of: int | None = None) -> None:
+def extend_model(
+    model: Any, vocab: VisualVocab, *, init: Literal["mean"] | Tensor = "mean", pad_to_multiple_of: int | None = None
+) -> None:
     """Gives embedding and head of a causal language model rows for every id of `vocab`, tied or not; in place.
 
     init: "mean", every new row is the mean of the old ones; or the codebook, float [K, C] (`tok.codebook.embedding`): the rows of codes lie
@@ -62,12 +70,19 @@ def extend_model(model: Any, vocab: VisualVocab, *, init: Literal["mean"] | Tens
     Rows below the visual ids stay as they are, bit for bit. Raises `ConfigError` where the codebook has not K rows, or the model has no
     embedding that can grow.
     """
-    if isinstance(init, Tensor) and (init.dim() != 2 or len(init) != vocab.size) or not isinstance(init, Tensor) and init != "mean":
+    if (
+        isinstance(init, Tensor)
+        and (init.dim() != 2 or len(init) != vocab.size)
+        or not isinstance(init, Tensor)
+        and init != "mean"
+    ):
         got = list(init.shape) if isinstance(init, Tensor) else repr(init)
         raise ConfigError(f"init is {got}, expected 'mean' or the codebook's vectors [{vocab.size}, C]")
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding):
-        raise ConfigError(f"the model's embedding is {type(embedding).__name__}, expected nn.Embedding with rows that can be added")
+        raise ConfigError(
+            f"the model's embedding is {type(embedding).__name__}, expected nn.Embedding with rows that can be added"
+        )
     visual = torch.tensor(sorted(vocab.tokens.values()))
     old = min(int(visual.min()), len(embedding.weight))  # what lies behind is padding, or visual already
     tables = [embedding.weight.detach()[:old].clone()]

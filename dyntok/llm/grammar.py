@@ -70,8 +70,14 @@ class ImageGrammar:
                 raise ConfigError(
                     f"image {i} is to have {low} to {high} tokens, expected integers with 1 <= min_tokens <= max_tokens <= {most}"
                 )
-        if type(self.min_images) is not int or type(self.max_images) is not int or not 0 <= self.min_images <= self.max_images:
-            raise ConfigError(f"{self.min_images} to {self.max_images} images were asked for, expected integers with 0 <= min <= max")
+        if (
+            type(self.min_images) is not int
+            or type(self.max_images) is not int
+            or not 0 <= self.min_images <= self.max_images
+        ):
+            raise ConfigError(
+                f"{self.min_images} to {self.max_images} images were asked for, expected integers with 0 <= min <= max"
+            )
         visual = {self.vocab.image_start, self.vocab.image_end}
         codes = range(self.vocab.offset, self.vocab.position_offset + self.vocab.patches)
         for id in self.eos:
@@ -84,7 +90,9 @@ class ImageGrammar:
 
     def limits(self, image: int) -> tuple[int, int]:
         """Fewest and most codes of the image with this number, counted from 0."""
-        return self.min_tokens[min(image, len(self.min_tokens) - 1)], self.max_tokens[min(image, len(self.max_tokens) - 1)]
+        return self.min_tokens[min(image, len(self.min_tokens) - 1)], self.max_tokens[
+            min(image, len(self.max_tokens) - 1)
+        ]
 
     def start(self, prompt: Sequence[int] = ()) -> GrammarState:
         """The state behind a prompt. Images that were finished in it do not count; one that it left open does."""

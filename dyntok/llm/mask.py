@@ -32,7 +32,9 @@ class GrammarMask:
     def __init__(self, grammars: ImageGrammar | Sequence[ImageGrammar], device: torch.device | str = "cpu") -> None:
         grammars = [grammars] if isinstance(grammars, ImageGrammar) else list(grammars)
         if not grammars or len({(g.vocab, g.eos, g.vocab_size) for g in grammars}) > 1:
-            raise ConfigError(f"{len(grammars)} grammars, expected at least one, all with equal vocab, eos and vocab_size")
+            raise ConfigError(
+                f"{len(grammars)} grammars, expected at least one, all with equal vocab, eos and vocab_size"
+            )
         self.grammar, self.device = grammars[0], torch.device(device)
         images = max(len(limit) for g in grammars for limit in (g.min_tokens, g.max_tokens))
         limits = torch.tensor([[g.limits(i) for i in range(images)] for g in grammars], device=device)  # [G, images, 2]
@@ -106,7 +108,9 @@ class GrammarMask:
         """What is forbidden, bool [R, V], and where start and end are all that may come, bool [R]."""
         grammar, vocab = self.grammar, self.grammar.vocab
         if width < grammar.vocab_size:
-            raise ConfigError(f"logits for {width} ids, but the grammar's vocabulary has {grammar.vocab_size}; extend_model() makes room")
+            raise ConfigError(
+                f"logits for {width} ids, but the grammar's vocabulary has {grammar.vocab_size}; extend_model() makes room"
+            )
         rows, per_code = len(state.inside), 2 if vocab.patches else 1
         image = state.images.clamp(max=self._least.shape[1] - 1)[:, None]
         least, most = (self._rows(table, rows).gather(1, image)[:, 0] for table in (self._least, self._most))
@@ -140,7 +144,9 @@ class GrammarMask:
         """[G, ...] -> [R, ...]"""
         prompts = len(table)
         if rows % prompts:
-            raise ConfigError(f"{prompts} grammars for {rows} rows of logits, expected one grammar, or one for each prompt")
+            raise ConfigError(
+                f"{prompts} grammars for {rows} rows of logits, expected one grammar, or one for each prompt"
+            )
         return table.repeat_interleave(rows // prompts, 0, output_size=rows)
 
 
@@ -157,7 +163,9 @@ class ImageLogitsProcessor:
     It keeps nothing from step to step, so beams may be reordered and a processor may be used again for prompts of the same length.
     """
 
-    def __init__(self, grammars: ImageGrammar | Sequence[ImageGrammar], prompt_length: int, max_new_tokens: int | None = None) -> None:
+    def __init__(
+        self, grammars: ImageGrammar | Sequence[ImageGrammar], prompt_length: int, max_new_tokens: int | None = None
+    ) -> None:
         self._mask = GrammarMask(grammars)
         self._grammars, self.prompt_length, self.max_new_tokens = grammars, prompt_length, max_new_tokens
 
@@ -165,5 +173,7 @@ class ImageLogitsProcessor:
         """Ids so far [R, L] and scores [R, V] to scores [R, V]."""
         if self._mask.device != scores.device:
             self._mask = GrammarMask(self._grammars, scores.device)
-        room = UNLIMITED if self.max_new_tokens is None else self.prompt_length + self.max_new_tokens - input_ids.shape[1]
+        room = (
+            UNLIMITED if self.max_new_tokens is None else self.prompt_length + self.max_new_tokens - input_ids.shape[1]
+        )
         return self._mask.constrain(scores, self._mask.scan(input_ids, self.prompt_length), room)

@@ -178,7 +178,13 @@ class PackedDataset(IterableDataset):
     """
 
     def __init__(
-        self, documents: Callable[[int], Iterable[Document]], packer: Callable[[], Packer], *, epoch: int = 0, rank: int = 0, world: int = 1
+        self,
+        documents: Callable[[int], Iterable[Document]],
+        packer: Callable[[], Packer],
+        *,
+        epoch: int = 0,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         if not 0 <= rank < world:
             raise ConfigError(f"rank {rank} of {world}, expected 0 to {world - 1}")

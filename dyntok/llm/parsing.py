@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor
 
-from dyntok.packed import integers
+from dyntok.ragged import integers
 from dyntok.vocab import END_TOKEN, START_TOKEN, VisualVocab
 
 _TOKEN = re.compile(rf"{re.escape(START_TOKEN)}|{re.escape(END_TOKEN)}|<\|([vp]):([0-9]{{1,10}})\|>")
@@ -121,6 +121,10 @@ def _segment(kind: str, lexemes: list[_Lexeme]) -> Segment:
     if kind == "cut" and order[-1:] == ["position"]:
         order, positions = order[:-1], positions[:-1]
     whole = (
-        bool(codes) and order == ["position", "code"] * len(codes) and all(a < b for a, b in zip(positions, positions[1:], strict=False))
+        bool(codes)
+        and order == ["position", "code"] * len(codes)
+        and all(a < b for a, b in zip(positions, positions[1:], strict=False))
     )
-    return Segment(kind, lexemes[0][2], lexemes[-1][3], codes, positions if whole and kind in ("image", "cut") else None)
+    return Segment(
+        kind, lexemes[0][2], lexemes[-1][3], codes, positions if whole and kind in ("image", "cut") else None
+    )

@@ -55,9 +55,19 @@ class VisualPrefix(nn.Module):
         "left" for `generate`. No padding is left between picture and text. Raises `CodeError` where images and texts are not as many.
         """
         if text.dim() != 3 or len(features) != len(text):
-            raise CodeError(f"{len(features)} images came with text embeddings {list(text.shape)}, expected [{len(features)}, L, E]")
-        mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device) if attention_mask is None else attention_mask.bool()
-        visual = self.projection(features.tokens.to(self.projection[0].weight.dtype)).to(text.dtype).split(features.lengths.tolist())
+            raise CodeError(
+                f"{len(features)} images came with text embeddings {list(text.shape)}, expected [{len(features)}, L, E]"
+            )
+        mask = (
+            torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
+            if attention_mask is None
+            else attention_mask.bool()
+        )
+        visual = (
+            self.projection(features.tokens.to(self.projection[0].weight.dtype))
+            .to(text.dtype)
+            .split(features.lengths.tolist())
+        )
         rows = [torch.cat([image, row[kept]]) for image, row, kept in zip(visual, text, mask, strict=True)]
         ones = [torch.ones(len(row), dtype=torch.long, device=text.device) for row in rows]
         targets = None

@@ -15,7 +15,7 @@ from dyntok.errors import CodeError, ConfigError
 from dyntok.image import ImageSource, is_single
 from dyntok.llm.packing import IGNORED
 from dyntok.llm.parsing import parse_ids
-from dyntok.packed import counted
+from dyntok.ragged import counted
 from dyntok.tokenizer import DynamicVisualTokenizer
 from dyntok.vocab import VisualVocab
 
@@ -50,10 +50,14 @@ class VisualProcessor:
         max_tokens: int | None = None,
     ) -> None:
         if vocab.size != visual.config.codebook.size:
-            raise ConfigError(f"the vocabulary has {vocab.size} codes and the tokenizer {visual.config.codebook.size}, expected as many")
+            raise ConfigError(
+                f"the vocabulary has {vocab.size} codes and the tokenizer {visual.config.codebook.size}, expected as many"
+            )
         known = tokenizer.get_vocab()
         if missing := [token for token, id in vocab.tokens.items() if known.get(token) != id]:
-            raise ConfigError(f"the tokenizer has no token {missing[0]} with its id; call extend_tokenizer(tokenizer, vocab) first")
+            raise ConfigError(
+                f"the tokenizer has no token {missing[0]} with its id; call extend_tokenizer(tokenizer, vocab) first"
+            )
         self.tokenizer, self.visual, self.vocab, self.placeholder = tokenizer, visual, vocab, placeholder
         self.policy = {"budget": budget, "threshold": threshold, "max_tokens": max_tokens}
 
@@ -76,7 +80,10 @@ class VisualProcessor:
         texts = [text] if isinstance(text, str) else list(text)
         written = iter(self._written(images, [self._count(one) for one in texts]))
         pieces = [one.split(self.placeholder) for one in texts]
-        full = ["".join(piece + (next(written) if i + 1 < len(parts) else "") for i, piece in enumerate(parts)) for parts in pieces]
+        full = [
+            "".join(piece + (next(written) if i + 1 < len(parts) else "") for i, piece in enumerate(parts))
+            for parts in pieces
+        ]
         rows = [self.tokenizer.encode(one, add_special_tokens=add_special_tokens) for one in full]
         longest = max(map(len, rows), default=0)
         ragged = any(len(row) < longest for row in rows)
@@ -88,10 +95,17 @@ class VisualProcessor:
 
         def padded(values: list[list[int]], fill: int) -> Tensor:
             blanks = [[fill] * (longest - len(row)) for row in values]
-            return torch.tensor([blank + row if left else row + blank for row, blank in zip(values, blanks, strict=True)], dtype=torch.long)
+            return torch.tensor(
+                [blank + row if left else row + blank for row, blank in zip(values, blanks, strict=True)],
+                dtype=torch.long,
+            )
 
         masks = [[1] * len(row) for row in rows]
-        return {"input_ids": padded(rows, pad or 0), "attention_mask": padded(masks, 0), "labels": padded(rows, IGNORED)}
+        return {
+            "input_ids": padded(rows, pad or 0),
+            "attention_mask": padded(masks, 0),
+            "labels": padded(rows, IGNORED),
+        }
 
     def apply_chat_template(self, messages: Sequence[dict[str, Any]], **options: Any) -> dict[str, Tensor]:
         """One conversation through the tokenizer's own chat template, and then as a call.
@@ -119,7 +133,9 @@ class VisualProcessor:
             if chosen:
                 codes = [list(flat[i].codes) for i in chosen]
                 positions = [list(flat[i].positions) for i in chosen] if places else None
-                pictures |= zip(chosen, self.visual.decode(Encoding.pack(codes, positions, self.visual.grid)), strict=True)
+                pictures |= zip(
+                    chosen, self.visual.decode(Encoding.pack(codes, positions, self.visual.grid)), strict=True
+                )
         ordered = iter(pictures[i] for i in range(len(flat)))
         return [[next(ordered) for _ in row] for row in segments]
 
@@ -139,7 +155,9 @@ class VisualProcessor:
         if images and not is_single(images[0]):
             counts = [len(row) for row in images]
             if counts != wanted:
-                raise CodeError(f"the texts have {wanted} times {self.placeholder}, and {counts} images came; expected as many")
+                raise CodeError(
+                    f"the texts have {wanted} times {self.placeholder}, and {counts} images came; expected as many"
+                )
             images = [image for row in images for image in row]
         if len(images) != sum(wanted):
             places = f"{counted(sum(wanted), 'place')} for images ({self.placeholder})"
@@ -148,7 +166,9 @@ class VisualProcessor:
             return []
         encoding = self.visual.encode(images, **self.policy)
         positions = encoding.positions if self.vocab.patches else [None] * len(encoding)
-        return [self.vocab.to_text(codes, positions=place) for codes, place in zip(encoding.codes, positions, strict=True)]
+        return [
+            self.vocab.to_text(codes, positions=place) for codes, place in zip(encoding.codes, positions, strict=True)
+        ]
 
     def _flat(self, content: Any, images: list[ImageSource]) -> str:
         if isinstance(content, str):
@@ -161,5 +181,7 @@ class VisualProcessor:
                 images.append(part["image"])
                 parts.append(self.placeholder)
             else:
-                raise CodeError(f"a part of a message is {part.get('type')!r} with {', '.join(part)}; expected text, or image with image")
+                raise CodeError(
+                    f"a part of a message is {part.get('type')!r} with {', '.join(part)}; expected text, or image with image"
+                )
         return "".join(parts)

@@ -55,13 +55,17 @@ def find_samples(sources: Sequence[str | Path], split: str = "all") -> list[Samp
     if split != "all":
         samples = [sample for sample in samples if is_validation(sample.key) == (split == "validation")]
     if not samples:
-        raise DataError(f"no images (split {split!r}) in {', '.join(map(str, sources))}; expected folders of images or webdataset tars")
+        raise DataError(
+            f"no images (split {split!r}) in {', '.join(map(str, sources))}; expected folders of images or webdataset tars"
+        )
     return samples
 
 
 def digest_of(samples: Sequence[Sample]) -> str:
     """16 hexadecimal digits over all keys in their order: equal where training draws the same images."""
-    return hashlib.sha256(b"\0".join(sample.key.encode(errors="surrogateescape") for sample in samples)).hexdigest()[:16]
+    return hashlib.sha256(b"\0".join(sample.key.encode(errors="surrogateescape") for sample in samples)).hexdigest()[
+        :16
+    ]
 
 
 def _walk(source: Path) -> Iterator[Sample]:
@@ -84,7 +88,9 @@ def _file_samples(path: Path, root: Path) -> Iterator[Sample]:
         yield from _tar_samples(path)
     elif path.suffix.lower() not in IMAGE_SUFFIXES:
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise DataError(f"{path} is no image and no tar; expected a name that ends in {suffixes}, or .tar (uncompressed)")
+        raise DataError(
+            f"{path} is no image and no tar; expected a name that ends in {suffixes}, or .tar (uncompressed)"
+        )
     else:
         label = path.parent.name if path.parent != root else None
         yield Sample(path.relative_to(root).with_suffix("").as_posix(), str(path), label=label)
@@ -127,12 +133,22 @@ class TrainingImages(torch.utils.data.Dataset):
     """
 
     def __init__(
-        self, samples: Sequence[Sample], config: ImageConfig, batch_size: int, *, seed: int, min_crop: float, rank: int = 0, world: int = 1
+        self,
+        samples: Sequence[Sample],
+        config: ImageConfig,
+        batch_size: int,
+        *,
+        seed: int,
+        min_crop: float,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         self.samples, self.config, self.batch_size = samples, config, batch_size
         self.seed, self.min_crop, self.rank, self.world = seed, min_crop, rank, world
         self._order: tuple[int, Tensor] | None = None
-        self._failed = torch.zeros(len(samples), dtype=torch.bool).share_memory_()  # by index; shared with the loader's worker processes
+        self._failed = torch.zeros(
+            len(samples), dtype=torch.bool
+        ).share_memory_()  # by index; shared with the loader's worker processes
 
     @property
     def unreadable(self) -> list[int]:
@@ -155,7 +171,11 @@ class TrainingImages(torch.utils.data.Dataset):
         side = min(image.size) * (self.min_crop + (1 - self.min_crop) * draw[0])
         left, top = draw[1] * (image.width - side), draw[2] * (image.height - side)
         size = (self.config.img_size,) * 2
-        crop = image.resize(size, Image.Resampling.BICUBIC, box=(left, top, min(left + side, image.width), min(top + side, image.height)))
+        crop = image.resize(
+            size,
+            Image.Resampling.BICUBIC,
+            box=(left, top, min(left + side, image.width), min(top + side, image.height)),
+        )
         if draw[3] < 0.5:
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return to_pixels(crop, self.config)
@@ -173,6 +193,12 @@ class TrainingImages(torch.utils.data.Dataset):
             except (ImageError, OSError) as error:
                 if not self._failed[index]:
                     self._failed[index] = True
-                    _log.warning("left out %s of %s, unreadable image number %d: %s", sample.key, sample.path, len(self.unreadable), error)
+                    _log.warning(
+                        "left out %s of %s, unreadable image number %d: %s",
+                        sample.key,
+                        sample.path,
+                        len(self.unreadable),
+                        error,
+                    )
                 last = error
         raise DataError(f"{tries} images in a row can't be read, the last one {sample.key} of {sample.path}: {last}")

@@ -13,16 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dyntok.codebook import perplexity
 from dyntok.config import ImageConfig
 from dyntok.encoding import Encoding
 from dyntok.errors import ConfigError, DataError, ImageError
 from dyntok.image import to_image, to_pixels
-from dyntok.selector import KeepPolicy
+from dyntok.model.codebook import perplexity
+from dyntok.policy import KeepPolicy
 from dyntok.tokenizer import DynamicVisualTokenizer, batched
 from dyntok.training import metrics
+from dyntok.training.classifier import Judge
 from dyntok.training.data import Sample
-from dyntok.training.judge import Judge
 from dyntok.training.masks import even_mask, random_mask, seed_of
 from dyntok.training.probe import LabelledVectors, probe
 from dyntok.training.report import Judgement, Report, Tokens
@@ -62,7 +62,9 @@ def evaluate(
     if selection not in ("learned", "random", "even"):
         raise ConfigError(f"selection is {selection!r}, expected 'learned', 'random' or 'even'")
     if teacher is not None and tokenizer.pixel_head is None:
-        raise ConfigError("a teacher looks at reconstructed pictures, and this tokenizer has no pixel head; leave the teacher out")
+        raise ConfigError(
+            "a teacher looks at reconstructed pictures, and this tokenizer has no pixel head; leave the teacher out"
+        )
     for name, value in {"batch_size": batch_size, "limit": limit, "probe_limit": probe_limit}.items():
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}, expected at least 1")
@@ -116,7 +118,7 @@ class _Batch:
     """Images that could be read, and their codes, on the CPU."""
 
     samples: list[Sample]
-    pixels: Tensor  # [B, 3, S, S], normalised
+    pixels: Tensor  # [B, 3, S, S], normalized
     originals: Tensor  # [B, 3, S, S] in [0, 1]
     images: list  # PIL images of the same
     encoding: Encoding
@@ -142,7 +144,13 @@ class _Coder:
     """Samples to batches of pixels and codes."""
 
     def __init__(
-        self, tokenizer: DynamicVisualTokenizer, policy: KeepPolicy, selection: str, batch_size: int, progress: Callable | None, total: int
+        self,
+        tokenizer: DynamicVisualTokenizer,
+        policy: KeepPolicy,
+        selection: str,
+        batch_size: int,
+        progress: Callable | None,
+        total: int,
     ) -> None:
         self.tokenizer, self.policy, self.selection = tokenizer, policy, selection
         self.batch_size, self.progress, self.total, self.done = batch_size, progress, total, 0
@@ -171,21 +179,25 @@ class _Coder:
 
     def _encode(self, samples: Sequence[Sample], pixels: Tensor) -> Encoding:
         if self.policy.sample is not None:
-            encoding = Encoding.cat([self._draw(sample, row[None]) for sample, row in zip(samples, pixels, strict=True)])
+            encoding = Encoding.cat(
+                [self._draw(sample, row[None]) for sample, row in zip(samples, pixels, strict=True)]
+            )
         else:
-            encoding = self.tokenizer.encode_pixels(pixels, **vars(self.policy))
+            encoding = self.tokenizer.encode_tensor(pixels, **vars(self.policy))
         if self.selection == "learned":
             return encoding
         grid = self.tokenizer.grid
         pairs = zip(encoding.lengths.tolist(), samples, strict=True)
-        masks = [even_mask(n, grid) if self.selection == "even" else random_mask(n, grid, sample.key) for n, sample in pairs]
-        return self.tokenizer.encode_pixels(pixels, keep=torch.stack(masks))
+        masks = [
+            even_mask(n, grid) if self.selection == "even" else random_mask(n, grid, sample.key) for n, sample in pairs
+        ]
+        return self.tokenizer.encode_tensor(pixels, keep=torch.stack(masks))
 
     def _draw(self, sample: Sample, pixels: Tensor) -> Encoding:
         # by the key: an image's place among the others must not matter here
         seed = seed_of(sample.key, f"sample/{self.policy.sample.initial_seed()}")
         generator = torch.Generator().manual_seed(seed)
-        return self.tokenizer.encode_pixels(pixels, sample=generator, max_tokens=self.policy.max_tokens)
+        return self.tokenizer.encode_tensor(pixels, sample=generator, max_tokens=self.policy.max_tokens)
 
 
 def _probe_samples(
@@ -195,22 +207,32 @@ def _probe_samples(
         return []
     taken = [sample for sample in samples if neighbours.takes(sample)]
     if not taken:
-        raise DataError(f"none of {len(samples)} probe samples has a label and a key that begins with {neighbours.prefix!r}")
+        raise DataError(
+            f"none of {len(samples)} probe samples has a label and a key that begins with {neighbours.prefix!r}"
+        )
     both = {(sample.path, sample.offset) for sample in taken} & {(sample.path, sample.offset) for sample in evaluated}
     if both:
-        raise DataError(f"{len(both)} images are both evaluated and probe samples; give the probe other ones (the training part)")
+        raise DataError(
+            f"{len(both)} images are both evaluated and probe samples; give the probe other ones (the training part)"
+        )
     return _spread(taken, limit)
 
 
-def _compare(tokenizer: DynamicVisualTokenizer, batch: _Batch, positions: bool, judge: Judge | None, tally: _Tally) -> None:
+def _compare(
+    tokenizer: DynamicVisualTokenizer, batch: _Batch, positions: bool, judge: Judge | None, tally: _Tally
+) -> None:
     codes = batch.encoding if positions else dataclasses.replace(batch.encoding, packed_positions=None)
-    if tokenizer.config.decoder is not None and tokenizer.config.decoder.head == "mlp" and tokenizer.config.decoder.out_dim is None:
+    if (
+        tokenizer.config.decoder is not None
+        and tokenizer.config.decoder.head == "mlp"
+        and tokenizer.config.decoder.out_dim is None
+    ):
         with tokenizer.inference():
             target = tokenizer.backbone(batch.pixels.to(tokenizer.device, tokenizer.dtype))
-        tally.feature_cosine += metrics.patch_cosine(tokenizer.decode_features(codes), target).tolist()
+        tally.feature_cosine += metrics.patch_cosine(tokenizer.decode_to_features(codes), target).tolist()
     if tokenizer.pixel_head is None:
         return
-    painted = _seen(tokenizer.decode_pixels(codes).cpu(), tokenizer.config.image)
+    painted = _seen(tokenizer.decode_to_pixels(codes).cpu(), tokenizer.config.image)
     tally.psnr += metrics.psnr(painted, batch.originals).tolist()
     if painted.shape[-1] >= metrics.SSIM_WINDOW:
         tally.ssim += metrics.ssim(painted, batch.originals)
@@ -226,7 +248,9 @@ def _compare(tokenizer: DynamicVisualTokenizer, batch: _Batch, positions: bool, 
 
 def _judgement(judge: Judge, tally: _Tally) -> Judgement:
     accuracies = _mean(tally.right_originals), _mean(tally.right_reconstructions)
-    return Judgement(judge.name, _mean(tally.teacher_cosine), len(tally.right_originals), len(judge.classes), *accuracies)
+    return Judgement(
+        judge.name, _mean(tally.teacher_cosine), len(tally.right_originals), len(judge.classes), *accuracies
+    )
 
 
 def _seen(pixels: Tensor, config: ImageConfig) -> Tensor:

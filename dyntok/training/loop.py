@@ -12,16 +12,16 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor
 
-from dyntok import checkpoint
-from dyntok.codebook import gather_rows_of_ranks
+from dyntok.checkpoint import format as checkpoint
 from dyntok.errors import CheckpointError, ConfigError, DataError, DyntokError
+from dyntok.model.codebook import gather_rows_of_ranks
 from dyntok.tokenizer import DynamicVisualTokenizer
 from dyntok.training.data import TrainingImages, find_samples
 from dyntok.training.objective import Objective, StepResult, TeacherFeatures
 from dyntok.training.optimizer import Optimizer
+from dyntok.training.pca_init import pca_init
 from dyntok.training.progress import Progress, open_log
 from dyntok.training.recipe import Recipe, Stage, differences
-from dyntok.training.start import linear_start
 from dyntok.training.state import check_same_run, describe_run, read_state, write_state
 
 _START_BATCHES = 8  # for the linear start's statistics
@@ -40,7 +40,9 @@ class Trainer:
     written or holds a run of another recipe.
     """
 
-    def __init__(self, recipe: Recipe, folder: str | Path, *, tokenizer: DynamicVisualTokenizer | None = None, cpu: bool = False) -> None:
+    def __init__(
+        self, recipe: Recipe, folder: str | Path, *, tokenizer: DynamicVisualTokenizer | None = None, cpu: bool = False
+    ) -> None:
         self.recipe, self.folder = recipe, Path(folder)
         self.accelerator = _make_accelerator(recipe, cpu)
         self.images_per_step = recipe.batch_size * self.accelerator.num_processes
@@ -57,14 +59,16 @@ class Trainer:
         if not started:
             tokenizer = self._new_tokenizer(with_weights=state is None)
         elif changes := differences(tokenizer.config.to_dict(), recipe.config.to_dict()):
-            raise ConfigError(f"the tokenizer to start from is not the recipe's: {'; '.join(changes[:5])}; change the recipe's tokenizer")
+            raise ConfigError(
+                f"the tokenizer to start from is not the recipe's: {'; '.join(changes[:5])}; change the recipe's tokenizer"
+            )
         image = tokenizer.config.image
         self.data = TrainingImages(
             samples, image, recipe.batch_size, seed=recipe.seed, min_crop=recipe.min_crop,
             rank=self.accelerator.process_index, world=self.accelerator.num_processes,
         )  # fmt: skip
-        if recipe.linear_start and not started and state is None:
-            linear_start(tokenizer, torch.cat([self.data.batch(step) for step in range(_START_BATCHES)]))
+        if recipe.pca_init and not started and state is None:
+            pca_init(tokenizer, torch.cat([self.data.batch(step) for step in range(_START_BATCHES)]))
         teacher = TeacherFeatures(recipe.teacher, image.mean, image.std) if recipe.teacher.name else None
         self.objective = Objective(tokenizer, teacher)
         self.quantizing = started and recipe.stages[0].quantize
@@ -111,9 +115,15 @@ class Trainer:
             self.save()
             return
         loader = torch.utils.data.DataLoader(
-            self.data, batch_size=None, sampler=range(self.step, total), num_workers=workers, prefetch_factor=4 if workers else None
+            self.data,
+            batch_size=None,
+            sampler=range(self.step, total),
+            num_workers=workers,
+            prefetch_factor=4 if workers else None,
         )
-        progress = Progress(self.accelerator, self.folder / "log.jsonl", len(self.objective.tokenizer.codebook.embedding))
+        progress = Progress(
+            self.accelerator, self.folder / "log.jsonl", len(self.objective.tokenizer.codebook.embedding)
+        )
         current = None
         for pixels in loader:
             if isinstance(pixels, DataError):
@@ -133,7 +143,7 @@ class Trainer:
                 self.save()
 
     def train_step(self, pixels: Tensor, stage: Stage, step: int) -> StepResult:
-        """One step on normalised pixels [B, 3, S, S]. A gradient that is not finite is left out; `DyntokError` after many in a row."""
+        """One step on normalized pixels [B, 3, S, S]. A gradient that is not finite is left out; `DyntokError` after many in a row."""
         # every step has a seed of its own, so that a resumed run draws what an undisturbed one would
         torch.manual_seed((self.recipe.seed * 1_000_003 + self.step) * 1_009 + self.accelerator.process_index)
         self.model.train()
@@ -202,7 +212,9 @@ class Trainer:
         state = {
             "step": self.step,
             "quantizing": self.quantizing,
-            "objective": {name: value for name, value in self.objective.state_dict().items() if not name.startswith("teacher.")},
+            "objective": {
+                name: value for name, value in self.objective.state_dict().items() if not name.startswith("teacher.")
+            },
             "optimizer": self.optimizer.state_dict(),
             "run": self._run,
         }

@@ -22,7 +22,7 @@ def rate(mean_keep: Tensor, rho: float) -> Tensor:
 
 
 def commitment(z: Tensor, rows: Tensor) -> Tensor:
-    """Squared distance from normalised vectors to their codebook rows, which get no gradient (VQ-VAE, arXiv 1711.00937).
+    """Squared distance from normalized vectors to their codebook rows, which get no gradient (VQ-VAE, arXiv 1711.00937).
 
     z, rows: [T, C] -> scalar: sum over C, mean over T.
     """
@@ -35,7 +35,7 @@ def patch_error(pixels: Tensor, target: Tensor, patch_size: int) -> Tensor:
 
 
 def perceptual(maps: list[Tensor], targets: list[Tensor]) -> Tensor:
-    """Distance of feature maps of a fixed network, each position normalised over its channels (as LPIPS, arXiv 1801.03924, without its
+    """Distance of feature maps of a fixed network, each position normalized over its channels (as LPIPS, arXiv 1801.03924, without its
     learned channel weights). Lists of [B, D, h, w] -> [B]: mean over maps and positions. Gradients flow into both.
     """
     return torch.stack([_normalised_distance(a, b).mean((1, 2, 3)) for a, b in zip(maps, targets, strict=True)]).mean(0)

@@ -37,7 +37,10 @@ def ssim(images: Tensor, originals: Tensor) -> list[float]:
     """
     window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
     pairs = zip(images.cpu().numpy(), originals.cpu().numpy(), strict=True)
-    return [float(structural_similarity(image, original, channel_axis=0, data_range=1.0, **window)) for image, original in pairs]
+    return [
+        float(structural_similarity(image, original, channel_axis=0, data_range=1.0, **window))
+        for image, original in pairs
+    ]
 
 
 def patch_cosine(features: Tensor, target: Tensor) -> Tensor:

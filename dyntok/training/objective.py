@@ -8,18 +8,19 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dyntok.backbone import load_timm_weights
-from dyntok.codebook import CodebookTrainer
 from dyntok.errors import CheckpointError, ConfigError
-from dyntok.merger import cu_seqlens_of
-from dyntok.selector import DROP, KEEP, KeepPolicy, straight_through
+from dyntok.model.backbone import load_timm_weights
+from dyntok.model.codebook import CodebookTrainer
+from dyntok.model.merger import cu_seqlens_of
+from dyntok.model.selector import DROP, KEEP, straight_through
+from dyntok.policy import KeepPolicy
 from dyntok.tokenizer import DynamicVisualTokenizer
 from dyntok.training import losses
 from dyntok.training.recipe import Stage, Teacher
 
 
 class TeacherFeatures(nn.Module):
-    """Feature maps of a fixed timm network, from pixels normalised as the tokenizer's.
+    """Feature maps of a fixed timm network, from pixels normalized as the tokenizer's.
 
     Raises `ConfigError` where timm can't make it, `CheckpointError` where its weights can't be had.
     """
@@ -28,16 +29,24 @@ class TeacherFeatures(nn.Module):
         super().__init__()
         self.layers, self.sizes = list(teacher.layers) or None, teacher.sizes
         try:
-            model = timm.create_model(teacher.name, pretrained=teacher.weights == "hub", num_classes=0, **teacher.kwargs)
+            model = timm.create_model(
+                teacher.name, pretrained=teacher.weights == "hub", num_classes=0, **teacher.kwargs
+            )
             self.out_dim = model.feature_info[self.layers[-1] if self.layers else -1]["num_chs"]
         except OSError as error:  # of the hub's client
-            raise CheckpointError(f"can't fetch the teacher {teacher.name}: {error}; give a file as teacher.weights") from error
+            raise CheckpointError(
+                f"can't fetch the teacher {teacher.name}: {error}; give a file as teacher.weights"
+            ) from error
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise ConfigError(f"timm can't make the teacher {teacher.name!r} ({teacher.kwargs}, layers {self.layers}): {error}") from error
+            raise ConfigError(
+                f"timm can't make the teacher {teacher.name!r} ({teacher.kwargs}, layers {self.layers}): {error}"
+            ) from error
         if teacher.weights != "hub":
             load_timm_weights(model, teacher.weights)
         config = model.pretrained_cfg
-        old_mean, old_std, new_mean, new_std = (torch.tensor(v).view(3, 1, 1) for v in (mean, std, config["mean"], config["std"]))
+        old_mean, old_std, new_mean, new_std = (
+            torch.tensor(v).view(3, 1, 1) for v in (mean, std, config["mean"], config["std"])
+        )
         self.register_buffer("factor", old_std / new_std)
         self.register_buffer("shift", (old_mean - new_mean) / new_std)
         self.model = model.to(memory_format=torch.channels_last).requires_grad_(False).eval()
@@ -100,11 +109,19 @@ class Objective(nn.Module):
         """
         tok, weights = self.tokenizer, stage.weights
         if tok.config.decoder is None:
-            raise ConfigError("the tokenizer has no decoder, so nothing can be learned from what it makes; leave `decoder: null` out")
-        if tok.pixel_head is None and (weights.pixel or weights.perceptual or weights.recognition or "pixel_head" in stage.freeze):
-            raise ConfigError(f"stage {stage.name!r} trains pixels, but the tokenizer makes none; set decoder.pixels: true")
+            raise ConfigError(
+                "the tokenizer has no decoder, so nothing can be learned from what it makes; leave `decoder: null` out"
+            )
+        if tok.pixel_head is None and (
+            weights.pixel or weights.perceptual or weights.recognition or "pixel_head" in stage.freeze
+        ):
+            raise ConfigError(
+                f"stage {stage.name!r} trains pixels, but the tokenizer makes none; set decoder.pixels: true"
+            )
         if self.teacher is None and weights.teaches:
-            raise ConfigError(f"stage {stage.name!r} has a perceptual, recognition or semantic loss, but there is no teacher")
+            raise ConfigError(
+                f"stage {stage.name!r} has a perceptual, recognition or semantic loss, but there is no teacher"
+            )
         decoder, width = tok.config.decoder, tok.backbone.embed_dim
         if weights.feature and decoder.head == "none" and decoder.embed_dim not in (None, width):
             raise ConfigError(
@@ -169,7 +186,9 @@ class Objective(nn.Module):
         loss = loss + self._selector_losses(log_probs, error[known] if blind else None, known, metrics)
         metrics["loss"] = loss
         lengths = (log_probs[..., KEEP] > log_probs[..., DROP]).sum(1).clamp(min=1)
-        return StepResult(loss, {name: value.detach() for name, value in metrics.items()}, lengths, vectors.detach(), codes)
+        return StepResult(
+            loss, {name: value.detach() for name, value in metrics.items()}, lengths, vectors.detach(), codes
+        )
 
     def masks(self, log_probs: Tensor) -> tuple[Tensor, Tensor | None, bool]:
         """By the stage's shares: (keep mask bool [B, N]; gate where the choice is the learned one; whether they are random)."""
@@ -201,7 +220,10 @@ class Objective(nn.Module):
             maps, seen = self.teacher(painted, view)
             recognition = losses.centred_cosine(seen, wanted)  # [B]
             metrics["recognition"] = recognition.mean()
-            loss = loss + weights.recognition * (recognition * torch.where(known, 1.0, weights.recognition_unplaced)).mean()
+            loss = (
+                loss
+                + weights.recognition * (recognition * torch.where(known, 1.0, weights.recognition_unplaced)).mean()
+            )
             distances = losses.perceptual(maps, targets)  # [B]
             metrics["perceptual"] = distances.mean()
             loss = loss + weights.perceptual * (distances * torch.where(known, 1.0, weights.perceptual_unplaced)).mean()
@@ -212,17 +234,25 @@ class Objective(nn.Module):
             image = keep.nonzero()[:, 0]
             pooled = rows.new_zeros(len(pixels), rows.shape[1]).index_add(0, image, rows) / keep.sum(1, keepdim=True)
             wanted = targets[-1].float().mean((2, 3))
-            pooled = (pooled - pooled.mean(0)) / (pooled.std(0, correction=0) + 1e-4)  # codes differ little from image to image in the mean
-            metrics["semantic"] = (1 - F.cosine_similarity(self.semantic(pooled).float(), wanted - wanted.mean(0), dim=-1)).mean()
+            pooled = (pooled - pooled.mean(0)) / (
+                pooled.std(0, correction=0) + 1e-4
+            )  # codes differ little from image to image in the mean
+            metrics["semantic"] = (
+                1 - F.cosine_similarity(self.semantic(pooled).float(), wanted - wanted.mean(0), dim=-1)
+            ).mean()
             loss = loss + weights.semantic * metrics["semantic"]
         return loss, error
 
-    def _selector_losses(self, log_probs: Tensor, error: Tensor | None, known: Tensor, metrics: dict[str, Tensor]) -> Tensor:
+    def _selector_losses(
+        self, log_probs: Tensor, error: Tensor | None, known: Tensor, metrics: dict[str, Tensor]
+    ) -> Tensor:
         """error: [B', N], what random masks left, of the images with known positions; None where the masks were not random."""
         stage = self.stage
         probability = log_probs[..., KEEP].exp()
         # the deterministic choice with the gradient of its probability: the rate is set for what inference does
-        chosen = (log_probs[..., KEEP] > log_probs[..., DROP]).to(probability.dtype) + probability - probability.detach()
+        chosen = (
+            (log_probs[..., KEEP] > log_probs[..., DROP]).to(probability.dtype) + probability - probability.detach()
+        )
         metrics["keep"] = _mean_over_ranks(chosen.mean())
         metrics["rate"] = losses.rate(metrics["keep"], stage.rho)
         total = stage.weights.rate * metrics["rate"]

@@ -19,7 +19,12 @@ class Optimizer:
     """
 
     def __init__(
-        self, parameters: Iterable[tuple[str, nn.Parameter]], kind: Literal["adamw", "muon"], *, lr: float, weight_decay: float
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        kind: Literal["adamw", "muon"],
+        *,
+        lr: float,
+        weight_decay: float,
     ) -> None:
         named = list(parameters)
         is_muon = {name: kind == "muon" and "blocks." in name and p.ndim == 2 for name, p in named}
@@ -32,8 +37,12 @@ class Optimizer:
         self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=lr, betas=_BETAS)]
         if matrices:
             if not hasattr(torch.optim, "Muon"):
-                raise MissingDependencyError("optimizer 'muon' needs PyTorch 2.9 or newer: pip install -U torch, or choose 'adamw'")
-            self.parts.append(torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+                raise MissingDependencyError(
+                    "optimizer 'muon' needs PyTorch 2.9 or newer: pip install -U torch, or choose 'adamw'"
+                )
+            self.parts.append(
+                torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+            )
 
     def step(self, lr: float) -> None:
         for part in self.parts:

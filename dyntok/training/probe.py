@@ -40,7 +40,9 @@ class LabelledVectors:
     def takes(self, sample: Sample) -> bool:
         return sample.label is not None and sample.key.startswith(self.prefix)
 
-    def add(self, samples: Sequence[Sample], images: Sequence[Image.Image], vectors: Tensor, lengths: Sequence[int]) -> None:
+    def add(
+        self, samples: Sequence[Sample], images: Sequence[Image.Image], vectors: Tensor, lengths: Sequence[int]
+    ) -> None:
         """B samples, their images, and the rows [T, C] of all their codes, `lengths` of them for each."""
         for sample, image, pooled in zip(samples, images, pooled_vectors(vectors, lengths), strict=True):
             if self.takes(sample):
@@ -82,10 +84,14 @@ def probe(test: LabelledVectors, train: LabelledVectors | None = None, train_fai
     codes, pixels = (float(hits.mean()) for hits in right)
     low, high = difference_interval(*right)
     train_images = 0 if train is None else len(train)
-    return Probe(len(places), train_images, train_failures, len(classes), NEIGHBOURS, codes, pixels, codes - pixels, low, high)
+    return Probe(
+        len(places), train_images, train_failures, len(classes), NEIGHBOURS, codes, pixels, codes - pixels, low, high
+    )
 
 
-def neighbours_agree(vectors: Tensor, labels: Sequence[str], known: tuple[Tensor, Sequence[str]] | None = None) -> np.ndarray:
+def neighbours_agree(
+    vectors: Tensor, labels: Sequence[str], known: tuple[Tensor, Sequence[str]] | None = None
+) -> np.ndarray:
     """For each of the vectors [n, D], whether its 10 nearest neighbours vote for its label: bool [n].
 
     known: vectors [m, D] and labels among which the neighbours are; without it they are the other vectors (leave one out). Every dimension
@@ -95,7 +101,9 @@ def neighbours_agree(vectors: Tensor, labels: Sequence[str], known: tuple[Tensor
     scaler = StandardScaler().fit(points.numpy())
     classifier = KNeighborsClassifier(NEIGHBOURS, metric="cosine", weights="distance")
     classifier.fit(scaler.transform(points.numpy()), names)
-    guesses = classifier.predict(None if known is None else scaler.transform(vectors.numpy()))  # None: nobody is his own neighbour
+    guesses = classifier.predict(
+        None if known is None else scaler.transform(vectors.numpy())
+    )  # None: nobody is his own neighbour
     return guesses == np.asarray(labels)
 
 

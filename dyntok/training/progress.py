@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from dyntok.codebook import perplexity
 from dyntok.errors import CheckpointError
+from dyntok.model.codebook import perplexity
 from dyntok.training.objective import StepResult
 
 
@@ -33,7 +33,9 @@ def open_log(path: Path, step: int) -> None:
             temporary.write_bytes(b"".join(kept))
             os.replace(temporary, path)
     except OSError as error:
-        raise CheckpointError(f"can't write {path}: {error.strerror or error}; choose a folder that can be written") from error
+        raise CheckpointError(
+            f"can't write {path}: {error.strerror or error}; choose a folder that can be written"
+        ) from error
 
 
 def _step_of(line: bytes) -> float:
@@ -72,7 +74,12 @@ class Progress:
         seconds = time.perf_counter() - self.since
         # a batch without known positions has no PSNR, and a step that was left out may have no loss
         finite = {name: [float(v) for v in values if v.isfinite()] for name, values in self.values.items()}
-        mine = {"values": finite, "lengths": torch.cat(self.lengths).tolist(), "images": self.images, "unreadable": unreadable}
+        mine = {
+            "values": finite,
+            "lengths": torch.cat(self.lengths).tolist(),
+            "images": self.images,
+            "unreadable": unreadable,
+        }
         ranks = gather_object([mine])
         counts = self.accelerator.reduce(self.counts)
         self._clear()
@@ -95,5 +102,7 @@ class Progress:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise CheckpointError(f"can't write {self.path}: {error.strerror or error}") from error
-        shown = (f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in line.items())
+        shown = (
+            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in line.items()
+        )
         self.accelerator.print("  ".join(shown), flush=True)

@@ -28,10 +28,12 @@ def _check(condition: bool, message: str) -> None:
 class Weights:
     """Factors of the losses; 0 leaves a loss out."""
 
-    pixel: float = 0.0  # mean squared error of normalised pixels
+    pixel: float = 0.0  # mean squared error of normalized pixels
     feature: float = 0.0  # cosine to the backbone's features (LaVIT)
     perceptual: float = 0.0  # distance of the teacher's feature maps
-    perceptual_unplaced: float = 1.0  # its share on images that are decoded without positions: what is in another place can't look alike
+    perceptual_unplaced: float = (
+        1.0  # its share on images that are decoded without positions: what is in another place can't look alike
+    )
     recognition: float = 0.0  # distance of the teacher's pooled features: is it still the same picture to it?
     recognition_unplaced: float = 1.0  # its share on images that are decoded without positions
     semantic: float = 0.0  # teacher's pooled features from the mean code vector
@@ -84,14 +86,22 @@ class Stage:
         object.__setattr__(self, "budgets", tuple(self.budgets))
         object.__setattr__(self, "freeze", tuple(self.freeze))
         name = f"stage {self.name!r}"
-        _check(self.images >= 1 and self.lr > 0, f"{name} has images {self.images} and lr {self.lr}, expected both to be positive")
+        _check(
+            self.images >= 1 and self.lr > 0,
+            f"{name} has images {self.images} and lr {self.lr}, expected both to be positive",
+        )
         _check(self.warmup >= 0, f"{name} has warmup {self.warmup}, expected 0 or more images")
         _check(0 < self.rho <= 1, f"{name} has rho {self.rho}, expected a share in (0, 1]")
-        _check(0 <= self.position_drop <= 1, f"{name} has position_drop {self.position_drop}, expected a share from 0 to 1")
+        _check(
+            0 <= self.position_drop <= 1, f"{name} has position_drop {self.position_drop}, expected a share from 0 to 1"
+        )
         right = len(self.budgets) == 2 and 0 < self.budgets[0] <= self.budgets[1] <= 1
         _check(right, f"{name} has budgets {self.budgets}, expected [low, high] within (0, 1]")
         reconstructs = self.weights.pixel + self.weights.feature + self.weights.perceptual > 0
-        _check(reconstructs, f"{name} has no loss on the reconstruction; give weights.pixel, feature or perceptual a positive value")
+        _check(
+            reconstructs,
+            f"{name} has no loss on the reconstruction; give weights.pixel, feature or perceptual a positive value",
+        )
         wrong = sorted(set(self.freeze) - set(PARTS))
         _check(not wrong, f"{name} freezes {', '.join(wrong)}, expected some of {', '.join(PARTS)}")
 
@@ -104,12 +114,16 @@ class Teacher:
     weights: str = "hub"
     kwargs: dict[str, Any] = field(default_factory=dict)
     layers: tuple[int, ...] = ()  # indices of its intermediate features; none: all
-    sizes: tuple[int, ...] = ()  # sides in pixels that pictures are scaled to before it looks, one drawn per step; none: as they are
+    sizes: tuple[
+        int, ...
+    ] = ()  # sides in pixels that pictures are scaled to before it looks, one drawn per step; none: as they are
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
         object.__setattr__(self, "sizes", tuple(self.sizes))
-        _check(all(size >= 1 for size in self.sizes), f"teacher.sizes are {self.sizes}, expected sides of at least 1 pixel")
+        _check(
+            all(size >= 1 for size in self.sizes), f"teacher.sizes are {self.sizes}, expected sides of at least 1 pixel"
+        )
 
 
 @dataclass(frozen=True)
@@ -129,7 +143,7 @@ class Recipe:
     batch_size: int = 32  # per process
     precision: Literal["no", "bf16"] = "no"
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of transformer blocks
-    linear_start: bool = False  # begin as a linear (PCA) codec: see training/start.py
+    pca_init: bool = False  # begin as a linear (PCA) codec: see training/start.py
     weight_decay: float = 0.02
     seed: int = 0
     workers: int = 1
@@ -148,9 +162,15 @@ class Recipe:
         _check(0 < self.min_crop <= 1, f"min_crop is {self.min_crop}, expected a share of the short side in (0, 1]")
         _check(0 <= self.seed < 2**31, f"seed is {self.seed}, expected 0 to {2**31 - 1}")
         quantize = [stage.quantize for stage in stages]
-        _check(quantize == sorted(quantize), "a stage without quantize follows one with it; quantization can't be switched off again")
+        _check(
+            quantize == sorted(quantize),
+            "a stage without quantize follows one with it; quantization can't be switched off again",
+        )
         taught = any(stage.weights.teaches for stage in stages)
-        _check(bool(self.teacher.name) or not taught, "perceptual, recognition and semantic losses need teacher.name (a timm model)")
+        _check(
+            bool(self.teacher.name) or not taught,
+            "perceptual, recognition and semantic losses need teacher.name (a timm model)",
+        )
         self.to_dict()  # refuses a wrong tokenizer
 
     @property

@@ -91,11 +91,20 @@ class Report:
         tokens = self.tokens
         lines = [
             ("images", f"{self.images}" + (f" ({self.failures} more could not be read)" if self.failed else "")),
-            ("selection", f"{self.selection} (lengths: {self.policy}), decoded {'with' if self.positions else 'without'} positions"),
+            (
+                "selection",
+                f"{self.selection} (lengths: {self.policy}), decoded {'with' if self.positions else 'without'} positions",
+            ),
             ("tokens per image", f"{tokens.mean:.1f} mean, {tokens.std:.1f} std, {tokens.min} to {tokens.max}"),
             ("bits per pixel", f"{self.bits_per_pixel:.4f} (codes alone)"),
-            ("codebook usage", f"{_percent(self.usage)} of {self.codebook_size} codes, perplexity {self.perplexity:.0f}"),
-            ("length against JPEG size", _or_none(self.jpeg_correlation, "{:.3f} rank correlation", "all of one length or size")),
+            (
+                "codebook usage",
+                f"{_percent(self.usage)} of {self.codebook_size} codes, perplexity {self.perplexity:.0f}",
+            ),
+            (
+                "length against JPEG size",
+                _or_none(self.jpeg_correlation, "{:.3f} rank correlation", "all of one length or size"),
+            ),
         ]
         lines += [("PSNR", f"{self.psnr:.2f} dB")] if self.psnr is not None else []
         lines += [("SSIM", f"{self.ssim:.4f}")] if self.ssim is not None else []
@@ -109,16 +118,24 @@ class Report:
         lines = [("teacher", teacher.name), ("  feature cosine", f"{teacher.cosine:.4f}")]
         if teacher.accuracy_originals is not None:
             lines += [
-                ("  accuracy, originals", f"{_percent(teacher.accuracy_originals)} of {teacher.images} images, {teacher.classes} classes"),
+                (
+                    "  accuracy, originals",
+                    f"{_percent(teacher.accuracy_originals)} of {teacher.images} images, {teacher.classes} classes",
+                ),
                 ("  accuracy, reconstructions", _percent(teacher.accuracy_reconstructions)),
             ]
         return lines
 
     def _probe_lines(self, probe: Probe) -> list[tuple[str, str]]:
         against = f"{probe.train_images} others" if probe.train_images else "each other"
-        difference = f"{100 * probe.difference:+.1f} points, 95 % interval {100 * probe.low:+.1f} to {100 * probe.high:+.1f}"
+        difference = (
+            f"{100 * probe.difference:+.1f} points, 95 % interval {100 * probe.low:+.1f} to {100 * probe.high:+.1f}"
+        )
         return [
-            (f"{probe.neighbours} nearest neighbours", f"{probe.images} images among {against}, {probe.classes} classes"),
+            (
+                f"{probe.neighbours} nearest neighbours",
+                f"{probe.images} images among {against}, {probe.classes} classes",
+            ),
             ("  pooled code vectors", _percent(probe.codes)),
             ("  16 x 16 pixels", _percent(probe.pixels)),
             ("  difference", difference),

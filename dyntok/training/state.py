@@ -30,7 +30,9 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save turns what the system says into a RuntimeError
         temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"can't write {path}: {error}; make room, then start again: the state saved before is still there") from error
+        raise CheckpointError(
+            f"can't write {path}: {error}; make room, then start again: the state saved before is still there"
+        ) from error
 
 
 def read_state(path: Path) -> dict[str, Any] | None:
@@ -39,14 +41,23 @@ def read_state(path: Path) -> dict[str, Any] | None:
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: state[name] for name in ("step", "quantizing", "objective", "optimizer")} | {"run": state.get("run")}
+        return {name: state[name] for name in ("step", "quantizing", "objective", "optimizer")} | {
+            "run": state.get("run")
+        }
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, UnpicklingError) as error:
-        raise CheckpointError(f"{path} is damaged or no state of a training run ({error}); remove it to begin anew") from error
+        raise CheckpointError(
+            f"{path} is damaged or no state of a training run ({error}); remove it to begin anew"
+        ) from error
 
 
 def describe_run(recipe: Recipe, samples: Sequence[Sample], images_per_step: int) -> dict[str, Any]:
     """What state.pt keeps to recognise its run: plain types only."""
-    return {"recipe": recipe.to_dict(), "images": len(samples), "digest": digest_of(samples), "images_per_step": images_per_step}
+    return {
+        "recipe": recipe.to_dict(),
+        "images": len(samples),
+        "digest": digest_of(samples),
+        "images_per_step": images_per_step,
+    }
 
 
 def check_same_run(path: Path, state: dict[str, Any], now: dict[str, Any]) -> None:
@@ -62,7 +73,9 @@ def check_same_run(path: Path, state: dict[str, Any], now: dict[str, Any]) -> No
         changes.append(f"other images: {then['images']:,}, now {now['images']:,}")
     changes += differences(_fixed(then["recipe"]), _fixed(now["recipe"]))
     if not changes:
-        changes = _changed_stages(then["recipe"]["stages"], now["recipe"]["stages"], state["step"], now["images_per_step"])
+        changes = _changed_stages(
+            then["recipe"]["stages"], now["recipe"]["stages"], state["step"], now["images_per_step"]
+        )
     if changes:
         raise CheckpointError(
             f"{path} is of a run with another recipe ({'; '.join(changes[:5])}{'; ...' if len(changes) > 5 else ''}). "

@@ -15,7 +15,14 @@ from dyntok.errors import ConfigError
 T = TypeVar("T")
 
 _NUMERAL = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # to people and Python, but not to YAML 1.1
-_WANTED = {int: "an integer", float: "a finite number", bool: "true or false", str: "text", tuple: "a list", dict: "a mapping"}
+_WANTED = {
+    int: "an integer",
+    float: "a finite number",
+    bool: "true or false",
+    str: "text",
+    tuple: "a list",
+    dict: "a mapping",
+}
 
 
 def build(cls: type[T], values: Any, where: str = "") -> T:
@@ -40,18 +47,29 @@ def _convert(expected: Any, value: Any, where: str) -> Any:
         return value if isinstance(value, kind) else build(kind, value, where)
     if kind is Literal:
         if value not in arguments:
-            hint = "; YAML reads no, off, yes and on as booleans: put the word in quotes" if isinstance(value, bool) else ""
+            hint = (
+                "; YAML reads no, off, yes and on as booleans: put the word in quotes"
+                if isinstance(value, bool)
+                else ""
+            )
             raise ConfigError(f"{where} is {_shown(value)}, expected {' or '.join(map(repr, arguments))}{hint}")
         return value
     accepted = {float: (float, int), tuple: (tuple, list)}.get(kind, kind)
-    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool) or (kind is float and not math.isfinite(value)):
+    if (
+        not isinstance(value, accepted)
+        or (isinstance(value, bool) and kind is not bool)
+        or (kind is float and not math.isfinite(value))
+    ):
         hint = "; YAML reads 1e-3 as text, write 1.0e-3" if kind is float and _NUMERAL.fullmatch(str(value)) else ""
         raise ConfigError(f"{where} is {_shown(value)}, expected {_WANTED[kind]}{hint}")
     if kind is tuple:
         kinds = [arguments[0]] * len(value) if arguments[-1] is ... else arguments
         if len(kinds) != len(value):
             raise ConfigError(f"{where} has {len(value)} entries, expected {len(kinds)}")
-        return tuple(_convert(item_kind, item, f"{where}[{i}]") for i, (item_kind, item) in enumerate(zip(kinds, value, strict=True)))
+        return tuple(
+            _convert(item_kind, item, f"{where}[{i}]")
+            for i, (item_kind, item) in enumerate(zip(kinds, value, strict=True))
+        )
     return value
 
 

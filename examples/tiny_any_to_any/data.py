@@ -33,7 +33,10 @@ def photographs(source: Path) -> Iterator[tuple[str, bytes, list[str]]]:
                 if extension == "jpg":
                     images[key] = tar.extractfile(member).read()
                 elif extension == "captions.json":
-                    captions[key] = [text.replace(" .", ".").replace(" ,", ",").strip() for text in json.load(tar.extractfile(member))]
+                    captions[key] = [
+                        text.replace(" .", ".").replace(" ,", ",").strip()
+                        for text in json.load(tar.extractfile(member))
+                    ]
                 if key in images and key in captions:
                     yield key, images.pop(key), captions.pop(key)
 
@@ -57,7 +60,12 @@ def prepare(source: Path, folder: Path) -> Path:
             rows["codes"].append(encoding.codes[0].tolist())
             rows["positions"].append(encoding.positions[0].tolist())
             rows["captions"].append(captions)
-    types = {"key": pa.string(), "codes": pa.list_(pa.uint16()), "positions": pa.list_(pa.uint16()), "captions": pa.list_(pa.string())}
+    types = {
+        "key": pa.string(),
+        "codes": pa.list_(pa.uint16()),
+        "positions": pa.list_(pa.uint16()),
+        "captions": pa.list_(pa.string()),
+    }
     table = pa.table({name: pa.array(values, types[name]) for name, values in rows.items()})
     pq.write_table(table.replace_schema_metadata({"fingerprint": tokenizer.fingerprint}), path.with_suffix(".part"))
     path.with_suffix(".part").rename(path)
@@ -87,7 +95,9 @@ def documents(path: Path, split: str, epoch: int = 0) -> Iterator[Document]:
 def captions(path: Path, split: str) -> dict[str, list[str]]:
     """All captions by key."""
     rows = pq.read_table(path, columns=["key", "captions"]).to_pylist()
-    return {row["key"]: row["captions"] for row in rows if in_split(row["key"], split) and not row["key"].endswith(MIRRORED)}
+    return {
+        row["key"]: row["captions"] for row in rows if in_split(row["key"], split) and not row["key"].endswith(MIRRORED)
+    }
 
 
 def text_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
@@ -97,6 +107,9 @@ def text_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
     special = ["<s>", "</s>", "<pad>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=TEXT_TOKENS, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=TEXT_TOKENS, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
     )
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>")

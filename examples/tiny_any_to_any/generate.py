@@ -82,7 +82,9 @@ class Evaluation:
         for name, before, judged in (("image", self.text, self.image), ("text", self.image, self.text)):
             figures[name] = {
                 "right": self.per_token([(before(d), judged(d)) for d in self.documents]),
-                "shuffled": self.per_token([(before(o), judged(d)) for o, d in zip(others, self.documents, strict=True)]),
+                "shuffled": self.per_token(
+                    [(before(o), judged(d)) for o, d in zip(others, self.documents, strict=True)]
+                ),
                 "unigram": self.unigram(judged),
             }
         return figures
@@ -154,11 +156,11 @@ class Evaluation:
             (words,) = (s for s in document.segments if isinstance(s, str))
             cells = [_picture(real), html.escape(self.caption(document)), html.escape(words), _picture(painted)]
             rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-        head = (
-            "<tr><th>picture (its codes)</th><th>caption written for it</th><th>its own caption</th><th>picture written for that</th></tr>"
-        )
+        head = "<tr><th>picture (its codes)</th><th>caption written for it</th><th>its own caption</th><th>picture written for that</th></tr>"
         style = "<style>body{font:16px sans-serif}td,th{padding:8px;max-width:20em}</style>"
-        return f"<!doctype html><meta charset=utf-8><title>any to any</title>{style}<table>{head}{''.join(rows)}</table>\n"
+        return (
+            f"<!doctype html><meta charset=utf-8><title>any to any</title>{style}<table>{head}{''.join(rows)}</table>\n"
+        )
 
 
 def share(right: int, count: int) -> dict[str, float]:
@@ -178,7 +180,9 @@ def _picture(image) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="what train.py wrote")
-    parser.add_argument("--generations", type=int, default=1000, help="with the grammar, and as many without (default: %(default)s)")
+    parser.add_argument(
+        "--generations", type=int, default=1000, help="with the grammar, and as many without (default: %(default)s)"
+    )
     options = parser.parse_args()
     evaluation = Evaluation(options.folder)
     steps = {

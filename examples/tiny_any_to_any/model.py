@@ -12,7 +12,9 @@ import dyntok
 from dyntok.llm import extend_model, extend_tokenizer
 
 
-def new(folder: Path, visual: dyntok.DynamicVisualTokenizer) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase, dyntok.VisualVocab]:
+def new(
+    folder: Path, visual: dyntok.DynamicVisualTokenizer
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase, dyntok.VisualVocab]:
     """Untrained; code embeddings start as far from each other as the codebook's vectors are."""
     tokenizer = text_tokenizer(text for texts in captions(folder / CODES, "train").values() for text in texts)
     config = LlamaConfig(
@@ -27,7 +29,9 @@ def new(folder: Path, visual: dyntok.DynamicVisualTokenizer) -> tuple[LlamaForCa
     return model, tokenizer, vocab
 
 
-def load(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase, dyntok.VisualVocab, dyntok.DynamicVisualTokenizer]:
+def load(
+    folder: Path,
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase, dyntok.VisualVocab, dyntok.DynamicVisualTokenizer]:
     """What training left in a folder."""
     visual = dyntok.load()
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
@@ -36,7 +40,9 @@ def load(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase, dynto
     return AutoModelForCausalLM.from_pretrained(folder / "model").eval(), tokenizer, vocab, visual
 
 
-def token_losses(model: LlamaForCausalLM, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
+def token_losses(
+    model: LlamaForCausalLM, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None
+) -> Tensor:
     """Cross-entropy in nats of every token but the first, [B, L-1]; 0 where the label is -100."""
     with torch.autocast("cpu", torch.bfloat16):  # twice as fast on processors with bf16 arithmetic
         logits = model(input_ids=input_ids, position_ids=position_ids).logits[:, :-1]

@@ -63,12 +63,17 @@ def validate(model, dataset: PackedDataset, vocab: dyntok.VisualVocab) -> dict[s
     totals = torch.zeros(4, dtype=torch.double)
     for batch in DataLoader(dataset, batch_size=BATCH):
         totals += torch.tensor(by_modality(llm.token_losses(model, **batch), batch["labels"], vocab))
-    return {"validation_text": round(float(totals[0] / totals[2]), 4), "validation_image": round(float(totals[1] / totals[3]), 4)}
+    return {
+        "validation_text": round(float(totals[0] / totals[2]), 4),
+        "validation_image": round(float(totals[1] / totals[3]), 4),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of webdataset tars: KEY.jpg, KEY.captions.json")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder of webdataset tars: KEY.jpg, KEY.captions.json"
+    )
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=STEPS)
     options = parser.parse_args()
@@ -76,7 +81,10 @@ def main() -> None:
     torch.manual_seed(0)
     model, tokenizer, vocab = llm.new(options.output, dyntok.load())
     decayed = [p for p in model.parameters() if p.dim() > 1]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     step, begin, done = 0, 0, 0
     state_path, log_path = options.output / "state.pt", options.output / "log.jsonl"

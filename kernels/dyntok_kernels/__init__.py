@@ -9,4 +9,4 @@ from dyntok_kernels.ops import nearest_code as nearest_code
 from dyntok_kernels.ops import scatter_rows as scatter_rows
 from dyntok_kernels.ops import total_of as total_of
 from dyntok_kernels.ops import varlen_attention as varlen_attention
-from dyntok_kernels.weighted import weighted_attention as weighted_attention
+from dyntok_kernels.soft_masked_attention import soft_masked_attention as soft_masked_attention

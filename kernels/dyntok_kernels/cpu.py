@@ -50,7 +50,9 @@ def _images(
     """
     lengths_q, lengths_k = lengths_of(cu_q), lengths_of(cu_k)
     if len(set(lengths_q)) == len(set(lengths_k)) == 1 and lengths_q[0] and lengths_k[0]:
-        yield tuple([x.unflatten(0, (len(lengths_q), -1)).transpose(1, 2) for x in side] for side in (of_queries, of_keys))
+        yield tuple(
+            [x.unflatten(0, (len(lengths_q), -1)).transpose(1, 2) for x in side] for side in (of_queries, of_keys)
+        )
         return
     pairs = zip(*(x.split(lengths_q) for x in of_queries), *(x.split(lengths_k) for x in of_keys), strict=True)
     for parts in pairs:
@@ -175,5 +177,7 @@ def merge_similar(
             owner[part.long()] = (unit.index_select(0, part) @ targets.T).argmax(-1).to(torch.int32) + first
     weights = weights.to(torch.promote_types(x.dtype, torch.float32))
     sizes = torch.zeros(len(kept), dtype=weights.dtype, device=x.device).index_add_(0, owner, weights)
-    sums = torch.zeros(len(kept), x.shape[1], dtype=weights.dtype, device=x.device).index_add_(0, owner, weights[:, None] * x)
+    sums = torch.zeros(len(kept), x.shape[1], dtype=weights.dtype, device=x.device).index_add_(
+        0, owner, weights[:, None] * x
+    )
     return (sums / sizes[:, None]).to(x.dtype), sizes, owner

@@ -25,7 +25,9 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor
     Returns [Tq, H, d], with gradients for q, k and v. Raises `ValueError` on shapes that do not fit.
     """
     if q.ndim != 3 or k.shape != v.shape or q.shape[1:] != k.shape[1:] or cu_q.shape != cu_k.shape:
-        told = ", ".join(f"{name} {list(x.shape)}" for name, x in {"q": q, "k": k, "v": v, "cu_q": cu_q, "cu_k": cu_k}.items())
+        told = ", ".join(
+            f"{name} {list(x.shape)}" for name, x in {"q": q, "k": k, "v": v, "cu_q": cu_q, "cu_k": cu_k}.items()
+        )
         raise ValueError(f"attention got {told}; expected q [Tq, H, d], k and v [Tk, H, d], cu_q and cu_k [B+1]")
     return torch.ops.dyntok.varlen_attention(q, k, v, cu_q, cu_k, causal)[0]
 
@@ -79,7 +81,12 @@ def _keep_attention(ctx, inputs: tuple, output: tuple) -> None:
 
 def _attention_gradient(ctx, grad: Tensor, _: Tensor | None) -> tuple:
     q, k, v, cu_q, cu_k, out, lse = ctx.saved_tensors
-    return *torch.ops.dyntok.varlen_attention_backward(grad, q, k, v, out, lse, cu_q, cu_k, ctx.causal), None, None, None
+    return (
+        *torch.ops.dyntok.varlen_attention_backward(grad, q, k, v, out, lse, cu_q, cu_k, ctx.causal),
+        None,
+        None,
+        None,
+    )
 
 
 _attention.register_autograd(_attention_gradient, setup_context=_keep_attention)
@@ -109,7 +116,13 @@ def nearest_code(z: Tensor, codebook: Tensor, *, normalize: bool = True) -> Tens
 
     z: [T, C]; codebook: [K, C], same dtype, K of at least 1. Returns LongTensor [T]. Raises `ValueError` on shapes that do not fit.
     """
-    if z.ndim != 2 or codebook.ndim != 2 or z.shape[1] != codebook.shape[1] or len(codebook) == 0 or z.dtype != codebook.dtype:
+    if (
+        z.ndim != 2
+        or codebook.ndim != 2
+        or z.shape[1] != codebook.shape[1]
+        or len(codebook) == 0
+        or z.dtype != codebook.dtype
+    ):
         told = f"z {z.dtype} {list(z.shape)} and a codebook {codebook.dtype} {list(codebook.shape)}"
         raise ValueError(f"code search got {told}; expected [T, C] and [K, C] of one dtype")
     return torch.ops.dyntok.nearest_code(z, codebook, normalize)
@@ -257,14 +270,18 @@ def _merge_similar(
 
 
 @_merge_similar.register_kernel("cuda")
-def _(x: Tensor, weights: Tensor, kept: Tensor, cu_kept: Tensor, dropped: Tensor, cu_dropped: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    x: Tensor, weights: Tensor, kept: Tensor, cu_kept: Tensor, dropped: Tensor, cu_dropped: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     from dyntok_kernels.gpu.merge_similar import merge_similar
 
     return merge_similar(x, weights, kept, cu_kept, dropped, cu_dropped)
 
 
 @_merge_similar.register_fake
-def _(x: Tensor, weights: Tensor, kept: Tensor, cu_kept: Tensor, dropped: Tensor, cu_dropped: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    x: Tensor, weights: Tensor, kept: Tensor, cu_kept: Tensor, dropped: Tensor, cu_dropped: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
     rows = kept.shape[0]
     return x.new_empty(rows, x.shape[1]), x.new_empty(rows, dtype=wide), x.new_empty(x.shape[0], dtype=torch.int32)
@@ -289,7 +306,9 @@ def _merged_gradient(ctx, grad: Tensor | None, grad_sizes: Tensor | None, _: Non
 _merge_similar.register_autograd(_merged_gradient, setup_context=_keep_merged)
 
 
-def merge_similar(x: Tensor, keep: Tensor, weights: Tensor, *, total: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def merge_similar(
+    x: Tensor, keep: Tensor, weights: Tensor, *, total: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Merging without parameters: every dropped patch joins the kept patch of its image that it is most like (greatest cosine, the first
     of equal ones), and each kept patch becomes the weighted mean of what it owns (after ToMe, arXiv 2210.09461).
 

@@ -38,7 +38,11 @@ def _rows(base, first, end, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BL
     rows = tl.arange(0, BLOCK)
     columns = tl.arange(0, BLOCK_D)
     inside = (first + rows < end)[:, None] & (columns < WIDTH)[None, :]
-    return tl.load(base + first * (stride.to(tl.int64) * 8) + (rows * (stride * 8))[:, None] + columns[None, :], mask=inside, other=0.0)
+    return tl.load(
+        base + first * (stride.to(tl.int64) * 8) + (rows * (stride * 8))[:, None] + columns[None, :],
+        mask=inside,
+        other=0.0,
+    )
 
 
 @triton.jit
@@ -80,7 +84,9 @@ def forward_kernel(
         keys = _rows(k + head * WIDTH, block, end_k, k_row, WIDTH, BLOCK_N, BLOCK_D)
         values = _rows(v + head * WIDTH, block, end_k, v_row, WIDTH, BLOCK_N, BLOCK_D)
         scores = dot(queries, tl.trans(keys)) * scale
-        scores = tl.where(_visible(rows[:, None], columns[None, :], start_q, start_k, end_k, causal), scores, float("-inf"))
+        scores = tl.where(
+            _visible(rows[:, None], columns[None, :], start_q, start_k, end_k, causal), scores, float("-inf")
+        )
         higher = tl.maximum(top, tl.max(scores, 1))  # finite: every row sees the first key
         shrink = tl.exp2(top - higher)
         mass = tl.exp2(scores - higher[:, None])
@@ -117,7 +123,9 @@ def query_gradient_kernel(
         keys = _rows(k + head * WIDTH, block, end_k, k_row, WIDTH, BLOCK_N, BLOCK_D)
         values = _rows(v + head * WIDTH, block, end_k, v_row, WIDTH, BLOCK_N, BLOCK_D)
         scores = dot(queries, tl.trans(keys)) * scale - norm[:, None]
-        scores = tl.where(_visible(rows[:, None], columns[None, :], start_q, start_k, end_k, causal), scores, float("-inf"))
+        scores = tl.where(
+            _visible(rows[:, None], columns[None, :], start_q, start_k, end_k, causal), scores, float("-inf")
+        )
         change = dot(towards, tl.trans(values)) - mean[:, None]
         sums += dot(cast(tl.exp2(scores) * change, keys.dtype), keys)
     _put(grad_q + head * WIDTH, first, end_q, out_row, sums * (scale * 0.6931471805599453), WIDTH, BLOCK_M, BLOCK_D)
@@ -158,12 +166,19 @@ def key_gradient_kernel(
     _put(grad_v + head * WIDTH, first, end_k, out_row, value_sums, WIDTH, BLOCK_N, BLOCK_D)
 
 
-def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, causal: bool
+) -> tuple[Tensor, Tensor]:
     """Launches the forward: (out [Tq, H, d], lse float32 [H, Tq]). Arguments as in `ops.varlen_attention`; the last dimension is dense."""
     q, k, v = (_heads_together(x) for x in (q, k, v))
-    check(q.dtype in FLOATS and q.dtype == k.dtype == v.dtype, f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}, expected one of {FLOATS}")
+    check(
+        q.dtype in FLOATS and q.dtype == k.dtype == v.dtype,
+        f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}, expected one of {FLOATS}",
+    )
     total_q, heads, width = q.shape
-    check(width % 8 == 0 and 8 <= width <= 128, f"heads have {width} channels, the kernel takes multiples of 8 up to 128")
+    check(
+        width % 8 == 0 and 8 <= width <= 128, f"heads have {width} channels, the kernel takes multiples of 8 up to 128"
+    )
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(heads, total_q, dtype=torch.float32, device=q.device)
     images, blocks = len(cu_q) - 1, forward_blocks(q.dtype, width)
@@ -202,7 +217,9 @@ def varlen_attention_backward(
 
 def _heads_together(x: Tensor) -> Tensor:
     """Rows may lie apart, by multiples of 8; the heads of one follow each other. (16-byte loads need both.)"""
-    return x if x.stride()[1:] == (x.shape[2], 1) and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 else x.contiguous()
+    return (
+        x if x.stride()[1:] == (x.shape[2], 1) and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 else x.contiguous()
+    )
 
 
 def _scale(width: int) -> float:

@@ -11,7 +11,9 @@ _BLOCKS = Blocks(1, 16, warps=1)  # a code, vectors at a time
 
 
 @triton.jit
-def codebook_stats_kernel(z, order, bounds, counts, sums, WIDTH: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr):
+def codebook_stats_kernel(
+    z, order, bounds, counts, sums, WIDTH: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr
+):
     """One program per code. order: rows of z sorted by code; bounds: where each code's begin, int64 [K+1]."""
     code = tl.program_id(0)
     start = tl.load(bounds + code)
@@ -47,7 +49,13 @@ def variants() -> list[Variant]:
     types = {"order": torch.int64, "bounds": torch.int64, "counts": torch.float32, "sums": torch.float32}
     return [
         Variant(
-            f"codebook_stats c={width}", dtype, codebook_stats_kernel, {"z": dtype, **types}, _constants(width), _BLOCKS, multiplies=False
+            f"codebook_stats c={width}",
+            dtype,
+            codebook_stats_kernel,
+            {"z": dtype, **types},
+            _constants(width),
+            _BLOCKS,
+            multiplies=False,
         )
         for dtype in FLOATS
         for width in (8, 16, 32, 64)

@@ -37,7 +37,9 @@ def nearest_code_kernel(
         known = code < size
         present = known[:, None] & (columns < WIDTH)[None, :]
         entries = tl.load(codebook + (code * WIDTH)[:, None] + columns[None, :], mask=present, other=0.0)
-        score = alike_dot(vectors, tl.trans(entries)) - tl.load(half_norms + code, mask=known, other=float("inf"))[None, :]
+        score = (
+            alike_dot(vectors, tl.trans(entries)) - tl.load(half_norms + code, mask=known, other=float("inf"))[None, :]
+        )
         top, index = tl.max(score, 1, return_indices=True)  # the lowest index of equal ones
         found = tl.where(top > best, start + index, found)  # an earlier block keeps a tie
         best = tl.maximum(best, top)
@@ -46,7 +48,10 @@ def nearest_code_kernel(
 
 def nearest_code(z: Tensor, codebook: Tensor, normalize: bool) -> Tensor:
     """Launches the search: LongTensor [T]. Arguments as in `ops.nearest_code`; scores are float32."""
-    check(z.dtype in FLOATS and z.dtype == codebook.dtype, f"z is {z.dtype} and the codebook {codebook.dtype}, expected one of {FLOATS}")
+    check(
+        z.dtype in FLOATS and z.dtype == codebook.dtype,
+        f"z is {z.dtype} and the codebook {codebook.dtype}, expected one of {FLOATS}",
+    )
     dim = z.shape[1]
     check(1 <= dim <= 64, f"codes have {dim} channels, the kernel takes 1 to 64")
     z, codebook = z.contiguous(), codebook.contiguous()
@@ -72,5 +77,7 @@ def variants() -> list[Variant]:
             types = {"z": dtype, "codebook": dtype, "half_norms": torch.float32, "codes": torch.int64}
             types |= dict.fromkeys(("rows", "size", "normalize"), "i32")
             blocks = blocks_for(dtype, dim)
-            found.append(Variant(f"nearest_code c={dim}", dtype, nearest_code_kernel, types, _constants(dim, blocks), blocks))
+            found.append(
+                Variant(f"nearest_code c={dim}", dtype, nearest_code_kernel, types, _constants(dim, blocks), blocks)
+            )
     return found

@@ -26,7 +26,16 @@ def compact_kernel(keep, cu_seqlens, indices, patches, BLOCK: tl.constexpr):
 
 @kernel("rows", "patches")
 def gather_kernel(
-    x, index, embed, out, rows, patches, WIDTH: tl.constexpr, EMBEDDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
+    x,
+    index,
+    embed,
+    out,
+    rows,
+    patches,
+    WIDTH: tl.constexpr,
+    EMBEDDED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     """out[t] = x[index[t]] (+ embed[index[t] % patches]); zeros where the index is -1."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -44,7 +53,16 @@ def gather_kernel(
 
 @kernel("total", "patches")
 def scatter_kernel(
-    rows, inverse, base, out, total, patches, WIDTH: tl.constexpr, BASED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
+    rows,
+    inverse,
+    base,
+    out,
+    total,
+    patches,
+    WIDTH: tl.constexpr,
+    BASED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     """out[m] = rows[inverse[m]], or nothing where that is -1 (+ base[m % patches])."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -65,7 +83,9 @@ def compact(keep: Tensor) -> tuple[Tensor, Tensor]:
     torch.cumsum(keep.sum(1), 0, out=cu_seqlens[1:])
     indices = torch.full((images * patches,), -1, dtype=torch.int32, device=keep.device)
     if indices.numel():
-        compact_kernel[(images,)](keep.contiguous(), cu_seqlens, indices, patches, BLOCK=_COMPACT.n, num_warps=_COMPACT.warps)
+        compact_kernel[(images,)](
+            keep.contiguous(), cu_seqlens, indices, patches, BLOCK=_COMPACT.n, num_warps=_COMPACT.warps
+        )
     return indices, cu_seqlens
 
 
@@ -91,10 +111,14 @@ def scatter_rows(rows: Tensor, index: Tensor, base: Tensor | None, total: int) -
     if out.numel():
         # the last entry takes what belongs nowhere
         inverse = torch.full((total + 1,), -1, dtype=torch.int32, device=rows.device)
-        inverse[torch.where(index < 0, total, index).long()] = torch.arange(len(index), dtype=torch.int32, device=rows.device)
+        inverse[torch.where(index < 0, total, index).long()] = torch.arange(
+            len(index), dtype=torch.int32, device=rows.device
+        )
         based = base is not None
         base = base.to(rows.dtype).contiguous() if based else out
-        scatter_kernel[_grid(total, width)](rows, inverse, base, out, total, len(base), WIDTH=width, BASED=based, **_LAUNCH)
+        scatter_kernel[_grid(total, width)](
+            rows, inverse, base, out, total, len(base), WIDTH=width, BASED=based, **_LAUNCH
+        )
     return out
 
 
@@ -118,7 +142,13 @@ def variants() -> list[Variant]:
                 f"gather_rows d={width}{' embedded' * fused}", dtype, gather_kernel, types, {**constants, "EMBEDDED": fused}, _BLOCKS,
                 multiplies=False,
             )  # fmt: skip
-            types = {"rows": dtype, "inverse": torch.int32, "base": dtype, "out": dtype, **{n: numbers[n] for n in ("total", "patches")}}
+            types = {
+                "rows": dtype,
+                "inverse": torch.int32,
+                "base": dtype,
+                "out": dtype,
+                **{n: numbers[n] for n in ("total", "patches")},
+            }
             scatter = Variant(
                 f"scatter_rows d={width}{' based' * fused}", dtype, scatter_kernel, types, {**constants, "BASED": fused}, _BLOCKS,
                 multiplies=False,

@@ -1,0 +1,120 @@
+"""What a run would do, without writing anything: counted where it can be counted, estimated from a sample otherwise."""
+
+import itertools
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dyntok.batch.engines.stages import End, Item, Tokens, Work, batches, decode, encode, read
+from dyntok.batch.formats import make_writer
+from dyntok.batch.inputs.samples import Broken
+from dyntok.batch.run import Task
+from dyntok.batch.storage import Output, shown
+from dyntok.errors import DataError
+
+_SAMPLE = 96  # rows
+_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rows, bytes and seconds of tars are estimates from the sample's share of its shard; so are seconds, tokens and bytes written."""
+
+    kind: str
+    output: str
+    input_shards: int  # to be read
+    input_shards_finished: int
+    input_bytes: int
+    rows: int  # to be read, about
+    sampled: int
+    errors: int  # in the sample
+    tokens_per_image: float
+    seconds: float  # on this machine, one device
+    output_bytes: int
+    output_shards: int  # at least
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        minutes = f"{self.seconds / 60:.1f} minutes" if self.seconds < 7200 else f"{self.seconds / 3600:.1f} hours"
+        lines = [
+            f"would read   {self.input_shards:,} input shards ({self.kind}) of {self.input_bytes / 1e6:,.1f} MB, about {self.rows:,} rows"
+            + f"; {self.input_shards_finished:,} are finished" * bool(self.input_shards_finished),
+            f"would write  about {self.output_bytes / 1e6:,.1f} MB in {self.output_shards:,} shards or more, to {self.output}",
+            f"would take   about {minutes} on this machine with one device",
+            f"from a sample of {self.sampled} rows: {self.tokens_per_image:.1f} tokens per image, {self.errors} errors",
+        ]
+        return "\n".join(lines)
+
+
+def plan(task: Task) -> Plan:
+    """Raises what `tokenize` raises before it writes; `DataError` where nothing is left to be done."""
+    ledger, sampling = task.ledger(create=False), _Sampling(task)
+    shards = extent = size = 0
+    for work in ledger.missing(task.source):
+        sampling.take(work)
+        shards += 1
+        extent += work.shard.begin + work.shard.extent - work.start
+        size += work.shard.size if work.shard.rows is None or work.shard.rows[0] == 0 else 0
+    if not shards:
+        raise DataError(f"nothing is left to be done in {shown(task.output.address)}")
+    images = [image for item in sampling.items for image in item.sample.images]
+    tokens = [len(image.codes) for image in images if isinstance(image, Tokens)]
+    rows = extent  # of lists and tables; of tars it is bytes
+    if task.source.kind == "tar":
+        rows = round(extent * len(sampling.items) / max(sampling.extent, 1))
+    return Plan(
+        kind=task.source.kind,
+        output=shown(task.output.address),
+        input_shards=shards,
+        input_shards_finished=int(ledger.finished_shards),
+        input_bytes=size,
+        rows=rows,
+        sampled=len(sampling.items),
+        errors=sum(isinstance(image, Broken) for image in images),
+        tokens_per_image=sum(tokens) / max(len(tokens), 1),
+        seconds=rows * sampling.seconds / max(sampling.timed, 1),
+        output_bytes=round(rows * sampling.output_bytes() / max(len(sampling.items), 1)),
+        output_shards=max(shards, -(-rows // task.options.shard_size)),
+    )
+
+
+class _Sampling:
+    """The first rows of the work, encoded."""
+
+    def __init__(self, task: Task) -> None:
+        self.task, self.items, self.types = task, [], {}
+        self.extent = 0  # of their input shards
+        self.seconds, self.timed = 0.0, 0  # for so many rows; the first batch only warms up
+
+    def take(self, work: Work) -> None:
+        if len(self.items) >= _SAMPLE:
+            return
+        task, options, began = self.task, self.task.options, time.monotonic()
+        with task.source.open(work.shard, work.start) as reading:
+            self.types = dict(reading.types)
+        rows = list(itertools.islice(read(task.source, work, options.shard_size), _SAMPLE - len(self.items)))
+        for batch in batches((row for row in rows if isinstance(row, Item)), _BATCH):
+            encoded = encode(
+                decode(batch, task.source, task.tokenizer.config.image, options.max_pixels), task.tokenizer, options
+            )
+            if self.items:
+                self.seconds += time.monotonic() - began
+                self.timed += len(encoded)
+            self.items += encoded
+            began = time.monotonic()
+        if rows and isinstance(rows[-1], End) and rows[-1].last:
+            self.extent += work.shard.begin + work.shard.extent - work.start
+        elif self.items:
+            self.extent += self.items[-1].sample.next - work.start
+
+    def output_bytes(self) -> int:
+        """Of the sample, written to a temporary folder."""
+        good = [item for item in self.items if all(isinstance(image, Tokens) for image in item.sample.images)]
+        if not good:
+            return 0
+        with tempfile.TemporaryDirectory() as folder:
+            writer = make_writer(self.task.options, self.task.tokenizer, self.task.description)
+            return sum(writer.write(Output(folder, {}), "sample", good, self.types).values())

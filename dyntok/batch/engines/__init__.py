@@ -1,0 +1,1 @@
+"""How a batch run computes: the stages, and the engines that run them on one machine or on Ray."""

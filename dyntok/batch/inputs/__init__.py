@@ -1,0 +1,1 @@
+"""Inputs of a batch run: folders, lists, tars and Parquet, as shards of samples."""

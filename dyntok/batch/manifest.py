@@ -1,0 +1,256 @@
+"""What a run has finished: one record per output shard, written last of all; and the rows that failed.
+
+`OUTPUT/__run__/run.json` says what the run is, `done/NAME.json` that an output shard is complete, `errors/NAME.parquet` which rows are not
+in it. A file that no record names is not part of the output.
+"""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dyntok.batch.engines.stages import End, Item, Range, Retry, Tokens, Work
+from dyntok.batch.formats import Writer
+from dyntok.batch.inputs.samples import Broken, Input, Shard
+from dyntok.batch.options import BatchOptions, differences
+from dyntok.batch.storage import RUN, Output, key_of, shown, told
+from dyntok.errors import BatchError, DataError
+from dyntok.tokenizer import batched
+
+_VERSION = 1  # of the records
+_TOGETHER = 256  # records that are read at once
+_SHARD = re.compile(r"\d{6,}-\d{6,}(-retry\d+)?\.(parquet|tar|bin|idx|keys\.json)")
+_ERRORS = pa.schema(
+    [
+        ("key", pa.string()),
+        ("source", pa.string()),
+        ("reason", pa.string()),
+        ("place", pa.int64()),
+        ("image", pa.int32()),
+    ],
+)
+
+
+@dataclass(frozen=True)
+class Record:
+    """An output shard that is complete."""
+
+    shard: dict[str, Any]  # identity of the input shard
+    start: int  # where the range begins in it, and where the next one
+    next: int
+    last: bool
+    rows: int  # that were read; those with an error, too
+    images: int
+    tokens: int
+    errors: int
+    duplicates: int  # rows whose key came before in this range
+    files: dict[str, dict[str, int]]  # name -> {"rows": ..., "bytes": ...}
+    attempt: int = 0  # the last `--retry-errors`
+
+
+def describe(
+    sources: Sequence[str], kind: str, fingerprint: str, options: BatchOptions, version: str
+) -> dict[str, Any]:
+    """What `run.json` holds, and what must be the same when the run goes on (but for the version of dyntok)."""
+    return {
+        "version": _VERSION,
+        "dyntok": version,
+        "tokenizer": {"fingerprint": fingerprint},
+        "input": {
+            "kind": kind,
+            "sources": [key_of(source if "://" in source else os.path.abspath(source)) for source in sources],
+        },
+        "options": {name: value for name, value in options.to_dict().items() if name != "kind"},
+    }
+
+
+def read_description(output: Output) -> dict[str, Any]:
+    """Of an output folder. Raises `DataError` where it is none."""
+    described = output.read_json(f"{RUN}/run.json")
+    if described is None:
+        raise DataError(f"{shown(output.address)} is no output of `dyntok batch`: it has no {RUN}/run.json")
+    if not isinstance(described, dict) or described.get("version") != _VERSION:
+        raise DataError(f"{shown(output.address)}/{RUN}/run.json is of another version of dyntok, or damaged")
+    return described
+
+
+def read_records(output: Output) -> Iterator[tuple[Range, Record]]:
+    """Of everything that is complete, in order. Raises `BatchError`."""
+    all_names = sorted((name.removesuffix(".json") for name in output.names(f"{RUN}/done")), key=_numbers)
+    for names in batched(all_names, _TOGETHER):
+        for name, values in zip(names, output.read_jsons([f"{RUN}/done/{name}.json" for name in names]), strict=True):
+            shard, _, number = name.partition("-")
+            try:
+                yield Range(int(shard), int(number)), Record(**values)
+            except (TypeError, ValueError) as error:
+                raise BatchError(
+                    f"{shown(output.address)}/{RUN}/done/{name}.json is damaged; remove it, and run again"
+                ) from error
+
+
+def _numbers(name: str) -> list[int]:
+    """As text, shard 1000000 would come before shard 999999."""
+    return [int(part) if part.isdecimal() else -1 for part in name.split("-")]
+
+
+def read_errors(output: Output, span: Range, record: Record) -> list[dict[str, Any]]:
+    """Rows of the errors table that belong to a record. Raises `BatchError`."""
+    if not record.errors:
+        return []
+    name = _errors_name(replace(span, attempt=record.attempt))
+    with told("read", f"{output.address}/{name}", output.options), output.open(name) as file:
+        return pq.read_table(file).to_pylist()
+
+
+class Ledger:
+    """Of one output folder; made where there is none, unless `create` is false.
+
+    Raises `BatchError` where the folder holds another run, or something else.
+    """
+
+    def __init__(self, output: Output, description: Mapping[str, Any], *, create: bool = True) -> None:
+        self.output = output
+        before = output.read_json(f"{RUN}/run.json")
+        if before is None and next(iter(output.names()), None) is not None:
+            raise BatchError(f"{shown(output.address)} holds files that are of no run; name a new or an empty folder")
+        if next(iter(output.names(f"{RUN}/done")), None) is not None:
+            found = differences({**description, "dyntok": None}, {**read_description(output), "dyntok": None})
+            if found:
+                raise BatchError(
+                    f"{shown(output.address)} holds another run: {'; '.join(found)}; go on as it was begun, or name a new folder"
+                )
+        elif create and before != description:  # a run that finished nothing binds nobody, and leaves nothing
+            for name in [name for name in output.names() if _SHARD.fullmatch(name)]:
+                output.remove(name)
+            output.publish_json(f"{RUN}/run.json", description)
+        self.finished_before = 0  # images in the records that were met, and input shards as far as they are finished
+        self.finished_shards = 0.0
+
+    def missing(self, source: Input) -> Iterator[Work]:
+        """What is not complete, in the order of the input. Raises `BatchError` where the input is not what it was."""
+        records = _Groups(read_records(self.output))
+        for shard in source.shards():
+            done = records.of(shard.index)
+            for record in done.values():
+                if changed := differences(shard.identity, record.shard):
+                    raise BatchError(
+                        f"the input changed since this run began: {'; '.join(changed)}; run into a new folder"
+                    )
+            done = {number: record for number, record in done.items() if self._whole(record)}
+            self.finished_before += sum(record.images for record in done.values())
+            self.finished_shards += sum(record.next - record.start for record in done.values()) / max(shard.extent, 1)
+            yield from _gaps(shard, done)
+        if (beyond := records.rest()) is not None:
+            raise BatchError(
+                f"the input has fewer shards than when this run began: {beyond['address']} is not there; run into a new folder"
+            )
+
+    def failed(self, source: Input) -> Iterator[Work]:
+        """Rows of the errors table, to be tried again."""
+        records = _Groups(read_records(self.output))
+        for shard in source.shards():
+            for number, record in records.of(shard.index).items():
+                if record.errors:
+                    keys = {
+                        row["place"]: row["key"] for row in read_errors(self.output, Range(shard.index, number), record)
+                    }
+                    retry = Retry(record.attempt + 1, keys, record.rows, record.last)
+                    yield Work(shard, number, record.start, retry=retry)
+
+    def commit(self, end: End, items: Sequence[Item], writer: Writer) -> Record:
+        """Write an output shard: its errors, its data, and last its record. Raises `BatchError`; nothing counts then."""
+        failures = [
+            _failure(item, i, image)
+            for item in items
+            for i, image in enumerate(item.sample.images)
+            if isinstance(image, Broken)
+        ]
+        good = [
+            item
+            for item in items
+            if not item.sample.images or not all(isinstance(image, Broken) for image in item.sample.images)
+        ]
+        if failures:
+            table = pa.Table.from_pylist(failures, _ERRORS)
+            self.output.publish(_errors_name(end.range), lambda path: pq.write_table(table, path))
+        sizes = writer.write(self.output, end.range.name, good, end.types) if good else {}
+        files = {file: {"rows": len(good), "bytes": size} for file, size in sizes.items()}
+        images = [image for item in good for image in item.sample.images if isinstance(image, Tokens)]
+        seen = Counter(item.sample.key for item in good)
+        record = Record(
+            end.shard, end.start, end.next, end.last, end.rows, len(images), sum(len(image.codes) for image in images), len(failures),
+            len(good) - len(seen), files, end.range.attempt,
+        )  # fmt: skip
+        name = replace(end.range, attempt=0).name
+        whole = record
+        values = self.output.read_json(f"{RUN}/done/{name}.json")  # of a retry, or of a shard whose files were lost
+        before = Record(**values) if values else record
+        if end.range.attempt:
+            beyond = sum(item.place >= before.rows for item in items)
+            whole = replace(
+                record, next=before.next, rows=before.rows + beyond, images=before.images + record.images,
+                tokens=before.tokens + record.tokens, duplicates=before.duplicates + record.duplicates, files=before.files | files,
+            )  # fmt: skip
+        self.output.publish_json(f"{RUN}/done/{name}.json", asdict(whole))
+        for file in (
+            before.files.keys() - whole.files.keys()
+        ):  # a reader of the folder would take their rows for further ones
+            self.output.remove(file)
+        return record
+
+    def _whole(self, record: Record) -> bool:
+        """Whether its files are still there, of the size they had."""
+        return all(self.output.size(name) == facts["bytes"] for name, facts in record.files.items())
+
+
+class _Groups:
+    """Records by the index of their input shard, as they come in order."""
+
+    def __init__(self, records: Iterator[tuple[Range, Record]]) -> None:
+        self._records = records
+        self._next = next(records, None)
+
+    def of(self, shard: int) -> dict[int, Record]:
+        found = {}
+        while self._next is not None and self._next[0].shard <= shard:
+            found[self._next[0].number] = self._next[1]
+            self._next = next(self._records, None)
+        return found
+
+    def rest(self) -> dict[str, Any] | None:
+        return None if self._next is None else self._next[1].shard
+
+
+def _gaps(shard: Shard, done: Mapping[int, Record]) -> Iterator[Work]:
+    number, start = 0, shard.begin
+    while True:
+        if number in done:
+            if done[number].last:
+                return
+            number, start = number + 1, done[number].next
+            continue
+        stop = min((n for n in done if n > number), default=None)
+        yield Work(shard, number, start, stop)
+        if stop is None:
+            return
+        number, start = stop, done[stop].start
+
+
+def _errors_name(span: Range) -> str:
+    return f"{RUN}/errors/{span.name}.parquet"
+
+
+def _failure(item: Item, image: int, broken: Broken) -> dict[str, Any]:
+    several = len(item.sample.images) > 1
+    return {
+        "key": item.sample.key,
+        "source": item.sample.source,
+        "reason": broken.reason,
+        "place": item.place,
+        "image": image if several else None,
+    }

@@ -1,0 +1,200 @@
+"""What an output folder holds: lengths, use of the codebook, errors; and pictures for people."""
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dyntok.batch.dataset import CodesDataset, read_block
+from dyntok.batch.inputs.samples import Broken, Input, Shard, open_input
+from dyntok.batch.manifest import Record, read_description, read_errors, read_records
+from dyntok.batch.options import BatchOptions
+from dyntok.batch.storage import Output, StorageOptions
+from dyntok.encoding import Encoding
+from dyntok.errors import BatchError, FingerprintError, MissingDependencyError
+from dyntok.tokenizer import DynamicVisualTokenizer
+from dyntok.visualize import draw_sheet
+
+_REASONS = 10  # that are told, the most frequent ones
+_PER_SHARD = 4  # panels of one output shard in a sheet
+
+
+@dataclass(frozen=True)
+class Report:
+    """Lengths and use of the codebook are None for Megatron files, whose codes are not read."""
+
+    description: dict[str, Any]  # `run.json`
+    shards: int
+    rows: int  # that were read from the input; those with an error, too
+    images: int
+    tokens: int
+    errors: int
+    duplicates: int
+    bytes: int
+    reasons: dict[str, int]  # the most frequent ones, without names of files
+    lengths: list[int] | None  # how many images have 0, 1, 2, ... tokens
+    codes_used: int | None
+    perplexity: float | None  # of the distribution of codes
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "tokens_per_image": self.tokens_per_image}
+
+    @property
+    def tokens_per_image(self) -> float:
+        return self.tokens / max(self.images, 1)
+
+    def quantile(self, share: float) -> int:
+        """The length that `share` of the images do not exceed."""
+        return int(np.searchsorted(np.cumsum(self.lengths), share * sum(self.lengths)))
+
+    def __str__(self) -> str:
+        per_image = f"{8 * self.bytes / max(self.images, 1):,.0f} bits per image on disk"
+        lines = [
+            f"images       {self.images:,} of {self.rows:,} rows, in {self.shards:,} shards of {self.bytes / 1e6:,.1f} MB ({per_image})",
+            f"tokenizer    {self.description['tokenizer']['fingerprint']}, by dyntok {self.description['dyntok']}",
+            f"tokens       {self.tokens:,}, {self.tokens_per_image:.1f} per image",
+        ]
+        if self.lengths:
+            quantiles = ", ".join(f"{name} {self.quantile(share)}" for name, share in _QUANTILES.items())
+            lines += [f"lengths      {quantiles}", *_bars(self.lengths)]
+            lines.append(f"codes        {self.codes_used:,} different ones, perplexity {self.perplexity:,.0f}")
+        lines += [f"duplicates   {self.duplicates:,} rows with a key that came before in their shard"] * bool(
+            self.duplicates
+        )
+        lines.append(f"errors       {self.errors:,}")
+        lines += [f"  {count:>8,}  {reason}" for reason, count in self.reasons.items()]
+        return "\n".join(lines)
+
+
+_QUANTILES = {"least": 1e-12, "1 %": 0.01, "median": 0.5, "99 %": 0.99, "most": 1.0}
+
+
+def inspect(folder: str, *, storage: StorageOptions | None = None) -> Report:
+    """Everything complete in an output folder is read once, with little memory. Raises `DataError` where it is none."""
+    output = Output(folder, storage or {})
+    description, totals, reasons = read_description(output), Counter(), Counter()
+    for span, record in read_records(output):
+        totals.update(shards=1, rows=record.rows, images=record.images, tokens=record.tokens, errors=record.errors)
+        totals.update(duplicates=record.duplicates, bytes=sum(facts["bytes"] for facts in record.files.values()))
+        reasons.update(_kind_of(row["reason"]) for row in read_errors(output, span, record))
+    lengths = codes = None
+    if description["options"]["format"] != "megatron":
+        lengths, codes = np.zeros(1, np.int64), np.zeros(1, np.int64)
+        for batch in CodesDataset(folder, batch_size=4096, storage=storage):
+            lengths = _added(lengths, np.bincount(batch.encoding.lengths.numpy()))
+            codes = _added(codes, np.bincount(batch.encoding.packed_codes.numpy()))
+    return Report(
+        description=description,
+        **{name: totals[name] for name in ("shards", "rows", "images", "tokens", "errors", "duplicates", "bytes")},
+        reasons=dict(reasons.most_common(_REASONS)),
+        lengths=None if lengths is None else lengths.tolist(),
+        codes_used=None if codes is None else int((codes > 0).sum()),
+        perplexity=None if codes is None else _perplexity(codes),
+    )
+
+
+def all_errors(folder: str, *, storage: StorageOptions | None = None) -> Iterator[dict[str, Any]]:
+    """The errors table, row by row: key, source, reason, place in its range, number among the row's images. Raises as `inspect`."""
+    output = Output(folder, storage or {})
+    read_description(output)
+    for span, record in read_records(output):
+        yield from read_errors(output, span, record)
+
+
+def _kind_of(reason: str) -> str:
+    """A reason without the name of the image that it begins with."""
+    return reason.partition(": ")[2] or reason
+
+
+def _added(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    total = np.zeros(max(len(one), len(other)), np.int64)
+    total[: len(one)] += one
+    total[: len(other)] += other
+    return total
+
+
+def _perplexity(counts: np.ndarray) -> float:
+    share = counts[counts > 0] / max(counts.sum(), 1)
+    return float(np.exp(-(share * np.log(share)).sum()))
+
+
+def _bars(lengths: Sequence[int], rows: int = 12, width: int = 50) -> list[str]:
+    """The histogram in characters."""
+    first = next(i for i, count in enumerate(lengths) if count) if any(lengths) else 0
+    step = max(1, -(-(len(lengths) - first) // rows))
+    counts = [sum(lengths[i : i + step]) for i in range(first, len(lengths), step)]
+    most = max(counts, default=0) or 1
+    return [
+        f"  {first + i * step:>5} to {first + (i + 1) * step - 1:<5} {count:>9,}  {'#' * -(-count * width // most)}"
+        for i, count in enumerate(counts)
+    ]
+
+
+def draw_lengths(report: Report, path: str | Path) -> None:
+    """The histogram of lengths as a picture. Raises `MissingDependencyError` without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError.of("matplotlib", "batch") from error
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.bar(range(len(report.lengths)), report.lengths, width=1.0)
+    axes.set(
+        xlabel="tokens", ylabel="images", title=f"{report.images:,} images, {report.tokens_per_image:.1f} tokens each"
+    )
+    figure.savefig(path, dpi=120)
+
+
+def draw_contact_sheet(
+    folder: str, tokenizer: DynamicVisualTokenizer, *, images: int = 12, storage: StorageOptions | None = None
+) -> Image.Image:
+    """Originals, kept patches and reconstructions of images spread over the output; the originals are read from the input.
+
+    Raises `BatchError` where the input can't be found as it was, `FingerprintError` where the tokenizer is another one.
+    """
+    output = Output(folder, storage or {})
+    description = read_description(output)
+    written = description["tokenizer"]["fingerprint"]
+    if written != tokenizer.fingerprint:
+        raise FingerprintError(
+            f"these codes were written by the tokenizer {written}, this one is {tokenizer.fingerprint}; load that one"
+        )
+    records = [(span, record) for span, record in read_records(output) if record.images and span.attempt == 0]
+    wanted = -(-images // _PER_SHARD)
+    spread = np.linspace(0, len(records) - 1, min(wanted, len(records))).astype(int)
+    chosen = dict(records[i] for i in spread)
+    if not chosen:
+        raise BatchError("no image was tokenized, so there is nothing to draw")
+    options = BatchOptions(**{**description["options"], "kind": description["input"]["kind"]})
+    source = open_input(description["input"]["sources"], options, storage or {})
+    pairs: list[tuple[Any, Encoding]] = []
+    for shard in source.shards():
+        for span, record in chosen.items():
+            if span.shard == shard.index:
+                found = _originals(source, shard, record, output, written)
+                pairs += itertools.islice(found, min(_PER_SHARD, images - len(pairs)))
+    if not pairs:
+        raise BatchError("the originals were not found in the input; it may have moved or changed")
+    originals, encodings = zip(*pairs, strict=True)
+    return draw_sheet(tokenizer, originals, Encoding.cat(encodings, renumber=False), columns=2)
+
+
+def _originals(
+    source: Input, shard: Shard, record: Record, output: Output, fingerprint: str
+) -> Iterator[tuple[Any, Encoding]]:
+    """The first images of an output shard, and their codes."""
+    rows = {row.key: row for row in read_block(output, sorted(record.files)[0], 0) if row.images}
+    with source.open(shard, record.start) as reading:
+        for sample in itertools.islice(reading, record.rows):
+            if sample.key in rows:
+                image = next((image for image in source.fetch(sample).images if image is not None), None)
+                codes, positions, grid = rows[sample.key].images[0]
+                if image is not None and not isinstance(image, Broken):
+                    integers = ([torch.from_numpy(values.astype(np.int64))] for values in (codes, positions))
+                    yield image, Encoding.pack(*integers, torch.from_numpy(np.array([grid], np.int64)), fingerprint)

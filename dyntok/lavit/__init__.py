@@ -1,0 +1,1 @@
+"""Everything that only LaVIT's released files need."""

@@ -1,0 +1,350 @@
+"""LaVIT's conditions to pictures: the U-Net, VAE and DDIM scheduler of its released folders, run by diffusers' own classes.
+
+Not here: making the conditions from codes, and image files (`image.py`). Importing this file does not import diffusers (extra
+`diffusion`); loading a painter does. Weights are read from safetensors or, as released, from a torch pickle of nothing but tensors.
+"""
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dyntok.checkpoint.pretrained import HALF
+from dyntok.errors import CheckpointError, ConfigError, MissingDependencyError
+
+LAVIT_SIZES = ((1024, 1024), (896, 1152), (832, 1216), (768, 1344), (1216, 832), (1152, 896))  # (height, width)
+
+FILES = ("unet/*", "vae/*", "scheduler/*", "uncond_embeddings.safetensors")  # of a saved painter, below its folder
+
+_WEIGHTS = "diffusion_pytorch_model"
+_INDEX = f"{_WEIGHTS}.safetensors.index.json"
+_UNCOND = "uncond_embeddings"
+_SHOWN = 400  # characters of diffusers' messages, which can list every tensor of a network
+_TIME_IDS = 6  # numbers per image: original size, crop, target size
+_DTYPES = (*HALF, torch.float32, torch.float64)
+
+
+class DiffusionDecoder:
+    """U-Net, VAE and DDIM scheduler of one of LaVIT's released folders: conditions in, pictures out.
+
+    There are two styles. The 512 px one is conditioned on embeddings alone, and its unconditional embedding is stored; the 1024 px
+    one (as SDXL) also wants a pooled embedding and the size of the picture, and its unconditional embeddings are zeros.
+    """
+
+    def __init__(self, unet: Any, vae: Any, scheduler: Any, uncond_embeddings: Tensor | None = None) -> None:
+        """From diffusers' `UNet2DConditionModel`, `AutoencoderKL` and `DDIMScheduler`, and float [L, E] for a U-Net without a
+        pooled embedding. Both networks are put into evaluation mode; a half-precision VAE with `force_upcast` becomes float32.
+        Raises `ConfigError` on parts that do not fit together."""
+        _check_parts(unet.config, vae.config)
+        if vae.config.force_upcast and vae.dtype in HALF:
+            vae = vae.float()  # its activations overflow float16: pictures would be black
+        self.unet, self.vae, self.scheduler = unet.eval(), vae.eval(), scheduler
+        self.uncond_embeddings = None if self.wants_pooled else uncond_embeddings
+        width = unet.config.cross_attention_dim
+        fits = self.wants_pooled or (
+            _is_float(uncond_embeddings, 2) and len(uncond_embeddings) >= 1 and uncond_embeddings.shape[1] == width
+        )
+        _check(fits, f"the unconditional embedding is {_brief(uncond_embeddings)}, expected floats [L, {width}]")
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | os.PathLike,
+        *,
+        uncond_file: str | os.PathLike | None = None,
+        pickles: bool = False,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> "DiffusionDecoder":
+        """From a folder with the diffusers folders `unet`, `vae` and `scheduler`; nothing is downloaded.
+
+        pickles: also read weights that are torch pickles, as released; only of what a user named as LaVIT's. No code in them runs.
+        A U-Net without a pooled embedding also needs `uncond_file`, a torch pickle of one tensor [L, E] or [1, L, E], or safetensors
+        with the key `uncond_embeddings`; by default the one of that name in `folder`. It is not read for other U-Nets. `dtype` is
+        the networks'; a VAE with `force_upcast` is float32 where that is a half-precision one.
+
+        Raises `CheckpointError` on a file that is missing, damaged, refused or does not fit, `MissingDependencyError` without diffusers.
+        """
+        _check(dtype in _DTYPES, f"dtype is {dtype!r}, expected one of {', '.join(map(str, _DTYPES))}")
+        try:
+            from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+        except ImportError as error:
+            raise MissingDependencyError.of("diffusers", "diffusion") from error
+        folder = Path(folder)
+        unet = _load_network(UNet2DConditionModel, folder / "unet", dtype, pickles)
+        vae = _load_network(AutoencoderKL, folder / "vae", dtype, pickles)
+        if (
+            vae.config.force_upcast and dtype in HALF
+        ):  # once more, because numbers too large for a half are infinite by now
+            vae = _load_network(AutoencoderKL, folder / "vae", torch.float32, pickles)
+        scheduler = _load_part(DDIMScheduler, folder / "scheduler")
+        uncond = None if unet.config.addition_embed_type else _load_uncond(folder, uncond_file, pickles)
+        try:
+            painter = cls(unet, vae, scheduler, uncond)
+        except ConfigError as error:
+            raise CheckpointError(f"what is in {folder} does not fit together: {error}") from error
+        painter.unet.to(device)
+        painter.vae.to(device)
+        return painter
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes what `load` reads, as safetensors only; other files in the folder stay. Raises `CheckpointError`."""
+        folder = Path(folder)
+        try:
+            for name, network in (("unet", self.unet), ("vae", self.vae)):
+                (folder / name).mkdir(parents=True, exist_ok=True)
+                network.save_pretrained(folder / name, max_shard_size="1TB")
+                (folder / name / _INDEX).unlink(missing_ok=True)  # a reader would prefer the shards it lists
+            self.scheduler.save_pretrained(folder / "scheduler")
+            if self.uncond_embeddings is not None:
+                save_file(
+                    {_UNCOND: self.uncond_embeddings.contiguous()},
+                    folder / f"{_UNCOND}.safetensors",
+                    metadata={"format": "pt"},
+                )
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"can't write the painter to {folder}: {error}") from error
+
+    @property
+    def wants_pooled(self) -> bool:
+        """Whether this is the 1024 px style: with a pooled embedding, as SDXL."""
+        return self.unet.config.addition_embed_type == "text_time"
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """The (height, width) that can be painted, the default first.
+
+        With a pooled embedding: LaVIT's six sizes, scaled from 1024 to the U-Net's own size and rounded to whole latent pixels
+        (of small U-Nets some may coincide; each is listed once). Without: the U-Net's own size, square.
+        """
+        sizes = LAVIT_SIZES if self.wants_pooled else LAVIT_SIZES[:1]
+        latent = (tuple(max(1, round(side * self.unet.config.sample_size / 1024)) for side in size) for size in sizes)
+        return tuple(dict.fromkeys((height * self._scale, width * self._scale) for height, width in latent))
+
+    @property
+    def _scale(self) -> int:
+        """Pixels along the side of one latent pixel."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        embeddings: Tensor,
+        pooled: Tensor | None = None,
+        *,
+        size: tuple[int, int] | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        generator: torch.Generator | None = None,
+        batch_size: int = 1,
+    ) -> Tensor:
+        """Float embeddings [B, N, E], and pooled [B, P] where the U-Net wants it -> float32 pixels [B, 3, H, W] in [0, 1], on the CPU.
+
+        `size` is one of `sizes`. With a pooled embedding `steps` is 50 and `guidance` 5.0, as LaVIT paints; without, 25 and 3.0, our
+        choice. A guidance of 1 or less leaves the unconditional half of the work out. `batch_size` images are painted at a time: it
+        bounds the memory and does not change the pictures, because the only noise is that of the start, drawn image by image on the
+        generator's device (without one, from PyTorch's global generator on the CPU). Raises `ConfigError` on an argument that does not fit.
+        """
+        steps = (50 if self.wants_pooled else 25) if steps is None else steps
+        guidance = (5.0 if self.wants_pooled else 3.0) if guidance is None else guidance
+        size = self.sizes[0] if size is None else size
+        self._check_options(size, steps, guidance, generator, batch_size)
+        self._check_conditions(embeddings, pooled, guided=guidance > 1)
+        pixels = torch.empty(len(embeddings), 3, *size, dtype=torch.float32)
+        for first in range(0, len(embeddings), batch_size):
+            rows = slice(first, first + batch_size)
+            latents = self._noise(len(embeddings[rows]), size, generator)
+            conditions = self._conditions(
+                embeddings[rows], None if pooled is None else pooled[rows], size, guided=guidance > 1
+            )
+            pixels[rows] = self._decode(self._denoise(latents, conditions, steps, guidance))
+        return pixels
+
+    def _noise(self, count: int, size: tuple[int, int], generator: torch.Generator | None) -> Tensor:
+        """float32 [B, C, h, w] on the U-Net's device"""
+        shape = (1, self.unet.config.in_channels, *(side // self._scale for side in size))
+        device = "cpu" if generator is None else generator.device
+        noise = [torch.randn(shape, generator=generator, device=device, dtype=torch.float32) for _ in range(count)]
+        return torch.cat(noise).to(self.unet.device)
+
+    def _conditions(
+        self, embeddings: Tensor, pooled: Tensor | None, size: tuple[int, int], *, guided: bool
+    ) -> dict[str, Any]:
+        """Keyword arguments of the U-Net's forward. Guided: twice the rows, the unconditional ones first."""
+        like = {"device": self.unet.device, "dtype": self.unet.dtype}
+        wanted = embeddings.to(**like)  # [B, N, E]
+        if pooled is not None:
+            pooled = pooled.to(**like)
+            if guided:
+                wanted, pooled = (torch.cat([torch.zeros_like(rows), rows]) for rows in (wanted, pooled))
+            # float32, in which every size is exact whatever the network's dtype
+            time_ids = torch.tensor([[*size, 0, 0, *size]], device=like["device"], dtype=torch.float32).expand(
+                len(wanted), _TIME_IDS
+            )
+            return {"encoder_hidden_states": wanted, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids}}
+        if not guided:
+            return {"encoder_hidden_states": wanted}
+        missing = wanted.shape[1] - len(self.uncond_embeddings)
+        plain = F.pad(self.uncond_embeddings.to(**like), (0, 0, 0, missing)).expand_as(wanted)
+        mask = torch.ones(2, *wanted.shape[:2], dtype=torch.bool, device=like["device"])  # [2, B, N]
+        mask[0, :, wanted.shape[1] - missing :] = False
+        return {"encoder_hidden_states": torch.cat([plain, wanted]), "encoder_attention_mask": mask.flatten(0, 1)}
+
+    def _denoise(self, latents: Tensor, conditions: dict[str, Any], steps: int, guidance: float) -> Tensor:
+        """Noise to clean latents, float32 [B, C, h, w]. The latents stay float32 in a half-precision U-Net, so that steps add up."""
+        scheduler = type(self.scheduler).from_config(
+            self.scheduler.config
+        )  # it keeps state: a fresh one for every call
+        scheduler.set_timesteps(steps)
+        latents = latents * scheduler.init_noise_sigma
+        for time in scheduler.timesteps.tolist():
+            inputs = latents.repeat(2, 1, 1, 1) if guidance > 1 else latents
+            noise = self.unet(inputs.to(self.unet.dtype), time, **conditions, return_dict=False)[0].float()
+            if guidance > 1:
+                plain, wanted = noise.chunk(2)
+                noise = plain + guidance * (wanted - plain)
+            latents = scheduler.step(noise, time, latents, eta=0.0, return_dict=False)[0]
+        return latents
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """[B, C, h, w] -> float32 [B, 3, H, W] in [0, 1], on the CPU"""
+        pixels = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype), return_dict=False)[0]
+        return (pixels.float() / 2 + 0.5).clamp(0, 1).cpu()
+
+    def _check_options(self, size: Any, steps: Any, guidance: Any, generator: Any, batch_size: Any) -> None:
+        known = isinstance(size, tuple) and size in self.sizes and all(map(_is_whole, size))
+        _check(known, f"size is {size!r}, expected (height, width), one of {', '.join(map(str, self.sizes))}")
+        most = self.scheduler.config.num_train_timesteps - self.scheduler.config.steps_offset
+        _check(_is_whole(steps) and 1 <= steps <= most, f"steps is {steps!r}, expected a whole number from 1 to {most}")
+        number = isinstance(guidance, int | float) and not isinstance(guidance, bool) and math.isfinite(guidance)
+        _check(number, f"guidance is {guidance!r}, expected a finite number; 1 or less switches it off")
+        many = _is_whole(batch_size) and batch_size >= 1
+        _check(
+            many, f"batch_size is {batch_size!r}, expected a whole number of at least 1: the images painted at a time"
+        )
+        one = generator is None or isinstance(generator, torch.Generator)
+        _check(
+            one,
+            f"generator is of type {type(generator).__name__}, expected one torch.Generator for all images, or None",
+        )
+
+    def _check_conditions(self, embeddings: Any, pooled: Any, *, guided: bool) -> None:
+        width = self.unet.config.cross_attention_dim
+        fits = _is_float(embeddings, 3) and embeddings.shape[1] >= 1 and embeddings.shape[2] == width
+        _check(fits, f"embeddings are {_brief(embeddings)}, expected floats [B, N, {width}] for this U-Net")
+        count, rows, _ = embeddings.shape
+        if self.wants_pooled:
+            config = self.unet.config
+            width = config.projection_class_embeddings_input_dim - _TIME_IDS * config.addition_time_embed_dim
+            fits = _is_float(pooled, 2) and pooled.shape == (count, width)
+            _check(
+                fits,
+                f"pooled is {_brief(pooled)}, expected floats [{count}, {width}] for this U-Net, a row for each image",
+            )
+        else:
+            _check(
+                pooled is None, f"pooled is {_brief(pooled)}, but this U-Net takes no pooled embedding: leave it out"
+            )
+            least = len(self.uncond_embeddings) if guided else 1
+            advice = f"expected at least the {least} of the unconditional embedding, or guidance=1 to do without it"
+            _check(rows >= least, f"embeddings have {rows} rows per image, {advice}")
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_float(value: Any, axes: int) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() == axes
+
+
+def _brief(value: Any) -> str:
+    return (
+        f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+        if isinstance(value, Tensor)
+        else type(value).__name__
+    )
+
+
+def _check_parts(unet: Any, vae: Any) -> None:
+    """Configurations of a U-Net and a VAE. Raises `ConfigError` unless they are of LaVIT's kind and fit together."""
+    kind = unet.addition_embed_type
+    _check(kind in (None, "text_time"), f"the U-Net's addition_embed_type is {kind!r}, expected null or 'text_time'")
+    sdxl = ("projection_class_embeddings_input_dim", "addition_time_embed_dim") if kind else ()
+    for name in ("sample_size", "cross_attention_dim", *sdxl):
+        _check(
+            _is_whole(unet[name]) and unet[name] >= 1,
+            f"the U-Net's {name} is {unet[name]!r}, expected a positive whole number",
+        )
+    channels = (unet.in_channels, unet.out_channels, vae.latent_channels)
+    _check(
+        len(set(channels)) == 1,
+        f"U-Net input, U-Net output and VAE have {channels} latent channels, expected the same number",
+    )
+    _check(vae.out_channels == 3, f"the VAE paints {vae.out_channels} channels, expected 3")
+
+
+def _load_network(kind: Any, folder: Path, dtype: torch.dtype, pickles: bool) -> Any:
+    """A network of diffusers' class `kind`, with every one of its weights from the folder's files."""
+    safe = not pickles or any((folder / name).is_file() for name in (f"{_WEIGHTS}.safetensors", _INDEX))
+    network, report = _load_part(kind, folder, torch_dtype=dtype, use_safetensors=safe, output_loading_info=True)
+    if missing := sorted(report["missing_keys"]):  # diffusers only warns, and leaves these at random
+        raise CheckpointError(
+            f"the weights in {folder} lack {len(missing)} tensors that config.json asks for, such as {missing[0]}"
+        )
+    network.register_to_config(_name_or_path="")  # it would put this machine's path into files that are saved
+    return network
+
+
+def _load_part(kind: Any, folder: Path, **options: Any) -> Any:
+    if not folder.is_dir():  # else diffusers takes the path for a name on the hub
+        raise CheckpointError(f"{folder} is missing, expected folders unet, vae and scheduler as diffusers saves them")
+    default = torch.get_default_dtype()
+    try:
+        return kind.from_pretrained(str(folder), local_files_only=True, **options)
+    except Exception as error:  # of any type: whatever a damaged file or an odd configuration leads to inside diffusers
+        raise CheckpointError(f"can't load {kind.__name__} from {folder}: {str(error)[:_SHOWN]}") from error
+    finally:
+        torch.set_default_dtype(default)  # diffusers leaves its own in place when a network can't be built
+
+
+def _load_uncond(folder: Path, file: str | os.PathLike | None, pickles: bool) -> Tensor:
+    """float [L, E]"""
+    if file is None:
+        file = next(
+            (path for end in ("safetensors", *["bin"] * pickles) if (path := folder / f"{_UNCOND}.{end}").is_file()),
+            None,
+        )
+        if file is None:
+            raise CheckpointError(
+                f"{folder} holds no {_UNCOND}.{'bin' if pickles else 'safetensors'}, which this U-Net needs"
+            )
+    file = Path(file)
+    if not pickles and file.suffix != ".safetensors":
+        raise CheckpointError(f"{file} is no safetensors file, and pickles are read of LaVIT's own files alone")
+    try:
+        tensor = (
+            load_file(file)[_UNCOND]
+            if file.suffix == ".safetensors"
+            else torch.load(file, map_location="cpu", weights_only=True)
+        )
+    except (
+        Exception
+    ) as error:  # of any type: pickles fail in many ways. Their advice to load without weights_only is not passed on
+        raise CheckpointError(
+            f"can't read {file} ({type(error).__name__}), expected a torch pickle of one tensor, or safetensors"
+        ) from error
+    if not isinstance(tensor, Tensor):
+        raise CheckpointError(f"{file} holds a {type(tensor).__name__}, expected one tensor [L, E] or [1, L, E]")
+    return tensor[0] if tensor.dim() == 3 and len(tensor) == 1 else tensor

@@ -1,0 +1,240 @@
+"""Folds the information of dropped patches into the kept ones (paper section 3.1).
+
+Only rows of kept patches are computed: dropped rows never reach them through the stream, and the keys and values of all blocks'
+cross-attention come from one fixed context, that of the dropped patches, in one matrix product. `SimilarMerger` does without weights. Not
+here: which patches are kept (`selector.py`).
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from dyntok.config import MergerConfig
+from dyntok.errors import ConfigError
+from dyntok_kernels import compact, gather_rows, merge_similar, soft_masked_attention, total_of, varlen_attention
+
+LAVIT_EPS = 1e-6  # of the softmax formula in LaVIT's released code
+
+
+def cu_seqlens_of(mask: Tensor) -> Tensor:
+    """Bool [B, N] -> int32 [B+1]: where each image's True entries begin when all are packed."""
+    return torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+
+
+def check_heads(part: str, embed_dim: int, num_heads: int) -> None:
+    if embed_dim % num_heads:
+        raise ConfigError(f"{part}.num_heads is {num_heads}, expected a divisor of its width {embed_dim}")
+
+
+class Merger(nn.Module):
+    """`depth` blocks over the raw features of kept patches; LayerNorm(features) is the context of every cross-attention.
+
+    Raises `ConfigError` where num_heads does not divide the width.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float,
+        *,
+        norm: bool = True,
+        init_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        check_heads("merger", embed_dim, num_heads)
+        self.num_heads = num_heads
+        self.context_norm = nn.LayerNorm(embed_dim, eps=1e-5)
+        self.context_kv = nn.Linear(embed_dim, 2 * depth * embed_dim)  # for each block its keys, then its values
+        self.blocks = nn.ModuleList(MergerBlock(embed_dim, num_heads, mlp_ratio, init_scale) for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-5) if norm else nn.Identity()
+
+    def forward(
+        self,
+        features: Tensor,
+        keep: Tensor,
+        gate: Tensor | None = None,
+        *,
+        exact: bool = False,
+        total: int | None = None,
+    ) -> Tensor:
+        """Merged tokens [T, D] of the kept patches, image by image, in raster order.
+
+        features: [B, N, D]. keep: bool [B, N], at least one True per image.
+        gate: float [B, N], in value equal to `keep`: a training choice whose gradient is wanted. It enters the attention weights as a
+            factor, `gate` for keys of the self-attention, `1 - gate` for keys of the cross-attention. Rows of dropped patches are not
+            computed unless `exact`, so a dropped patch's gate has its gradient from the cross-attention alone.
+        exact: the softmax formula of LaVIT's released code over all N keys; dense, about three times the work.
+        total: T, where it is known (an exact budget): the host then need not wait for the device to count.
+        """
+        if exact:
+            attention = _DenseAttention(keep, gate)
+        elif gate is None:
+            attention = _PackedAttention(keep, total)
+        else:
+            attention = _GatedAttention(keep, gate)
+        heads = (self.num_heads, features.shape[-1] // self.num_heads)
+        context = self.context_kv(attention.context(self.context_norm(features)))
+        context = context.unflatten(-1, (len(self.blocks), 2, *heads))  # [..., depth, 2, H, d]
+        x = attention.rows(features)
+        for block, (key, value) in zip(self.blocks, (c.unbind(-3) for c in context.unbind(-4)), strict=True):
+            x = block(x, key, value, attention)
+        return self.norm(x[keep] if exact else x)
+
+
+class SimilarMerger(nn.Module):
+    """A merger without parameters: every dropped patch is averaged into the kept one that it is most like (`merge_similar`)."""
+
+    def forward(
+        self,
+        features: Tensor,
+        keep: Tensor,
+        gate: Tensor | None = None,
+        *,
+        exact: bool = False,
+        total: int | None = None,
+    ) -> Tensor:
+        """As `Merger`; the gate is a factor of the kept tokens. Raises `ConfigError` for `exact`, which is about attention."""
+        if exact:
+            raise ConfigError("exact was asked for, but a merger of kind 'similar' has no attention; leave exact out")
+        tokens, _, _ = merge_similar(features, keep, features.new_ones(keep.shape), total=total)
+        return tokens if gate is None else tokens * gate[keep][:, None].to(tokens.dtype)
+
+
+def build_merger(embed_dim: int, config: MergerConfig) -> Merger | SimilarMerger:
+    if config.kind == "similar":
+        return SimilarMerger()
+    return Merger(
+        embed_dim, config.depth, config.num_heads, config.mlp_ratio, norm=config.norm, init_scale=config.init_scale
+    )
+
+
+class MergerBlock(nn.Module):
+    """Causal self-attention among kept tokens, cross-attention to dropped patches, MLP; pre-norm, residual.
+
+    init_scale: factor on the last layer of each residual branch at the start of training.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, mlp_ratio: float, init_scale: float) -> None:
+        super().__init__()
+        hidden = int(mlp_ratio * embed_dim)
+        self.num_heads = num_heads
+        self.self_norm = nn.LayerNorm(embed_dim, eps=1e-5)
+        self.self_qkv = nn.Linear(embed_dim, 3 * embed_dim)
+        self.self_proj = nn.Linear(embed_dim, embed_dim)
+        self.cross_norm = nn.LayerNorm(embed_dim, eps=1e-5)
+        self.cross_query = nn.Linear(embed_dim, embed_dim)
+        self.cross_proj = nn.Linear(embed_dim, embed_dim)
+        self.mlp_norm = nn.LayerNorm(embed_dim, eps=1e-5)
+        self.mlp = nn.Sequential(nn.Linear(embed_dim, hidden), nn.GELU(), nn.Linear(hidden, embed_dim))
+        scale_branches(init_scale, self.self_proj, self.cross_proj, self.mlp[-1])
+
+    def forward(self, x: Tensor, key: Tensor, value: Tensor, attention: "_Attention") -> Tensor:
+        """x: [T, D] packed or [B, N, D] dense; key, value: of the context, [..., H, d]."""
+        q, k, v = self.self_qkv(self.self_norm(x)).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        x = x + self.self_proj(attention.among_kept(q, k, v).flatten(-2))
+        q = self.cross_query(self.cross_norm(x)).unflatten(-1, (self.num_heads, -1))
+        x = x + self.cross_proj(attention.to_dropped(q, key, value).flatten(-2))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+def scale_branches(scale: float, *layers: nn.Linear) -> None:
+    """Start residual branches small, so that a deep stack begins near the identity."""
+    with torch.no_grad():
+        for layer in layers:
+            layer.weight.mul_(scale)
+            layer.bias.zero_()
+
+
+class _PackedAttention:
+    """Kept rows only, exact masked softmax over packed rows. Where every patch is kept the cross-attention averages all values, as LaVIT
+    does: a value is linear in its context, so the average is the value of the context's mean.
+    """
+
+    def __init__(self, keep: Tensor, total: int | None) -> None:
+        kept, self.cu_kept = compact(keep)
+        dropped, self.cu_dropped = compact(~keep)
+        self.num_patches = keep.shape[1]
+        total = total_of(self.cu_kept) if total is None else total
+        self.kept, self.dropped = kept[:total], dropped[: keep.numel() - total]
+        self.image = self.kept.long() // self.num_patches  # [T]
+        self.full = (self.cu_dropped.diff() == 0)[self.image, None, None]
+
+    def rows(self, features: Tensor) -> Tensor:
+        return gather_rows(features.flatten(0, 1), self.kept)
+
+    def context(self, context: Tensor) -> Tensor:
+        """Rows of all dropped patches, then the mean of each image."""
+        return torch.cat([gather_rows(context.flatten(0, 1), self.dropped), context.mean(1)])
+
+    def among_kept(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return varlen_attention(q, k, v, self.cu_kept, self.cu_kept, causal=True)
+
+    def to_dropped(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        count = len(self.dropped)
+        out = varlen_attention(q, k[:count], v[:count], self.cu_kept, self.cu_dropped)
+        return torch.where(self.full, v[count:][self.image], out)
+
+
+class _GatedAttention:
+    """Kept rows only, the keep decision a factor in the attention weights, for its gradient. Image by image: lengths differ widely."""
+
+    def __init__(self, keep: Tensor, gate: Tensor) -> None:
+        self.keep, self.lengths = keep, keep.sum(1).tolist()
+        self.kept_weights = [
+            part * part.new_ones(2 * part.shape).tril() for part in gate[keep].split(self.lengths)
+        ]  # [T_i, T_i]
+        self.dropped_weights = 1 - gate
+
+    def rows(self, features: Tensor) -> Tensor:
+        return features[self.keep]
+
+    def context(self, context: Tensor) -> Tensor:
+        return context
+
+    def _attend(self, q: Tensor, keys: Iterable[Tensor], values: Iterable[Tensor], weights: Iterable[Tensor]) -> Tensor:
+        outputs = [q[:0]]  # also where there is no image at all
+        for qi, ki, vi, wi in zip(q.split(self.lengths), keys, values, weights, strict=True):
+            qi, ki, vi = (x.transpose(0, 1)[None] for x in (qi, ki, vi))  # [1, H, T_i or N, d]
+            outputs.append(soft_masked_attention(qi, ki, vi, wi.view(1, -1, wi.shape[-1]))[0].transpose(0, 1))
+        return torch.cat(outputs)
+
+    def among_kept(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self._attend(q, k.split(self.lengths), v.split(self.lengths), self.kept_weights)
+
+    def to_dropped(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self._attend(q, k, v, self.dropped_weights)
+
+
+class _DenseAttention:
+    """All rows, by the softmax formula of LaVIT's released code."""
+
+    def __init__(self, keep: Tensor, gate: Tensor | None) -> None:
+        weight = keep.float() if gate is None else gate
+        num_patches = keep.shape[1]
+        causal = torch.ones(num_patches, num_patches, device=keep.device, dtype=weight.dtype).tril()
+        itself = torch.eye(num_patches, device=keep.device, dtype=weight.dtype)
+        # a token sees itself also where it is dropped
+        self.kept_weight = weight[:, None] * causal + itself * (~keep).to(weight.dtype)[:, None]
+        self.dropped_weight = 1 - weight[:, None]
+
+    def rows(self, features: Tensor) -> Tensor:
+        return features
+
+    def context(self, context: Tensor) -> Tensor:
+        return context
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return soft_masked_attention(q, k, v, weight, eps=LAVIT_EPS).transpose(1, 2)
+
+    def among_kept(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self._attend(q, k, v, self.kept_weight)
+
+    def to_dropped(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self._attend(q, k, v, self.dropped_weight)
+
+
+_Attention = _PackedAttention | _GatedAttention | _DenseAttention

@@ -1,0 +1,195 @@
+"""Codes out of an output folder, and the `map` of other libraries."""
+
+import pickle
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from support.batch_data import codes, pictures, rows, run, tar_members, write_tar
+from torch.utils.data import DataLoader
+
+import dyntok
+from dyntok.batch import CodesDataset, TokenizeColumn, read
+from dyntok.errors import ConfigError, DataError
+
+
+@pytest.fixture(scope="module")
+def images(photos):
+    return pictures(photos)
+
+
+@pytest.fixture(scope="module")
+def outputs(images, checkpoint_folder, tmp_path_factory):
+    """Format -> folder; 60 images in 9 shards."""
+    folder = tmp_path_factory.mktemp("outputs")
+    tars = [
+        write_tar(folder / f"{i}.tar", tar_members({f"{i}/{key}": image for key, image in images.items()}))
+        for i in range(3)
+    ]
+    for form in ("parquet", "webdataset"):
+        run(tars, folder / form, checkpoint_folder, shard_size=7, format=form, keep=["txt"])
+    return {form: folder / form for form in ("parquet", "webdataset")}
+
+
+@pytest.fixture(scope="module")
+def wanted(outputs):
+    return codes(outputs["parquet"])
+
+
+def keyed(batches):
+    found = {}
+    for batch in batches:
+        assert batch.row_of_image == list(range(len(batch.keys)))
+        for key, row in zip(batch.keys, batch.encoding, strict=True):
+            assert key not in found
+            found[key] = (row.codes[0].tolist(), row.positions[0].tolist())
+    return found
+
+
+@pytest.mark.parametrize("form", ["parquet", "webdataset"])
+def test_read_gives_everything_in_order(form, outputs, wanted, tokenizer):
+    batches = list(read(outputs[form], batch_size=25, columns=["txt"]))
+    assert [len(batch.keys) for batch in batches] == [25, 25, 10]
+    assert keyed(batches) == wanted and [key for batch in batches for key in batch.keys] == list(wanted)
+    assert batches[0].companions["txt"] == [f"caption of {key[:2]}{key[2:]}" for key in batches[0].keys]
+    images = tokenizer.decode(batches[0].encoding[:2])  # the fingerprint is known, and fits
+    assert images[0].size == (64, 64) and batches[0].encoding.fingerprint == tokenizer.fingerprint
+    padded, mask = batches[0].encoding.padded()
+    assert padded.shape == mask.shape and mask.sum() == batches[0].encoding.num_tokens
+
+
+def test_several_images_per_row(images, checkpoint_folder, tmp_path):
+    content = list(images.values())
+    cells = pa.array([[content[0], None, content[1]], [], [content[2]]], pa.list_(pa.binary()))
+    pq.write_table(pa.table({"key": ["a", "b", "c"], "images": cells}), tmp_path / "in.parquet")
+    run(tmp_path / "in.parquet", tmp_path / "out", checkpoint_folder, interleaved=True)
+    (batch,) = read(tmp_path / "out")
+    assert batch.keys == ["a", "b", "c"] and batch.row_of_image == [0, 0, 2]
+    written = [image for row in rows(tmp_path / "out") for image in row["codes"] if image]
+    assert [row.tolist() for row in batch.encoding.codes] == written
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ranks_and_workers_share_the_rows(shuffle, workers, outputs, wanted):
+    found = {}
+    for rank in range(3):
+        data = CodesDataset(outputs["parquet"], batch_size=4, rank=rank, world=3, shuffle=shuffle)
+        part = keyed(
+            DataLoader(data, batch_size=None, num_workers=workers, multiprocessing_context="fork" if workers else None)
+        )
+        assert part and not part.keys() & found.keys()
+        found |= part
+    assert found == wanted
+
+
+def test_shuffling_follows_from_seed_and_epoch(outputs, wanted):
+    def order(seed, epoch):
+        data = CodesDataset(outputs["parquet"], shuffle=True, seed=seed)
+        data.set_epoch(epoch)
+        return [key for batch in data for key in batch.keys]
+
+    assert order(0, 0) == order(0, 0) != order(0, 1) != order(1, 1) and sorted(order(3, 4)) == sorted(wanted)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_reading_goes_on_where_it_stood(shuffle, outputs, wanted):
+    whole = [batch.keys for batch in CodesDataset(outputs["parquet"], batch_size=4, shuffle=shuffle)]
+    for stop in (1, 5, 14):
+        data = CodesDataset(outputs["parquet"], batch_size=4, shuffle=shuffle)
+        stream = iter(data)
+        first = [next(stream).keys for _ in range(stop)]
+        again = CodesDataset(outputs["parquet"], batch_size=4, shuffle=shuffle)
+        again.load_state_dict(pickle.loads(pickle.dumps(data.state_dict())))
+        assert first + [batch.keys for batch in again] == whole
+        assert [batch.keys for batch in again] == whole  # the next epoch begins at the beginning
+    with pytest.raises(ConfigError, match="share"):
+        CodesDataset(outputs["parquet"], rank=1, world=2).load_state_dict(data.state_dict())
+
+
+def test_a_stateful_loader_goes_on(outputs, wanted):
+    stateful = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
+
+    def loader():
+        return stateful(
+            CodesDataset(outputs["parquet"], batch_size=4),
+            batch_size=None,
+            num_workers=2,
+            multiprocessing_context="fork",
+        )
+
+    whole, first, begun = [batch.keys for batch in loader()], [], loader()
+    for batch in begun:
+        first.append(batch.keys)
+        if len(first) == 6:
+            state = begun.state_dict()
+            break
+    again = loader()
+    again.load_state_dict(state)
+    assert first + [batch.keys for batch in again] == whole
+
+
+def test_folders_and_columns_that_do_not_fit(outputs, images, checkpoint_folder, tmp_path):
+    with pytest.raises(DataError, match="no output of `dyntok batch`"):
+        read(str(tmp_path))
+    with pytest.raises(DataError, match="title"):
+        list(read(outputs["parquet"], columns=["title"]))
+    with pytest.raises(DataError, match="title"):
+        list(read(outputs["webdataset"], columns=["title"]))
+    with pytest.raises(ConfigError, match="rank"):
+        CodesDataset(outputs["parquet"], rank=2, world=2)
+    tar = write_tar(tmp_path / "a.tar", tar_members(images))
+    run(tar, tmp_path / "megatron", checkpoint_folder, format="megatron", vocab_size=100)
+    with pytest.raises(DataError, match="Megatron"):
+        read(tmp_path / "megatron")
+
+
+def test_an_output_that_grows_gives_what_is_complete(outputs, wanted, images, checkpoint_folder, tmp_path):
+    tar = write_tar(tmp_path / "a.tar", tar_members(images))
+    run(tar, tmp_path / "out", checkpoint_folder, shard_size=7)
+    (tmp_path / "out" / "__run__" / "done" / "000000-000001.json").unlink()
+    assert sum(len(batch.keys) for batch in read(tmp_path / "out")) == 13
+
+
+def test_the_map_of_datasets(images, checkpoint_folder, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    encoding = dyntok.load(checkpoint_folder).encode(list(images.values()))
+    cells = [{"bytes": content, "path": None} for content in [*images.values(), b"broken", None]]
+    plain = datasets.Dataset.from_dict({"image": cells, "label": list(range(22))})
+    undecoded = plain.cast_column("image", datasets.Image(decode=False))
+    mapped = undecoded.map(TokenizeColumn(str(checkpoint_folder)), batched=True, batch_size=5, remove_columns="image")
+    assert [row["codes"] for row in mapped][:20] == [row.tolist() for row in encoding.codes]
+    assert mapped["label"] == list(range(22)) and "image" not in mapped.column_names
+    assert (
+        mapped[0]["positions"] == encoding.positions[0].tolist()
+        and mapped[0]["grid"] == [8, 8]
+        and mapped[0]["width"] == 96
+    )
+    assert mapped[20]["codes"] is None and "not a readable image" in mapped[20]["error"]
+    assert mapped[21]["error"] == "is null" and mapped[0]["error"] == ""
+    pictures_ = datasets.Dataset.from_dict({"image": cells[:20]}).cast_column("image", datasets.Image())
+    mapped = pictures_.map(TokenizeColumn(str(checkpoint_folder)), batched=True, remove_columns="image", num_proc=2)
+    assert [row["codes"] for row in mapped] == [row.tolist() for row in encoding.codes]
+
+
+def test_the_map_of_ray(images, checkpoint_folder, tmp_path):
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error", ignore_reinit_error=True)
+    encoding = dyntok.load(checkpoint_folder).encode(list(images.values()))
+    table = pa.table({"key": list(images), "image": pa.array(list(images.values()), pa.binary())})
+    mapped = ray.data.from_arrow(table).map_batches(
+        TokenizeColumn, fn_constructor_args=(str(checkpoint_folder),), concurrency=1, batch_size=6
+    )
+    found = {row["key"]: list(row["codes"]) for row in mapped.take_all()}
+    ray.shutdown()
+    assert found == {key: row.tolist() for key, row in zip(images, encoding.codes, strict=True)}
+
+
+def test_map_options(images, checkpoint_folder):
+    content = list(images.values())
+    mapped = TokenizeColumn(str(checkpoint_folder), image="picture", budget=5)({"picture": content[:3], "x": [1, 2, 3]})
+    assert [len(row) for row in mapped["codes"]] == [5] * 3 and mapped["x"] == [1, 2, 3]
+    with pytest.raises(DataError, match="no column 'picture'; it has image"):
+        TokenizeColumn(str(checkpoint_folder), image="picture")({"image": content})
+    with pytest.raises(ConfigError):
+        TokenizeColumn(budget=5, threshold=0.5)

@@ -1,0 +1,435 @@
+"""A run that stops goes on where it stood: nothing lost, nothing twice, no finished byte changed; other runs are refused."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from support.batch_data import (
+    HERE,
+    codes,
+    errors,
+    files,
+    pictures,
+    records,
+    rows,
+    run,
+    tar_members,
+    write_folder,
+    write_table,
+    write_tar,
+)
+
+import dyntok
+from dyntok.batch import BatchOptions, EngineOptions, Summary, tokenize
+from dyntok.batch.engines.stages import Range
+from dyntok.batch.manifest import Record, read_records
+from dyntok.batch.storage import Output, read_options
+from dyntok.errors import BatchError, ConfigError, DyntokError
+
+
+@pytest.fixture(scope="module")
+def images(photos):
+    return pictures(photos)
+
+
+@pytest.fixture
+def tars(images, tmp_path):
+    """Three tars of 20 images; the second has two bad ones."""
+    sources = []
+    for i in range(3):
+        some = {f"{i}/{key}": content for key, content in images.items()}
+        if i == 1:
+            some |= {"1/a/003": b"broken", "1/b/015": b"\xff\xd8 broken, too"}
+        sources.append(write_tar(tmp_path / f"in-{i}.tar", tar_members(some)))
+    return sources
+
+
+@pytest.fixture
+def undisturbed(tars, checkpoint_folder, tmp_path):
+    run(tars, tmp_path / "undisturbed", checkpoint_folder, shard_size=6)
+    return files(tmp_path / "undisturbed")
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_after(count):
+    def progress(summary):
+        if summary.rows == count:
+            raise Stop
+
+    return progress
+
+
+def test_a_stopped_run_goes_on(tars, undisturbed, checkpoint_folder, tmp_path):
+    output, before = tmp_path / "out", {}
+    for stop in (1, 7, 13, 9, 6, 20):
+        with pytest.raises(Stop):
+            run(tars, output, checkpoint_folder, shard_size=6, progress=stop_after(stop))
+        now = files(output)
+        assert before.items() <= now.items() and not (output / "__run__" / "tmp").exists()
+        before = now
+    summary = run(tars, output, checkpoint_folder, shard_size=6)
+    assert files(output) == undisturbed
+    assert summary.finished_before + summary.images == 58 and summary.finished_before > 30
+    again = run(tars, output, checkpoint_folder, shard_size=6)
+    assert (again.rows, again.shards, again.finished_before) == (0, 0, 58) and files(output) == undisturbed
+
+
+def test_what_is_lost_of_the_output_is_done_again(tars, undisturbed, checkpoint_folder, tmp_path):
+    """Also in the middle of an input shard, and a file that was cut."""
+    output = tmp_path / "undisturbed"
+    (output / "000001-000001.parquet").unlink()
+    (output / "__run__" / "done" / "000000-000002.json").unlink()
+    (output / "000002-000003.parquet").write_bytes(b"cut")
+    summary = run(tars, output, checkpoint_folder, shard_size=6)
+    assert summary.shards == 3 and files(output) == undisturbed
+
+
+def test_another_run_is_refused(tars, checkpoint_folder, tokenizer, tmp_path):
+    output = tmp_path / "out"
+    run(tars, output, checkpoint_folder, shard_size=6)
+    before = files(output)
+    torn = dataclasses.replace(tokenizer.config.merger, num_heads=1)
+    other = dyntok.DynamicVisualTokenizer(dataclasses.replace(tokenizer.config, merger=torn)).eval()
+    with pytest.raises(
+        BatchError, match=f"tokenizer.fingerprint is '{other.fingerprint}', was '{tokenizer.fingerprint}'"
+    ):
+        run(tars, output, other, shard_size=6)
+    with pytest.raises(BatchError, match=r"options.budget is 9, was None; options.shard_size is 8192, was 6"):
+        run(tars, output, checkpoint_folder, budget=9)
+    with pytest.raises(BatchError, match="input.sources is "):
+        run(tars[:2], output, checkpoint_folder, shard_size=6)
+    assert files(output) == before
+
+
+def test_changed_input_is_refused(images, checkpoint_folder, tmp_path):
+    folder = write_folder(tmp_path / "folder", images)
+    table = write_table(tmp_path / "t.parquet", images)
+    write_tar(tmp_path / "t-0.tar", tar_members(images))
+    write_tar(tmp_path / "t-1.tar", tar_members(images))
+    sources = {"folder": folder, "table": table, "tar": f"{tmp_path}/t-*.tar"}
+    for name, source in sources.items():
+        run(source, tmp_path / "out" / name, checkpoint_folder, shard_size=8)
+    (tmp_path / "folder" / "a" / "000.jpg").write_bytes(images["a/001"])
+    write_table(tmp_path / "t.parquet", dict(list(images.items())[1:]))
+    (tmp_path / "t-1.tar").unlink()
+    for name, source in sources.items():
+        before = files(tmp_path / "out" / name)
+        with pytest.raises(BatchError, match="the input (changed|has fewer)"):
+            run(source, tmp_path / "out" / name, checkpoint_folder, shard_size=8)
+        assert files(tmp_path / "out" / name) == before
+
+
+def test_new_shards_behind_the_last_are_done(images, checkpoint_folder, tmp_path):
+    write_tar(tmp_path / "t-0.tar", tar_members(images))
+    run(f"{tmp_path}/t-*.tar", tmp_path / "out", checkpoint_folder)
+    before = files(tmp_path / "out")
+    write_tar(tmp_path / "t-1.tar", tar_members({f"new/{key}": content for key, content in images.items()}))
+    assert run(f"{tmp_path}/t-*.tar", tmp_path / "out", checkpoint_folder).images == 20
+    assert before.items() <= files(tmp_path / "out").items() and len(codes(tmp_path / "out")) == 40
+
+
+def test_a_folder_with_other_files_is_not_touched(tars, checkpoint_folder, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years")
+    with pytest.raises(BatchError, match="files that are of no run"):
+        run(tars, tmp_path / "mine", checkpoint_folder)
+    assert [path.name for path in (tmp_path / "mine").rglob("*") if path.is_file() and path.name != "lock"] == [
+        "thesis.txt"
+    ]
+
+
+def test_an_output_inside_the_input_is_refused(images, checkpoint_folder, tmp_path):
+    folder = write_folder(tmp_path / "in", images)
+    for output in (folder, f"{folder}/codes", f"file://{folder}/codes"):
+        with pytest.raises(ConfigError, match="lies inside the input"):
+            run(folder, output, checkpoint_folder)
+    assert {path.name for path in (tmp_path / "in").iterdir()} == {"a", "b"}
+
+
+def test_two_runs_at_once_are_refused(tars, checkpoint_folder, tmp_path):
+    code = f"""
+import sys
+from dyntok.batch.storage import Output
+with Output({str(tmp_path / "out")!r}, {{}}).locked():
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "locked\n"
+    with pytest.raises(BatchError, match="another run is writing"):
+        run(tars, tmp_path / "out", checkpoint_folder)
+    process.kill()
+    process.communicate()
+    assert run(tars, tmp_path / "out", checkpoint_folder).images == 58
+
+
+def test_errors_are_listed_counted_and_can_stop_a_run(tars, checkpoint_folder, tmp_path):
+    with pytest.raises(BatchError, match="2 of 20 images failed, more than the share of 0.05"):
+        run(tars[1:2], tmp_path / "out", checkpoint_folder, shard_size=6, max_error_rate=0.05)
+    assert set(errors(tmp_path / "out")) == {"1/a/003", "1/b/015"} and len(rows(tmp_path / "out")) == 18
+    summary = run(tars[1:2], tmp_path / "ok", checkpoint_folder, max_error_rate=0.1)
+    assert (summary.errors, summary.images) == (2, 18)
+    with pytest.raises(ConfigError, match="share from 0 to 1"):
+        run(tars, tmp_path / "ok", checkpoint_folder, max_error_rate=10)
+
+
+def test_a_run_that_goes_wrong_stops_early(images, checkpoint_folder, tmp_path):
+    bad = {f"{i:04d}": b"broken" for i in range(1000)}
+    with pytest.raises(BatchError, match="of 1[0-9][0-9] images failed"):
+        run(
+            write_tar(tmp_path / "a.tar", tar_members(bad)),
+            tmp_path / "out",
+            checkpoint_folder,
+            shard_size=50,
+            max_error_rate=0.5,
+        )
+    assert len(errors(tmp_path / "out")) in (50, 100, 150)
+
+
+def test_errors_are_tried_again(images, checkpoint_folder, tmp_path):
+    folder = tmp_path / "folder"
+    write_folder(folder, images)
+    missing = ["a/001", "a/008", "b/013"]
+    for key in missing:
+        (folder / f"{key}.jpg").write_bytes(b"")
+    run(str(folder), tmp_path / "out", checkpoint_folder, shard_size=6)
+    before = files(tmp_path / "out")
+    for key in missing[:2]:
+        (folder / f"{key}.jpg").write_bytes(images[key])
+    summary = run(str(folder), tmp_path / "out", checkpoint_folder, shard_size=6, retry_errors=True)
+    assert (summary.rows, summary.images, summary.errors) == (3, 2, 1)
+    data = {name: content for name, content in before.items() if "__run__" not in name}
+    assert data.items() <= files(tmp_path / "out").items()
+    found = codes(tmp_path / "out")
+    assert len(found) == 19 and sorted(set(f"{key}.jpg" for key in images) - set(found)) == ["b/013.jpg"]
+    (folder / "b" / "013.jpg").write_bytes(images["b/013"])
+    summary = run(str(folder), tmp_path / "out", checkpoint_folder, shard_size=6, retry_errors=True)
+    assert (summary.rows, summary.images, summary.errors) == (1, 1, 0) and len(codes(tmp_path / "out")) == 20
+    assert sum(record["images"] for record in records(tmp_path / "out").values()) == 20
+    assert run(str(folder), tmp_path / "out", checkpoint_folder, shard_size=6, retry_errors=True).rows == 0
+
+
+def test_a_lost_file_after_a_retry_is_done_without_doubles(images, checkpoint_folder, tmp_path):
+    table = write_table(tmp_path / "a.parquet", {**images, "a/001": None})
+    run(table, tmp_path / "out", checkpoint_folder, shard_size=6)
+    write_table(tmp_path / "a.parquet", images)
+    run(table, tmp_path / "out", checkpoint_folder, shard_size=6, retry_errors=True)
+    assert (tmp_path / "out" / "000000-000000-retry1.parquet").exists() and len(codes(tmp_path / "out")) == 20
+    for record in (tmp_path / "out" / "__run__" / "done").glob(
+        "*.json"
+    ):  # the input is another file now; say that it is not
+        values = json.loads(record.read_text())
+        info = (tmp_path / "a.parquet").stat()
+        record.write_text(
+            json.dumps({**values, "shard": {**values["shard"], "size": info.st_size, "stamp": str(info.st_mtime)}})
+        )
+    (tmp_path / "out" / "000000-000000.parquet").unlink()
+    run(table, tmp_path / "out", checkpoint_folder, shard_size=6)
+    assert len(codes(tmp_path / "out")) == 20 and not list((tmp_path / "out").glob("*retry*"))
+
+
+def test_what_a_run_left_that_finished_nothing(tars, checkpoint_folder, tmp_path):
+    """Data was written, its record was not, and then somebody asked for another format."""
+    output = tmp_path / "out"
+    run(tars[:1], output, checkpoint_folder)
+    (output / "__run__" / "done" / "000000-000000.json").unlink()
+    run(tars[:1], output, checkpoint_folder, format="webdataset")
+    assert {path.name for path in output.iterdir()} == {"__run__", "000000-000000.tar"}
+
+
+def test_a_tar_that_was_cut_is_read_to_its_end_when_it_is_whole(images, checkpoint_folder, tmp_path):
+    tar = tmp_path / "a.tar"
+    write_tar(tar, tar_members(images))
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[: len(whole) // 2])
+    run(tar, tmp_path / "out", checkpoint_folder, shard_size=4)
+    assert len(codes(tmp_path / "out")) < 12 and list(errors(tmp_path / "out")) == [""]
+    tar.write_bytes(whole)
+    run(tar, tmp_path / "out", checkpoint_folder, shard_size=4, retry_errors=True)
+    run(tar, tmp_path / "clean", checkpoint_folder)
+    assert codes(tmp_path / "out") == codes(tmp_path / "clean")
+
+
+def test_retry_refuses_what_it_can_not_do(images, tars, checkpoint_folder, tmp_path):
+    table = write_table(tmp_path / "a.parquet", {**images, "bad": b"x"})
+    run(table, tmp_path / "out", checkpoint_folder)
+    write_table(
+        tmp_path / "a.parquet", {**{f"new{key}": content for key, content in images.items()}, "other": images["a/000"]}
+    )
+    with pytest.raises(BatchError, match="is 'other' now and was 'bad'"):
+        run(table, tmp_path / "out", checkpoint_folder, retry_errors=True)
+    with pytest.raises(ConfigError, match="retry_errors"):
+        run(tars, tmp_path / "rows", checkpoint_folder, interleaved=True, retry_errors=True)
+
+
+def command(*arguments, **options):
+    return subprocess.Popen(
+        [sys.executable, "-m", "dyntok.cli", "batch", *map(str, arguments)],
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def finished(output):
+    return len(records(output))
+
+
+def until(process, condition):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def many(photos, tmp_path_factory):
+    """Two tars of 300 images."""
+    folder, some = tmp_path_factory.mktemp("many"), pictures(photos, 60)
+    for i in range(2):
+        write_tar(
+            folder / f"{i}.tar", [(f"{i}-{j}-{key}.jpg", content) for j in range(5) for key, content in some.items()]
+        )
+    return f"{folder}/{{0..1}}.tar"
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["--workers", "0"], ["--devices", "cpu,cpu"]], ids=["workers", "alone", "devices"]
+)
+def test_killed_at_any_moment(many, options, checkpoint_folder, tmp_path):
+    """Each start makes progress, and in the end all is as in an undisturbed run."""
+    output, done = tmp_path / "out", 0
+    arguments = ["--model", checkpoint_folder, "--shard-size", 40, "--batch-size", 8, *options, many, output]
+    run(many, tmp_path / "undisturbed", checkpoint_folder, shard_size=40)
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        process = command(*arguments)
+        until(process, lambda: finished(output) > done)  # noqa: B023
+        time.sleep(rng.random() * 0.2)
+        process.kill()
+        process.communicate()
+        assert finished(output) > done
+        done = finished(output)
+    process = command(*arguments)
+    _, told = process.communicate()
+    assert process.returncode == 0, told
+    assert done > 3 and files(output) == files(tmp_path / "undisturbed")
+    assert {path.name for path in output.iterdir()} - {f"{name}.parquet" for name in records(output)} == {"__run__"}
+    assert {path.name for path in (output / "__run__").iterdir()} == {"done", "lock", "run.json"}
+
+
+@pytest.mark.parametrize("options", [[], ["--devices", "cpu,cpu"]], ids=["one", "devices"])
+def test_interrupted_from_the_keyboard(many, options, checkpoint_folder, tmp_path):
+    """Ctrl-C reaches every process of the terminal."""
+    output = tmp_path / "out"
+    process = command("--model", checkpoint_folder, "--shard-size", 40, *options, many, output, start_new_session=True)
+    until(process, lambda: finished(output) >= 2)
+    os.killpg(process.pid, signal.SIGINT)
+    _, told = process.communicate()
+    assert process.returncode == 130 and "Traceback" not in told, told
+    assert "output shards were finished; the same command goes on" in told
+    assert not (output / "__run__" / "tmp").exists()
+    assert all((output / f"{name}.parquet").exists() for name in records(output))
+
+
+def test_a_full_disk(many, checkpoint_folder, tmp_path):
+    """A limit on the size of a file stands in for it: writing fails with an error of the system."""
+    output = tmp_path / "out"
+    process = command(
+        "--model", checkpoint_folder, "--shard-size", 100, "--workers", 0, many, output,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000)),
+    )  # fmt: skip
+    _, told = process.communicate()
+    assert process.returncode == 1 and "can't write" in told and "Traceback" not in told, told
+    assert not list(output.glob("*.parquet")) and not (output / "__run__" / "tmp").exists()
+    run(many, output, checkpoint_folder, shard_size=100)
+    assert len(codes(output)) == 600
+
+
+def test_an_output_that_can_not_be_written(tars, checkpoint_folder, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(BatchError, match="can't"):
+        run(tars, tmp_path / "file" / "out", checkpoint_folder)
+
+
+def test_a_decoding_process_that_dies_is_told(many, checkpoint_folder, tmp_path):
+    def kill(summary):
+        for process in multiprocessing.active_children():
+            process.kill()
+
+    with pytest.raises(BatchError, match="a decoding process died"):
+        run(
+            many,
+            tmp_path / "out",
+            checkpoint_folder,
+            engine=EngineOptions(workers=1, batch_size=2),
+            progress=kill,
+            shard_size=40,
+        )
+    run(many, tmp_path / "out", checkpoint_folder, shard_size=40)
+    assert len(codes(tmp_path / "out")) == 600
+
+
+def test_credentials_show_nowhere(tars, checkpoint_folder, tmp_path):
+    secret = "hunter2hunter2"
+    (tmp_path / "options.json").write_text(json.dumps({"s3": {"secret": secret}}))
+    storage = read_options(tmp_path / "options.json")
+    assert storage["s3"]["secret"] == secret
+    for address in (f"ftp://user:{secret}@127.0.0.1:1/in.tar", f"http://127.0.0.1:1/in.tar?token={secret}"):
+        with pytest.raises(DyntokError) as caught:
+            run(address, tmp_path / "out", checkpoint_folder, storage=storage)
+        assert secret not in str(caught.value) and "127.0.0.1:1/in.tar" in str(caught.value)
+    run(f"file://{tars[0]}", tmp_path / "out", checkpoint_folder, storage=storage)
+    assert all(secret.encode() not in content for content in files(tmp_path / "out").values())
+
+
+def test_a_file_system_without_folders(tars, checkpoint_folder):
+    """fsspec's memory: another one than the local, here and for input."""
+    import fsspec
+
+    fsspec.filesystem("memory").put(tars[0], "/in/0.tar")
+    summary = run("memory://in/0.tar", "memory://out", checkpoint_folder, shard_size=6)
+    assert summary.images == 20 and run("memory://in/0.tar", "memory://out", checkpoint_folder, shard_size=6).rows == 0
+    assert len(list(Output("memory://out", {}).names())) == 4
+
+
+def test_progress_and_summary(tars, checkpoint_folder, tmp_path):
+    seen = []
+
+    def progress(summary):
+        seen.append((summary.rows, summary.seconds_left))
+
+    summary = run(tars, tmp_path / "out", checkpoint_folder, shard_size=6, progress=progress)
+    assert [rows for rows, _ in seen][-1] == 60 and seen[0][1] is None and seen[-1][1] == pytest.approx(0, abs=0.01)
+    assert summary.images == 58 and summary.tokens == sum(len(c) for c, _ in codes(tmp_path / "out").values())
+    assert summary.bytes == sum(path.stat().st_size for path in (tmp_path / "out").glob("*.parquet"))
+    assert "58 images" in str(summary) and "2 images left out" in str(summary) and isinstance(summary, Summary)
+
+
+def test_a_tokenizer_that_is_loaded_already(tars, tokenizer, tmp_path):
+    summary = tokenize(tars, tmp_path / "out", model=tokenizer, options=BatchOptions(budget=9), engine=HERE)
+    assert summary.tokens == 9 * 58
+    (table,) = {len(row["codes"]) for row in rows(tmp_path / "out")}
+    assert table == 9 and pa.types.is_uint8(pa.array([1], pa.uint8()).type)
+
+
+def test_records_come_in_the_order_of_the_input(tmp_path):
+    """Beyond a million shards, too, whose numbers have more digits."""
+    output = Output(tmp_path, {})
+    record = Record({}, 0, 1, True, 1, 1, 1, 0, 0, {})
+    spans = [Range(0, 2), Range(0, 1_000_000), Range(1, 0), Range(999_999, 0), Range(1_000_000, 0)]
+    for span in reversed(spans):
+        output.publish_json(f"__run__/done/{span.name}.json", dataclasses.asdict(record))
+    assert list(read_records(output)) == [(span, record) for span in spans]

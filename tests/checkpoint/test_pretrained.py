@@ -1,0 +1,280 @@
+"""Tokenizers on disk and on the hub, and the fingerprint that ties codes to weights."""
+
+import base64
+import copy
+import functools
+import json
+import re
+import shutil
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import dyntok
+from dyntok import CheckpointError, DynamicVisualTokenizer, FingerprintError, loading
+from dyntok.checkpoint import format as checkpoint
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def rounded(tokenizer):
+    """A copy whose weights went through half precision."""
+    twin = copy.deepcopy(tokenizer)
+    twin.load_state_dict({name: value.half().float() for name, value in tokenizer.state_dict().items()})
+    return twin
+
+
+def test_the_fingerprint_follows_weights_and_configuration(tokenizer, photos):
+    first = tokenizer.fingerprint
+    assert re.fullmatch("[0-9a-f]{16}", first) and copy.deepcopy(tokenizer).fingerprint == first
+    tokenizer.encode(photos[0])
+    tokenizer.train().eval()
+    tokenizer.double()
+    assert tokenizer.fingerprint == first
+    seen = {first, DynamicVisualTokenizer(tokenizer.config).fingerprint}
+    tokenizer.half().float()
+    seen.add(tokenizer.fingerprint)
+    with torch.no_grad():
+        tokenizer.codebook.embedding[3, 3] += 0.5
+    seen.add(tokenizer.fingerprint)
+    optimizer = torch.optim.SGD(tokenizer.parameters(), lr=0.1)
+    tokenizer.pixel_head.proj.weight.sum().backward()
+    optimizer.step()
+    assert tokenizer.fingerprint in seen  # what reads codes may learn more
+    optimizer.zero_grad()
+    tokenizer.projection.weight.sum().backward()
+    optimizer.step()
+    seen.add(tokenizer.fingerprint)
+    tokenizer.load_state_dict({name: value + 1 for name, value in tokenizer.state_dict().items()}, assign=True)
+    assert len(seen | {tokenizer.fingerprint}) == 6
+
+
+def test_the_fingerprint_is_not_worked_out_again_and_again(tokenizer, photos, monkeypatch):
+    calls = []
+    original = checkpoint.fingerprint
+    monkeypatch.setattr(checkpoint, "fingerprint", lambda *args: calls.append(args) or original(*args))
+    for _ in range(3):
+        tokenizer.decode(tokenizer.encode(photos[:2]))
+    assert len(calls) == 1
+
+
+def test_weights_made_in_inference_mode_have_a_fingerprint_too(tokenizer, checkpoint_folder, photos):
+    with torch.inference_mode():
+        loaded = dyntok.load(checkpoint_folder)
+        assert loaded.encode(photos) == tokenizer.encode(photos)
+        loaded.codebook.embedding.neg_()
+        assert loaded.fingerprint != tokenizer.fingerprint
+
+
+def test_saved_and_loaded_it_is_the_same(tokenizer, photos, tmp_path):
+    tokenizer.train()
+    tokenizer.save_pretrained(tmp_path / "new" / "folder")
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
+    for loaded in (
+        dyntok.load(tmp_path / "new" / "folder"),
+        DynamicVisualTokenizer.from_pretrained(str(tmp_path / "new" / "folder")),
+    ):
+        assert not any(module.training for module in loaded.modules()) and loaded.config == tokenizer.config
+        assert loaded.fingerprint == tokenizer.fingerprint and loaded.encode(photos) == tokenizer.encode(photos)
+        assert all(torch.equal(value, tokenizer.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+def test_codes_are_defined_on_what_is_stored(tokenizer, photos, tmp_path):
+    tokenizer.save_pretrained(tmp_path, dtype=torch.float16)
+    assert {value.dtype for value in load_file(tmp_path / "model.safetensors").values()} == {torch.float16}
+    loaded, twin = dyntok.load(tmp_path), rounded(tokenizer)
+    assert (
+        loaded.dtype == torch.float32
+        and loaded.fingerprint == twin.fingerprint == checkpoint.read_header(tmp_path)["fingerprint"]
+    )
+    encoding = loaded.encode(photos)
+    assert encoding == twin.encode(photos)
+    with pytest.raises(FingerprintError):
+        tokenizer.decode(encoding)
+    assert dyntok.load(tmp_path, dtype=torch.float64).dtype == torch.float64
+
+
+def test_load_without_a_name_takes_the_bundled_one_and_no_network(checkpoint_folder, tokenizer, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("the network was touched")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr("dyntok.loading.BUNDLED", checkpoint_folder)
+    assert dyntok.load().fingerprint == tokenizer.fingerprint
+
+
+def test_the_bundled_tokenizer_is_whole():
+    if not (loading.BUNDLED / "model.safetensors").exists():
+        pytest.skip("the bundled tokenizer is not trained yet")
+    loaded = dyntok.load()
+    assert (
+        loaded.fingerprint == checkpoint.read_header(loading.BUNDLED)["fingerprint"] and loaded.pixel_head is not None
+    )
+    assert (loading.BUNDLED / "model.safetensors").stat().st_size < 20e6
+
+
+def edit_config(folder, change):
+    header = json.loads((folder / "config.json").read_text())
+    change(header["config"])
+    (folder / "config.json").write_text(json.dumps(header))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda config: config["backbone"].update(name="no_such_model"),
+            "no tokenizer can be made from .*config.json: timm can't make",
+        ),
+        (lambda config: config["backbone"].update(layer=7), "backbone.layer is 7"),
+        (
+            lambda config: config["codebook"].update(size=128),
+            r"1 of another shape: codebook.embedding \(checkpoint \[256, 8\]",
+        ),
+        (lambda config: config["merger"].update(depth=2), "missing: merger.blocks.1"),
+        (lambda config: config["decoder"].update(pixels=False), "2 not expected: pixel_head.proj"),
+        (lambda config: config.update(extra=1), "unknown extra"),
+    ],
+    ids=["model", "layer", "shape", "missing", "unexpected", "unknown"],
+)
+def test_what_does_not_fit_is_explained(checkpoint_folder, tmp_path, change, message):
+    folder = shutil.copytree(checkpoint_folder, tmp_path / "copy")
+    edit_config(folder, change)
+    with pytest.raises(CheckpointError, match=message):
+        dyntok.load(folder)
+
+
+def test_a_failed_save_leaves_the_old_checkpoint_and_a_card_stays(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("my own words")
+    before = tokenizer.fingerprint
+    with torch.no_grad():
+        tokenizer.projection.bias.add_(1e6)
+    with pytest.raises(CheckpointError, match="projection.bias has values up to 1e\\+06"):
+        tokenizer.save_pretrained(tmp_path, dtype=torch.float16)
+    assert dyntok.load(tmp_path).fingerprint == before
+    tokenizer.save_pretrained(tmp_path)
+    assert dyntok.load(tmp_path).fingerprint == tokenizer.fingerprint != before
+    assert (tmp_path / "README.md").read_text() == "my own words"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="can't write"):
+        tokenizer.save_pretrained(tmp_path / "file")
+    with pytest.raises(TypeError, match="repo, which only push_to_hub=True"):
+        tokenizer.save_pretrained(tmp_path, repo="org/name")
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The routes that an upload needs; everything is sent as an ordinary file."""
+
+    files: dict[str, bytes] = {}
+    commits: list[tuple[str, str, list[str]]] = []  # path, authorization, what was done in order
+
+    def do_POST(self):
+        body = (
+            self.rfile.read(int(self.headers["Content-Length"]))
+            if "Content-Length" in self.headers
+            else b"".join(self.chunks())
+        )
+        if self.path == "/api/repos/create":
+            request = json.loads(body)
+            if request["organization"] == "forbidden":
+                return self.answer({"error": "You don't have the rights"}, 403)
+            return self.answer({"url": f"http://127.0.0.1/{request['organization']}/{request['name']}"})
+        if self.path == "/api/validate-yaml":
+            return self.answer({"errors": [], "warnings": []})
+        if "/preupload/" in self.path:
+            files = json.loads(body)["files"]
+            return self.answer(
+                {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
+            )
+        done = []
+        for line in body.splitlines():
+            key, value = (entry := json.loads(line))["key"], entry["value"]
+            if key == "file":
+                self.files[value["path"]] = base64.b64decode(value["content"])
+            elif key == "deletedFile":
+                del self.files[value["path"]]
+            done.append(f"{key} {value.get('path', value.get('summary'))}")
+        self.commits.append((self.path, self.headers["Authorization"], done))
+        self.answer(
+            {"commitUrl": f"http://127.0.0.1/org/name/commit/{COMMIT}", "commitOid": COMMIT, "pullRequestUrl": None}
+        )
+
+    def do_GET(self):
+        if "/tree/" not in self.path:  # is the repository there, though it can't be made?
+            return self.answer({"error": "Repository not found"}, 404)
+        self.answer([{"type": "file", "path": name, "size": len(raw), "oid": "0"} for name, raw in self.files.items()])
+
+    def chunks(self):
+        while size := int(self.rfile.readline(), 16):
+            yield self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+
+    def answer(self, value, status=200):
+        raw = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(raw)))
+        self.end_headers()
+        self.wfile.write(raw)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "HfApi", functools.partial(huggingface_hub.HfApi, endpoint=endpoint))
+    monkeypatch.setattr(
+        Hub, "files", {".gitattributes": b"", "model-00001-of-00002.safetensors": b"old", "sheet.png": b"a picture"}
+    )
+    monkeypatch.setattr(Hub, "commits", [])
+    yield Hub
+    server.shutdown()
+    server.server_close()
+
+
+def test_pushed_it_can_be_loaded_again(tokenizer, hub, photos, tmp_path):
+    address = tokenizer.push_to_hub(
+        "org/name", dtype=torch.float16, token="hf_secret", private=True, commit_message="My tokenizer"
+    )
+    assert address.endswith(f"/org/name/commit/{COMMIT}")
+    ((path, authorization, done),) = hub.commits
+    assert path == "/api/models/org/name/commit/main" and authorization == "Bearer hf_secret"
+    assert done[0] == "header My tokenizer" and "deletedFile model-00001-of-00002.safetensors" in done
+    assert set(hub.files) == {".gitattributes", "README.md", "config.json", "model.safetensors", "sheet.png"}
+    assert b"library_name: dyntok" in hub.files["README.md"]
+    for name, raw in hub.files.items():
+        (tmp_path / name).write_bytes(raw)
+    assert dyntok.load(tmp_path).encode(photos) == rounded(tokenizer).encode(photos)
+
+
+def test_a_folder_is_pushed_with_its_own_card(tokenizer, hub, tmp_path):
+    (tmp_path / "README.md").write_text("my own words")
+    (tmp_path / "notes.txt").write_text("not for the hub")
+    tokenizer.save_pretrained(tmp_path, push_to_hub=True, repo_id="org/name", token="hf_secret")
+    assert hub.files["README.md"] == b"my own words" and "notes.txt" not in hub.files
+
+
+def test_a_refused_push_is_explained(tokenizer, hub):
+    with pytest.raises(CheckpointError, match="can't upload .* to the hub as 'forbidden/name': .*403"):
+        tokenizer.push_to_hub("forbidden/name", token="hf_secret")
+    assert hub.commits == []
+    with pytest.raises(TypeError, match="unexpected keyword argument 'privat'"):
+        tokenizer.push_to_hub("org/name", privat=True)

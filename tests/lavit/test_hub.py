@@ -1,0 +1,150 @@
+"""LaVIT's files from a hub: the real client against a loopback server, which files are asked for, and a download that breaks off."""
+
+import functools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from support.lavit_files import write_release
+from support.loopback_hub import COMMIT, Hub, downloads, serve
+
+import dyntok
+from dyntok import CheckpointError
+from dyntok.lavit import convert as lavit
+
+NAME = lavit.RELEASES[0]
+ENCODING = sorted([lavit.FILES["backbone"], lavit.FILES["encoder"]])
+
+
+@pytest.fixture
+def hub(parity, tmp_path, monkeypatch):
+    """Options of `dyntok.load` for a client that knows the loopback hub alone, with an empty cache."""
+    folder = write_release(parity, tmp_path / "release")
+    files = {path: (folder / path).read_bytes() for path in lavit.FILES.values()}
+    extra = {"language_model/model-00001.safetensors": b"gigabytes", "README.md": b"card"}
+    monkeypatch.setattr(Hub, "repos", {NAME: files | extra})
+    monkeypatch.setattr(Hub, "torn", set())
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    Hub.requests.clear()
+    with serve() as address:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        monkeypatch.setattr(
+            "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+            address + "/{repo_id}/resolve/{revision}/{filename}",
+        )
+        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", address, raising=False)
+        yield {"config": parity.config, "cache_dir": tmp_path / "cache", "token": False}
+
+
+def test_only_what_is_needed_is_asked_for(hub, parity):
+    tokenizer = dyntok.load(NAME, **hub)
+    assert downloads() == ENCODING
+    enc = tokenizer.encode_tensor(parity["io/pixels"])
+    assert torch.equal(enc.packed_codes, parity["io/codes"]) and downloads() == ENCODING
+    tokenizer.decode_to_features(enc)
+    assert downloads() == sorted([*ENCODING, lavit.FILES["decoder"]])
+    tokenizer.features_tensor(parity["io/pixels"], path="understanding")
+    assert downloads() == sorted([*ENCODING, lavit.FILES["decoder"], lavit.FILES["understanding"]])
+    Hub.requests.clear()
+    again = dyntok.load(NAME, local_files_only=True, **hub)
+    again.decode_to_features(enc)
+    assert Hub.requests == []
+    with pytest.raises(CheckpointError, match="it is not in the local cache"):
+        again.decode_to_features(enc, highres=True)
+
+
+def test_a_revision_is_pinned_for_parts_that_come_later(hub, parity):
+    tokenizer = dyntok.load(NAME, revision=COMMIT, **hub)
+    tokenizer.part("decoder")
+    assert all(f"/resolve/{COMMIT}/" in request for request in Hub.requests if "/resolve/" in request)
+    with pytest.raises(CheckpointError, match="'v9': it has no such revision"):
+        dyntok.load(NAME, revision="v9", **hub)
+
+
+def test_an_interrupted_download_goes_on_where_it_broke_off(hub, parity, monkeypatch):
+    monkeypatch.setattr(
+        "huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 4096
+    )  # the file is smaller than the client's usual chunk
+    Hub.torn = {lavit.FILES["encoder"]}
+    size = len(Hub.repos[NAME][lavit.FILES["encoder"]])
+    tokenizer = dyntok.load(NAME, **hub)
+    resumed = [int(request.split()[1]) for request in Hub.requests if request.startswith("RANGE")]
+    assert resumed and all(0 < start < size for start in resumed)
+    assert torch.equal(tokenizer.encode_tensor(parity["io/pixels"]).packed_codes, parity["io/codes"])
+
+
+def test_a_file_that_the_repository_lacks(hub, parity):
+    del Hub.repos[NAME][lavit.FILES["encoder"]]
+    with pytest.raises(CheckpointError, match=f"{NAME} on the hub has no {lavit.FILES['encoder']}"):
+        dyntok.load(NAME, **hub)
+
+
+def test_a_hostile_file_of_the_hub_is_refused(hub, parity):
+    Hub.repos[NAME][lavit.FILES["encoder"]] = b"cos\nsystem\n(S'exit 1'\ntR."
+    with pytest.raises(CheckpointError, match="is damaged or holds more than tensors"):
+        dyntok.load(NAME, **hub)
+
+
+def test_with_nothing_but_the_hub_s_own_environment(hub, parity, tmp_path):
+    import huggingface_hub
+
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment |= {
+        "HF_ENDPOINT": huggingface_hub.constants.ENDPOINT,
+        "HF_HOME": str(tmp_path / "home"),
+        "NO_PROXY": "127.0.0.1",
+    }
+    code = f"import dyntok; print(dyntok.load({NAME!r}, config={parity.config}).grid)"
+    root = Path(dyntok.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and done.stdout.strip() == "(5, 5)", done.stderr
+
+
+def test_a_diffusion_model_is_fetched_when_pictures_are_wanted_and_nothing_else_of_its_folder(hub, parity, tmp_path):
+    pytest.importorskip("diffusers")
+    from support import diffusion_files
+
+    folder = diffusion_files.write_release(tmp_path / "painter", cross_attention_dim=24)
+    painter = {
+        f"pixel_decoding/{path.relative_to(folder).as_posix()}": path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+    Hub.repos[NAME] |= painter | {"pixel_decoding/safety_checker/model.bin": b"gigabytes"}
+    tokenizer = dyntok.load(NAME, **hub)
+    enc = tokenizer.encode_tensor(parity["io/pixels"][:1])
+    assert downloads() == ENCODING
+    assert tokenizer.decode(enc, steps=1)[0].size == (8, 8)
+    assert downloads() == sorted([*ENCODING, lavit.FILES["decoder"], *painter])
+
+
+def test_the_commit_stays_the_same_for_parts_that_come_later(hub):
+    tokenizer = dyntok.load(NAME, **hub)
+    assert tokenizer.origin.revision == COMMIT
+    Hub.requests.clear()
+    tokenizer.part("decoder")
+    assert Hub.requests and all(f"/resolve/{COMMIT}/" in request for request in Hub.requests if "/resolve/" in request)
+
+
+def test_the_readme_s_lines(hub, parity, monkeypatch, photos, tmp_path):
+    """As they stand there; the hub's networks are the fixture's."""
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    code = re.search(r"## LaVIT's own tokenizer\n\n```python\n(.*?)```", text, re.DOTALL)[1]
+    assert NAME in code
+    monkeypatch.setattr(dyntok, "load", functools.partial(dyntok.load, **hub))
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(photos[0]).save("cat.jpg")
+    names = {"dyntok": dyntok}
+    exec(compile(code, "README.md", "exec"), names)
+    assert torch.equal(names["ids"][1:-1], names["enc"].codes[0] + 32002) and names["ids"][[0, -1]].tolist() == [
+        32000,
+        32001,
+    ]

@@ -1,0 +1,248 @@
+"""ImageGrammar and GrammarMask against a checker that knows every legal image by heart, and against each other."""
+
+import functools
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dyntok import ConfigError, VisualVocab
+from dyntok.llm import GrammarMask, ImageGrammar, ImageLogitsProcessor, parse_ids
+from dyntok.llm.grammar import UNLIMITED
+
+EOS = 2
+VOCABS = [
+    VisualVocab.after(4, size=2),
+    VisualVocab.after(4, size=2, patches=3),
+    VisualVocab(size=2, offset=6, image_start=1, image_end=9),
+    VisualVocab(size=2, offset=0, image_start=8, image_end=5),
+]
+
+
+@functools.cache
+def legal_images(vocab, least, most):
+    """All of them, as ids."""
+    images = []
+    for count in range(least, most + 1):
+        for codes in itertools.product(range(vocab.size), repeat=count):
+            for places in itertools.combinations(range(vocab.patches), count) if vocab.patches else [None]:
+                images.append(tuple(vocab.to_ids(list(codes), positions=places).tolist()))
+    return images
+
+
+def is_legal(ids, room, grammar):
+    """Whether these ids are legal so far and an open image can be ended with `room` more; end of sequence not looked at."""
+    images, i = 0, 0
+    while i < len(ids):
+        if ids[i] == grammar.vocab.image_start:
+            known = legal_images(grammar.vocab, *grammar.limits(images))
+            rest = tuple(ids[i:])
+            whole = [image for image in known if rest[: len(image)] == image]
+            if images == grammar.max_images:
+                return False
+            if not whole:
+                return any(image[: len(rest)] == rest and len(image) - len(rest) <= room for image in known)
+            images, i = images + 1, i + len(whole[0])
+        elif (
+            grammar.vocab.is_visual(ids[i])
+            or ids[i] >= grammar.vocab_size
+            or not (grammar.text or ids[i] in grammar.eos)
+        ):
+            return False
+        else:
+            i += 1
+    return True
+
+
+def legal_next(ids, room, grammar):
+    next_ids = [id for id in range(grammar.vocab_size + 2) if is_legal([*ids, id], room - 1, grammar)]
+    images = sum(id == grammar.vocab.image_end for id in ids)
+    others = [id for id in next_ids if id not in grammar.eos]
+    return set(next_ids if images >= grammar.min_images or not others else others)
+
+
+@st.composite
+def grammars(draw, vocab=None):
+    vocab = vocab or draw(st.sampled_from(VOCABS))
+    most = [draw(st.integers(1, 3)) for _ in range(draw(st.integers(1, 3)))]
+    least = [draw(st.integers(1, min(most))) for _ in range(draw(st.integers(1, 3)))]
+    low = draw(st.integers(0, 2))
+    high = draw(st.sampled_from([UNLIMITED, low, low + 1]))
+    text = draw(st.booleans())
+    eos = EOS if EOS not in vocab.tokens.values() else 4
+    return ImageGrammar(
+        vocab, tuple(most), tuple(least), low, high, text, eos, draw(st.sampled_from([None, vocab.vocab_size + 2]))
+    )
+
+
+@given(grammars(), st.one_of(st.just(UNLIMITED), st.integers(1, 25)), st.randoms(use_true_random=False))
+@settings(deadline=None, max_examples=200)
+def test_every_walk_agrees_with_the_checker(grammar, room, random):
+    mask, width = GrammarMask(grammar), grammar.vocab_size + 2
+    ids, state, tensors = [], grammar.start(), mask.start(1)
+    for left in range(room, max(0, room - 14), -1):
+        expected = legal_next(ids, left, grammar)
+        ranges = grammar.allowed(state, left)
+        assert expected and sorted(i for low, high in ranges for i in range(low, high)) == sorted(expected)
+        for tensor_state in (tensors, mask.scan(torch.tensor([ids], dtype=torch.long).view(1, -1))):
+            assert set((~mask.forbidden(tensor_state, width, left))[0].nonzero()[:, 0].tolist()) == expected
+        ids.append(random.choice(sorted(expected)))
+        state, tensors = grammar.step(state, ids[-1]), mask.step(tensors, torch.tensor(ids[-1:]))
+    if room <= 14:  # the walk went to its end
+        assert {s.kind for s in parse_ids(ids, grammar.vocab)} <= {"text", "image"}
+
+
+@given(
+    st.sampled_from(VOCABS),
+    st.lists(st.lists(st.integers(-2, 14), min_size=12, max_size=12), min_size=1, max_size=4),
+    st.integers(0, 12),
+)
+@settings(deadline=None, max_examples=200)
+def test_the_state_behind_anything_is_the_same_three_ways(vocab, rows, prompt):
+    grammar = ImageGrammar(vocab, 3)
+    mask = GrammarMask(grammar)
+    scanned, stepped = mask.scan(torch.tensor(rows), prompt), mask.scan(torch.tensor(rows)[:, :prompt], prompt)
+    states = [grammar.start(row[:prompt]) for row in rows]
+    for i in range(prompt, 12):
+        stepped = mask.step(stepped, torch.tensor([row[i] for row in rows]))
+        states = [grammar.step(state, row[i]) for state, row in zip(states, rows, strict=True)]
+    assert (
+        states
+        == list(zip(*(t.tolist() for t in scanned), strict=True))
+        == list(zip(*(t.tolist() for t in stepped), strict=True))
+    )
+    for row, state in zip(rows, states, strict=True):  # something is always allowed
+        assert grammar.allowed(state), row
+
+
+@given(st.data())
+@settings(deadline=None)
+def test_each_prompt_may_have_its_grammar(data):
+    vocab = data.draw(st.sampled_from(VOCABS))
+    several = data.draw(st.lists(grammars(vocab), min_size=1, max_size=3))
+    several = [g for g in several if g.vocab_size == several[0].vocab_size]
+    rows = torch.tensor(
+        data.draw(
+            st.lists(
+                st.lists(st.integers(0, 12), min_size=5, max_size=5),
+                min_size=2 * len(several),
+                max_size=2 * len(several),
+            )
+        )
+    )
+    mask, width = GrammarMask(several), several[0].vocab_size
+    together = mask.forbidden(mask.scan(rows), width, 9)
+    for i, row in enumerate(rows):
+        alone = GrammarMask(several[i // 2])
+        assert torch.equal(together[i], alone.forbidden(alone.scan(row[None]), width, 9)[0])
+
+
+def test_budgets_are_per_image():
+    vocab = VOCABS[0]
+    grammar = ImageGrammar(vocab, max_tokens=(3, 1), min_tokens=(3, 1))
+    state, lengths = grammar.start(), []
+    for _ in range(3):
+        state = grammar.step(state, vocab.image_start)
+        while (vocab.image_end, vocab.image_end + 1) not in grammar.allowed(state):
+            state = grammar.step(state, vocab.offset)
+        lengths.append(state.count)
+        assert len(grammar.allowed(state)) == 1
+        state = grammar.step(state, vocab.image_end)
+    assert lengths == [3, 1, 1]
+
+
+def test_images_of_the_prompt_do_not_count():
+    vocab = VOCABS[0]
+    ids = [*vocab.to_ids([0, 1]).tolist(), 0]
+    grammar = ImageGrammar(vocab, 2, max_images=1, text=False, eos=EOS)
+    assert (vocab.image_start, vocab.image_start + 1) in grammar.allowed(grammar.start(ids))
+    scores = torch.zeros(1, vocab.vocab_size)
+    assert ImageLogitsProcessor(grammar, prompt_length=5)(torch.tensor([ids]), scores).isfinite()[0].nonzero()[
+        :, 0
+    ].tolist() == [EOS, 4]
+    assert ImageLogitsProcessor(grammar, prompt_length=0)(torch.tensor([ids]), scores).isfinite()[0].nonzero()[
+        :, 0
+    ].tolist() == [EOS]
+
+
+def test_what_must_come_can_be_chosen_even_if_another_rule_forbids_it():
+    vocab = VOCABS[0]
+    processor = ImageLogitsProcessor(ImageGrammar(vocab, 1, text=False, min_images=1, eos=EOS), prompt_length=0)
+    nothing = torch.full((1, vocab.vocab_size), -torch.inf)
+    for ids, must in (([], vocab.image_start), ([vocab.image_start, vocab.offset], vocab.image_end)):
+        scores = processor(torch.tensor([ids], dtype=torch.long).view(1, -1), nothing)
+        assert scores[0, must] == 0 and scores.isfinite().sum() == 1
+    assert nothing.isinf().all()  # a new tensor
+
+
+def test_the_room_that_is_left_ends_an_image_in_time():
+    vocab = VOCABS[0]
+    processor = ImageLogitsProcessor(ImageGrammar(vocab, 50), prompt_length=2, max_new_tokens=4)
+    ids = torch.tensor([[0, vocab.image_start]])
+    for expected in ([6, 7], [5, 6, 7], [5, 6, 7], [5]):
+        assert processor(ids, torch.zeros(1, 8)).isfinite()[0].nonzero()[:, 0].tolist() == expected
+        ids = torch.cat([ids, ids.new_tensor([[6]])], 1)
+    outside = torch.tensor([[0, 0, 0, 0]])
+    assert ImageLogitsProcessor(ImageGrammar(vocab, 50), 2, 4)(outside, torch.zeros(1, 8)).isfinite()[0].nonzero()[
+        :, 0
+    ].tolist() == [
+        0,
+        1,
+        2,
+        3,
+    ]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("vocab", VOCABS[:2], ids=["codes", "positions"])
+def test_a_step_compiles_as_one_graph(vocab):
+    """Fullgraph: no value is read back, so nothing waits for the device."""
+    mask = GrammarMask([ImageGrammar(vocab, 3, eos=EOS), ImageGrammar(vocab, 2, text=False, eos=EOS)])
+
+    def step(scores, state, ids):
+        state = mask.step(state, ids)
+        return mask.constrain(scores, state), state
+
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    state = mask.start(4)
+    scores = torch.randn(4, vocab.vocab_size)
+    for id in (vocab.image_start, vocab.offset, vocab.image_end, 0):
+        ids = torch.full((4,), id)
+        for got, expected in zip(compiled(scores, state, ids), step(scores, state, ids), strict=True):
+            assert all(map(torch.equal, got, expected)) if isinstance(got, tuple) else torch.equal(got, expected)
+        state = mask.step(state, ids)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"max_tokens": 0}, "image 0 is to have 1 to 0 tokens"),
+        ({"max_tokens": (2, 1), "min_tokens": 2}, "image 1 is to have 2 to 1 tokens"),
+        ({"max_tokens": ()}, "image 0 is to have"),
+        ({"max_tokens": 2.0}, "image 0 is to have 1 to 2.0 tokens"),
+        ({"max_tokens": 4, "vocab": VOCABS[1]}, "<= 3"),
+        ({"min_images": 2, "max_images": 1}, "2 to 1 images"),
+        ({"eos": 5}, "eos is 5, expected ids of text below 8"),
+        ({"eos": -1}, "eos is -1"),
+        ({"text": False}, "without text, eos= is needed"),
+        ({"vocab_size": 7}, "vocab_size is 7, expected an integer of 8 or more"),
+    ],
+    ids=str,
+)
+def test_impossible_rules_are_refused(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        ImageGrammar(**({"vocab": VOCABS[0], "max_tokens": 3} | fields))
+
+
+def test_grammars_and_logits_that_do_not_fit_are_refused():
+    grammar = ImageGrammar(VOCABS[0], 3)
+    for several in ([], [grammar, ImageGrammar(VOCABS[1], 3)], [grammar, ImageGrammar(VOCABS[0], 3, eos=EOS)]):
+        with pytest.raises(ConfigError, match="all with equal vocab, eos"):
+            GrammarMask(several)
+    mask = GrammarMask([grammar, grammar])
+    with pytest.raises(ConfigError, match="2 grammars for 3 rows"):
+        mask.forbidden(mask.start(3), 8)
+    with pytest.raises(ConfigError, match="logits for 7 ids, but the grammar's vocabulary has 8"):
+        mask.forbidden(mask.start(2), 7)

@@ -1,0 +1,169 @@
+"""Documents from Parquet into rows for training: nothing lost, no image cut, borders kept."""
+
+import pytest
+import torch
+
+pyarrow = pytest.importorskip("pyarrow")
+parquet_files = pytest.importorskip("pyarrow.parquet")
+
+from dyntok.errors import CodeError, ConfigError, DataError  # noqa: E402
+from dyntok.llm import Document, ImageCodes, PackedDataset, Packer, in_drawn_order, parse_ids, read_documents  # noqa: E402
+from dyntok.vocab import VisualVocab  # noqa: E402
+
+VOCAB = VisualVocab.after(300, size=50)
+BOS, EOS, PAD = 290, 291, 292
+
+
+def encode(text):
+    return list(text.encode())
+
+
+def packer(**options):
+    return Packer(options.pop("length", 40), VOCAB, encode, **{"bos": BOS, "eos": EOS, "pad": PAD} | options)
+
+
+def documents(count=30):
+    generator = torch.Generator().manual_seed(0)
+
+    def codes():
+        return torch.randint(0, 50, (int(torch.randint(1, 20, (), generator=generator)),), generator=generator).tolist()
+
+    return [Document(f"d{i}", ("a cat " * (i % 3), ImageCodes(codes()), *["and"] * (i % 2))) for i in range(count)]
+
+
+def test_everything_comes_once_and_no_image_is_cut():
+    written = documents()
+    rows = list(packer().pack(written))
+    assert all(len(row.input_ids) == 40 for row in rows)
+    images, ends = [], 0
+    for row in rows:
+        segments = parse_ids(row.input_ids, VOCAB)
+        assert {s.kind for s in segments} <= {"text", "image"}
+        images += [s.codes for s in segments if s.kind == "image"]
+        ends += int((row.input_ids == EOS).sum())
+    assert sorted(images) == sorted(tuple(d.segments[1].codes) for d in written) and ends == len(written)
+
+
+def test_borders_of_documents():
+    for row in packer().pack(documents()):
+        for number in row.document.unique().tolist():
+            places = (row.document == number).nonzero()[:, 0]
+            if number < 0:
+                assert (row.input_ids[places] == PAD).all() and (row.labels[places] == -100).all()
+                continue
+            assert row.position_ids[places].tolist() == list(range(len(places)))
+            assert row.labels[places[0]] == -100
+        mask = row.attention_mask
+        assert not (mask & (row.document[:, None] != row.document)).any() and not mask.triu(1).any()
+
+
+@pytest.mark.parametrize("loss", ["text", "image"])
+def test_loss_on_one_modality(loss):
+    for row in packer(loss=loss).pack(documents()):
+        learned = row.input_ids[row.labels != -100]
+        visual = (learned >= VOCAB.offset) | (learned == VOCAB.image_end)
+        assert visual.all() if loss == "image" else not visual.any()
+        assert len(learned) > 0
+
+
+def test_text_that_spells_our_tokens_opens_no_image():
+    evil = Packer(20, VOCAB, lambda text: [VOCAB.image_start, 7], bos=None, eos=None, pad=PAD)
+    (row,) = evil.pack([Document("a", ("x",))])
+    assert row.input_ids[:2].tolist() == [7, PAD]
+
+
+@pytest.mark.parametrize("options", [dict(loss="none"), dict(length=1), dict(open_rows=0)])
+def test_bad_options(options):
+    with pytest.raises(ConfigError, match="expected"):
+        packer(**options)
+
+
+def test_an_image_longer_than_a_row():
+    with pytest.raises(CodeError, match="an image of 'a' takes 52 tokens, more than a row of 40"):
+        list(packer().pack([Document("a", (ImageCodes([1] * 50),))]))
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    table = {
+        "key": [f"k{i}" for i in range(20)],
+        "codes": [[i, i + 1] for i in range(20)],
+        "caption": [["one", "two"] if i % 2 else ["three"] for i in range(20)],
+    }
+    parquet_files.write_table(pyarrow.table(table), tmp_path / "part.parquet")
+    return tmp_path
+
+
+def test_documents_of_a_parquet_folder(parquet):
+    found = list(read_documents(parquet))
+    assert [d.key for d in found] == [f"k{i}" for i in range(20)]
+    assert all(
+        list(d.segments[0].codes) == [i, i + 1] and d.segments[1] in ("one", "two", "three")
+        for i, d in enumerate(found)
+    )
+    assert {d.segments[1] for epoch in range(4) for d in read_documents(parquet, epoch=epoch)} == {
+        "one",
+        "two",
+        "three",
+    }
+    orders = [isinstance(in_drawn_order(d).segments[0], str) for d in found]
+    assert 3 < sum(orders) < 17
+
+
+def test_what_is_no_parquet_of_codes(parquet, tmp_path):
+    with pytest.raises(DataError, match="has no column title"):
+        list(read_documents(parquet, text="title"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no Parquet with the columns key and codes"):
+        list(read_documents(tmp_path / "empty"))
+    (tmp_path / "part.parquet").write_bytes(b"PAR1 nothing")
+    with pytest.raises(DataError, match="can't read"):
+        list(read_documents(tmp_path))
+
+
+def test_ranks_and_workers_share_a_stream(parquet):
+    def stream(rank, workers=0):
+        data = PackedDataset(lambda epoch: read_documents(parquet, epoch=epoch), packer, rank=rank, world=2)
+        return [row for row in torch.utils.data.DataLoader(data, batch_size=None, num_workers=workers)]
+
+    def images(rows):
+        return sorted(s.codes for row in rows for s in parse_ids(row["input_ids"], VOCAB) if s.kind == "image")
+
+    for workers in (0, 2):
+        assert images(stream(0, workers) + stream(1, workers)) == [(i, i + 1) for i in range(20)]
+
+
+def test_from_what_dyntok_batch_writes(photos, checkpoint_folder, tmp_path):
+    """One image per row, and interleaved documents; the errors table beside them is no document."""
+    from support.batch_data import codes, pictures, rows, run, tar_members, write_tar
+
+    images = pictures(photos)
+    tar = write_tar(tmp_path / "in.tar", tar_members(images | {"bad": b"broken"}))
+    run(tar, tmp_path / "single", checkpoint_folder, keep=["txt"], shard_size=8)
+    read = list(read_documents(tmp_path / "single", text="txt", positions=True))
+    found = {document.key: document.segments for document in read}
+    assert {key: (image.codes, image.positions) for key, (image, _) in found.items()} == codes(tmp_path / "single")
+    assert all(text == f"caption of {key}" for key, (_, text) in found.items())
+    vocab = VisualVocab.after(300, size=256)
+    packed = Packer(300, vocab, encode, bos=BOS, eos=EOS, pad=PAD).pack(read)
+    written = [
+        segment.codes for row in packed for segment in parse_ids(row.input_ids, vocab) if segment.kind == "image"
+    ]
+    assert sorted(written) == sorted(tuple(row) for row, _ in codes(tmp_path / "single").values())
+
+    content = list(images.values())
+    cells = pyarrow.array(
+        [[content[0], None, content[1]], [None, b"broken"], [content[2]]], pyarrow.list_(pyarrow.binary())
+    )
+    texts = [[None, "between", None], ["alone", None], ["under"]]
+    parquet_files.write_table(
+        pyarrow.table({"key": ["a", "b", "c"], "images": cells, "texts": texts}), tmp_path / "in.parquet"
+    )
+    run(tmp_path / "in.parquet", tmp_path / "several", checkpoint_folder, interleaved=True, keep=["texts"])
+    a, b, c = read_documents(tmp_path / "several", text="texts")
+    made = {row["key"]: row["codes"] for row in rows(tmp_path / "several")}
+    assert [s if isinstance(s, str) else s.codes for s in a.segments] == [made["a"][0], "between", made["a"][2]]
+    assert b.segments == ("alone",) and [s if isinstance(s, str) else s.codes for s in c.segments] == [
+        made["c"][0],
+        "under",
+    ]
