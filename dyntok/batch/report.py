@@ -18,6 +18,7 @@ from dyntok.batch.options import BatchOptions
 from dyntok.batch.storage import Output, StorageOptions
 from dyntok.encoding import Encoding
 from dyntok.errors import BatchError, FingerprintError, MissingDependencyError
+from dyntok.model.codebook import perplexity
 from dyntok.tokenizer import DynamicVisualTokenizer
 from dyntok.visualize import draw_sheet
 
@@ -95,7 +96,7 @@ def inspect(folder: str, *, storage: StorageOptions | None = None) -> Report:
         reasons=dict(reasons.most_common(_REASONS)),
         lengths=None if lengths is None else lengths.tolist(),
         codes_used=None if codes is None else int((codes > 0).sum()),
-        perplexity=None if codes is None else _perplexity(codes),
+        perplexity=None if codes is None else perplexity(torch.from_numpy(codes)),
     )
 
 
@@ -117,11 +118,6 @@ def _added(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     total[: len(one)] += one
     total[: len(other)] += other
     return total
-
-
-def _perplexity(counts: np.ndarray) -> float:
-    share = counts[counts > 0] / max(counts.sum(), 1)
-    return float(np.exp(-(share * np.log(share)).sum()))
 
 
 def _bars(lengths: Sequence[int], rows: int = 12, width: int = 50) -> list[str]:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dyntok.checkpoint import format as checkpoint
 from dyntok.errors import CheckpointError, ConfigError, DataError, DyntokError
-from dyntok.model.codebook import gather_rows_of_ranks
 from dyntok.tokenizer import DynamicVisualTokenizer
+from dyntok.training.codebook import gather_rows_of_ranks
 from dyntok.training.data import TrainingImages, find_samples
 from dyntok.training.objective import Objective, StepResult, TeacherFeatures
 from dyntok.training.optimizer import Optimizer

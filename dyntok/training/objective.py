@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from dyntok.errors import CheckpointError, ConfigError
 from dyntok.model.backbone import load_timm_weights
-from dyntok.model.codebook import CodebookTrainer
 from dyntok.model.merger import cu_seqlens_of
 from dyntok.model.selector import DROP, KEEP, straight_through
 from dyntok.policy import KeepPolicy
 from dyntok.tokenizer import DynamicVisualTokenizer
 from dyntok.training import losses
+from dyntok.training.codebook import CodebookTrainer
 from dyntok.training.recipe import Stage, Teacher
 
 
