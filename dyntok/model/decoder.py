@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from dyntok.config import DecoderConfig
 from dyntok.lavit.conditioning import Conditioning
+from dyntok.layout import lattice_positions
 from dyntok.model.merger import check_heads, scale_branches
-from dyntok.model.selector import bayer_pattern
 from dyntok_kernels import lengths_of, scatter_rows, varlen_attention
 
 
@@ -22,7 +22,7 @@ def guessed_positions(length: int, grid: tuple[int, int], dithered: bool) -> Ten
     Evenly spread; or, where the selector has a dither, the patches that it favours: most kept ones lie on its lattice.
     """
     if dithered:
-        return bayer_pattern(grid).sort(descending=True, stable=True).indices[:length].sort().values
+        return lattice_positions(length, grid)
     return ((torch.arange(length) * 2 + 1) * grid[0] * grid[1]) // (2 * length)
 
 

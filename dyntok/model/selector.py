@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dyntok.layout import bayer_pattern
+
 KEEP, DROP = 0, 1
 
 
@@ -48,15 +50,6 @@ class Selector(nn.Module):
                 bias = self.position_bias.to(dtype) / 2
                 logits = logits + torch.stack([bias, -bias], dim=-1)
             return F.log_softmax(logits, dim=-1)
-
-
-def bayer_pattern(grid: tuple[int, int]) -> Tensor:
-    """Thresholds of an ordered dither (Bayer 1973) for a grid of (rows, columns): float [N], evenly spaced within -1 to 1."""
-    matrix = torch.zeros(1, 1)
-    for _ in range(3):
-        matrix = torch.cat([torch.cat([4 * matrix, 4 * matrix + 2], 1), torch.cat([4 * matrix + 3, 4 * matrix + 1], 1)])
-    tiled = matrix.repeat(-(-grid[0] // 8), -(-grid[1] // 8))[: grid[0], : grid[1]]
-    return ((2 * tiled + 1) / 64 - 1).flatten()
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ from torch.testing import assert_close
 
 from dyntok.config import DecoderConfig
 from dyntok.errors import ConfigError
+from dyntok.layout import bayer_pattern
 from dyntok.model.decoder import Decoder, guessed_positions
 from dyntok.model.pixel_head import PixelHead
-from dyntok.model.selector import bayer_pattern
 from dyntok.policy import KeepPolicy
 
 GRID, PATCHES, CODE_DIM, WIDTH = (3, 5), 15, 8, 24

@@ -8,7 +8,8 @@ import torch
 from torch.testing import assert_close
 
 from dyntok.errors import ConfigError
-from dyntok.model.selector import DROP, KEEP, Selector, bayer_pattern, straight_through
+from dyntok.layout import bayer_pattern
+from dyntok.model.selector import DROP, KEEP, Selector, straight_through
 from dyntok.policy import KeepPolicy
 
 RELEASED_NAMES = {
