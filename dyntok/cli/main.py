@@ -17,11 +17,13 @@ from tqdm import tqdm
 
 from dyntok import DynamicVisualTokenizer, Encoding, __version__, load
 from dyntok.cli import batch as cli_batch
-from dyntok.errors import CodeError, ConfigError, DataError, DyntokError, MissingDependencyError
+from dyntok.cli.arguments import FAILED, INTERRUPTED, OK, SOME_SKIPPED, budget, keep_options, mapping, print_json, whole
+from dyntok.cli.evaluate import add_eval
+from dyntok.cli.train import add_train
+from dyntok.errors import CodeError, ConfigError, DyntokError
 from dyntok.lavit import convert as lavit
 from dyntok.visualize import draw_sheet
 
-OK, FAILED, USAGE, SOME_SKIPPED, INTERRUPTED = 0, 1, 2, 3, 130
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEMO_PHOTO = Path(__file__).parents[1] / "assets" / "astronaut.jpg"
 
@@ -58,13 +60,13 @@ def _parser() -> argparse.ArgumentParser:
     keep = argparse.ArgumentParser(add_help=False)
     one = keep.add_mutually_exclusive_group()
     one.add_argument(
-        "--budget", type=_budget, metavar="N", help="exactly N tokens per image, or a share of the patches such as 0.25"
+        "--budget", type=budget, metavar="N", help="exactly N tokens per image, or a share of the patches such as 0.25"
     )
     one.add_argument("--threshold", type=float, metavar="P", help="keep patches whose keep probability is at least P")
     one.add_argument(
-        "--sample", type=_whole(0, 2**63 - 1), metavar="SEED", help="the paper's stochastic choice, from this seed"
+        "--sample", type=whole(0, 2**63 - 1), metavar="SEED", help="the paper's stochastic choice, from this seed"
     )
-    keep.add_argument("--max-tokens", type=_whole(1, 2**31), metavar="N", help="at most N tokens per image")
+    keep.add_argument("--max-tokens", type=whole(1, 2**31), metavar="N", help="at most N tokens per image")
 
     add = commands.add_parser("demo", parents=[model, keep], help="a photograph into integers and back")
     add.add_argument(
@@ -90,56 +92,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     add.add_argument("images", nargs="+", metavar="IMAGE", help="files, or - for one image on stdin")
     add.add_argument("-o", "--output", required=True, metavar="OUT.png", help="where the picture goes, - is stdout")
-    add.add_argument("--columns", type=_whole(1, 2**31), default=1, metavar="N", help="panels side by side")
+    add.add_argument("--columns", type=whole(1, 2**31), default=1, metavar="N", help="panels side by side")
     add.set_defaults(run=_show)
 
     add = commands.add_parser("info", parents=[model], help="what a tokenizer is made of")
     add.set_defaults(run=_info)
 
-    add = commands.add_parser("eval", parents=[model, keep], help="quality on a folder or tar of images")
-    add.add_argument("data", nargs="+", metavar="SOURCE", help="folders of images, webdataset tars")
-    add.add_argument(
-        "--split",
-        choices=["all", "train", "validation"],
-        default="all",
-        help="by a hash of the key, 1 in 20 for validation",
-    )
-    add.add_argument("--limit", type=_whole(1, 2**31), metavar="N", help="only N images, spread evenly over all")
-    add.add_argument("--keys", metavar="PREFIX", default="", help="only images whose key begins so")
-    add.add_argument("--without-positions", action="store_true", help="decode codes alone")
-    add.add_argument(
-        "--selection",
-        choices=["learned", "random", "even"],
-        default="learned",
-        help="other masks with as many tokens, to compare",
-    )
-    add.add_argument("--teacher", metavar="NAME", help="a timm model that judges the reconstructions")
-    add.add_argument(
-        "--teacher-weights", metavar="FILE", default="hub", help="its weights, safetensors (default: from the hub)"
-    )
-    add.add_argument("--teacher-args", type=_mapping, default={}, metavar="JSON", help="arguments of timm.create_model")
-    add.add_argument(
-        "--probe",
-        action="store_true",
-        help="look for neighbours in the training part of SOURCE, not among the evaluated ones",
-    )
-    add.add_argument(
-        "--probe-keys", metavar="PREFIX", default="", help="only images whose key begins so take part in the kNN probe"
-    )
-    add.set_defaults(run=_eval)
-
-    add = commands.add_parser(
-        "train", help="train a tokenizer from a recipe; goes on where the folder's last checkpoint stands"
-    )
-    add.add_argument("recipe", help="a YAML file, or the name of a recipe in the package")
-    add.add_argument(
-        "-o", "--output", required=True, metavar="FOLDER", help="checkpoints, log and the trained tokenizer"
-    )
-    add.add_argument("--init", metavar="NAME", help="start from the weights of this tokenizer")
-    add.add_argument("--cpu", action="store_true", help="even where there is a GPU")
-    add.set_defaults(run=_train)
-
-    cli_batch.add_commands(commands, _budget, _whole)
+    add_eval(commands, [model, keep])
+    add_train(commands)
+    cli_batch.add_commands(commands, budget, whole)
 
     add = commands.add_parser(
         "import-lavit", help="LaVIT's released files as an ordinary checkpoint, under LaVIT's licence"
@@ -150,56 +111,14 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument(
         "--parts", nargs="*", choices=lavit.PARTS, help="what to take besides the encoder (default: all there is)"
     )
-    add.add_argument(
-        "--config", type=_mapping, metavar="JSON", help="head counts, where they are not the released ones"
-    )
+    add.add_argument("--config", type=mapping, metavar="JSON", help="head counts, where they are not the released ones")
     add.add_argument("--revision", metavar="NAME", help="of the repository on the hub")
     add.set_defaults(run=_import_lavit)
     return parser
 
 
-def _budget(text: str) -> int | float:
-    try:
-        return float(text) if "." in text else int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of tokens nor a share such as 0.25") from None
-
-
-def _whole(low: int, high: int) -> Callable[[str], int]:
-    def whole(text: str) -> int:
-        if not (text.isdecimal() and low <= int(text) <= high):
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {low} to {high}")
-        return int(text)
-
-    return whole
-
-
-def _mapping(text: str) -> dict[str, Any]:
-    try:
-        values = json.loads(text)
-    except ValueError:
-        values = None
-    if not isinstance(values, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
-    return values
-
-
-def _policy(options: argparse.Namespace) -> dict[str, Any]:
-    sample = None if options.sample is None else torch.Generator().manual_seed(options.sample)
-    return {
-        "budget": options.budget,
-        "threshold": options.threshold,
-        "sample": sample,
-        "max_tokens": options.max_tokens,
-    }
-
-
 def _sources(names: Sequence[str]) -> list[str | bytes]:
     return [sys.stdin.buffer.read() if name == "-" else name for name in names]
-
-
-def _print_json(values: Any) -> None:
-    print(json.dumps(values))
 
 
 def _guarded(write: Callable[[], Any], output: str | Path) -> None:
@@ -219,14 +138,14 @@ def _save_picture(picture: Image.Image, output: str | Path) -> None:
 
 def _demo(options: argparse.Namespace) -> int:
     tokenizer = load(options.model, device=options.device)
-    encoding = tokenizer.encode(DEMO_PHOTO, **_policy(options))
+    encoding = tokenizer.encode(DEMO_PHOTO, **keep_options(options))
     _save_picture(draw_sheet(tokenizer, [DEMO_PHOTO], encoding), options.output)
     codes, patches = encoding.codes[0].tolist(), tokenizer.grid[0] * tokenizer.grid[1]
     bits = len(codes) * (tokenizer.config.codebook.size - 1).bit_length()
     if options.output == "-":
         return OK
     if options.json:
-        _print_json({**encoding.to_dict(), "picture": options.output})
+        print_json({**encoding.to_dict(), "picture": options.output})
     else:
         print(
             f"{DEMO_PHOTO.name}: {patches} patches became {len(codes)} integers ({-(-bits // 8)} bytes)\n{' '.join(map(str, codes))}"
@@ -239,7 +158,7 @@ def _encode(options: argparse.Namespace) -> int:
     tokenizer, names = load(options.model, device=options.device), options.images
     # None: no bar where nobody looks
     images = tqdm(_sources(names), desc="encode", unit=" images", disable=None if len(names) > 1 else True)
-    encoding = tokenizer.encode(images, errors="skip" if options.skip_errors else "raise", **_policy(options))
+    encoding = tokenizer.encode(images, errors="skip" if options.skip_errors else "raise", **keep_options(options))
     for index, error in encoding.failures:
         print(f"dyntok: left out {names[index]}: {error}", file=sys.stderr)
     sources = [names[index] for index in encoding.source_index.tolist()]
@@ -248,7 +167,7 @@ def _encode(options: argparse.Namespace) -> int:
     if to_file:
         _guarded(lambda: Path(options.output).write_text(json.dumps(values) + "\n", encoding="utf-8"), options.output)
     if options.json or options.output == "-":
-        _print_json(values)
+        print_json(values)
     else:
         for name, codes in zip(sources, encoding.codes, strict=True):
             print(f"{name}: {len(codes)} tokens" + ("" if to_file else ": " + " ".join(map(str, codes.tolist()))))
@@ -276,7 +195,7 @@ def _decode(options: argparse.Namespace) -> int:
     if options.output == "-":
         return OK
     if options.json:
-        _print_json(paths)
+        print_json(paths)
     else:
         print(*paths, sep="\n")
     return OK
@@ -302,13 +221,13 @@ def _read_codes(source: str) -> Encoding | list:
 
 def _show(options: argparse.Namespace) -> int:
     tokenizer, images = load(options.model, device=options.device), _sources(options.images)
-    encoding = tokenizer.encode(images, **_policy(options))
+    encoding = tokenizer.encode(images, **keep_options(options))
     _save_picture(draw_sheet(tokenizer, images, encoding, columns=options.columns), options.output)
     lengths = encoding.lengths.tolist()
     if options.output == "-":
         return OK
     if options.json:
-        _print_json({"picture": options.output, "lengths": lengths})
+        print_json({"picture": options.output, "lengths": lengths})
     else:
         print(
             f"{options.output}: "
@@ -323,7 +242,7 @@ def _info(options: argparse.Namespace) -> int:
     parts = {name: sum(p.numel() for p in part.parameters()) for name, part in tokenizer.named_children()}
     parts["codebook"] = tokenizer.codebook.embedding.numel()
     if options.json:
-        _print_json({"fingerprint": tokenizer.fingerprint, "config": config.to_dict(), "parameters": parts})
+        print_json({"fingerprint": tokenizer.fingerprint, "config": config.to_dict(), "parameters": parts})
         return OK
     facts = {
         "fingerprint": tokenizer.fingerprint,
@@ -343,57 +262,6 @@ def _how_it_paints(tokenizer: DynamicVisualTokenizer) -> str:
         return "yes"
     conditions = tokenizer.config.decoder is not None and tokenizer.config.decoder.conditions is not None
     return "with a diffusion model" if conditions or tokenizer.late_parts is not None else "no"
-
-
-def _eval(options: argparse.Namespace) -> int:
-    try:
-        from dyntok.training.classifier import load_judge
-        from dyntok.training.data import find_samples
-        from dyntok.training.evaluate import evaluate
-        from dyntok.training.recipe import Teacher
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError.of(str(error.name), "train") from error
-
-    samples = [sample for sample in find_samples(options.data, options.split) if sample.key.startswith(options.keys)]
-    if not samples:
-        raise DataError(f"no key of an image in {', '.join(options.data)} begins with {options.keys!r}")
-    teacher = (
-        load_judge(Teacher(options.teacher, options.teacher_weights, options.teacher_args)) if options.teacher else None
-    )
-    with tqdm(desc="eval", unit=" images", disable=None) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        report = evaluate(
-            load(options.model, device=options.device),
-            samples,
-            policy=_policy(options),
-            positions=not options.without_positions,
-            selection=options.selection,
-            teacher=teacher,
-            probe_samples=find_samples(options.data, "train") if options.probe else None,
-            probe_prefix=options.probe_keys,
-            limit=options.limit,
-            progress=progress,
-        )
-    if options.json:
-        _print_json(report.to_dict())
-    else:
-        print(report.table())
-    return SOME_SKIPPED if report.failures else OK
-
-
-def _train(options: argparse.Namespace) -> int:
-    try:
-        from dyntok.training.loop import Trainer
-        from dyntok.training.recipe import Recipe
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError.of(str(error.name), "train") from error
-    recipe = Recipe.find(options.recipe)
-    Trainer(recipe, options.output, tokenizer=load(options.init) if options.init else None, cpu=options.cpu).run()
-    return OK
 
 
 def _import_lavit(options: argparse.Namespace) -> int:
