@@ -1,7 +1,7 @@
 """`Encoding`: the codes of a batch of images, packed one after another because every image has its own length.
 
-Codes here are codebook indices; ids of an LLM's vocabulary are in `vocab.py`. Nothing here knows the codebook or the weights:
-whether a code is below K is checked where it is decoded.
+Codes are codebook indices; ids of an LLM's vocabulary are in `vocab.py`. This file knows neither codebook nor weights,
+so `decode` is what checks that every code is below K.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from dyntok.errors import CodeError, FingerprintError, ImageError
-from dyntok.ragged import (
+from dyntok.ragged import cu_seqlens_from_lengths, image_of_token, join_rows, pad_rows, split_rows
+from dyntok.validation import (
     brief,
     check_packed,
     check_tensor,
     counted,
     failure_pairs,
     grid_pairs,
-    image_of_token,
     integer_rows,
     integers,
     json_rows,
@@ -32,17 +32,20 @@ _KEYS = ("codes", "positions", "grids", "fingerprint", "failures", "source_index
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Encoding:
-    """B images, T tokens in all. Raster order is a promise: positions strictly increase inside an image.
+    """The codes of B images, T tokens in all.
+
+    Tokens are in raster order: positions strictly increase within an image.
 
     packed_codes      int64 [T]     codebook indices, image after image
-    packed_positions  int64 [T]     the patch each code came from, 0 to rows * columns - 1; None where an LLM wrote the codes alone
-    cu_seqlens        int32 [B+1]   image i owns tokens cu_seqlens[i] to cu_seqlens[i+1]; at least one, at most rows * columns
+    packed_positions  int64 [T]     the patch of each code, 0 to rows * columns - 1; None if only the codes are known
+    cu_seqlens        int32 [B+1]   image i owns tokens cu_seqlens[i] to cu_seqlens[i+1] - 1, from 1 to rows * columns
     grids             int64 [B, 2]  rows and columns of patches
-    fingerprint       which tokenizer wrote the codes, None where that is unknown
+    fingerprint       the tokenizer that made the codes; None if it is unknown
     failures          (input index, error) of every input that could not be encoded
-    source_index      int64 [B]     which input each row came from; by default, in order, the inputs that are not among the failures
+    source_index      int64 [B]     the input that each row came from; default: all inputs without a failure, in order
 
-    All tensors live on one device and are checked here; anything that does not fit raises `CodeError`. `pack` makes one from lists.
+    All tensors are on one device. They are checked on construction, and a mismatch raises `CodeError`. Use `pack` to
+    make an Encoding from lists.
 
     >>> enc = Encoding.pack([[7, 1], [4]], [[0, 3], [2]], (2, 2))
     >>> enc
@@ -57,7 +60,7 @@ class Encoding:
     grids: Tensor
     fingerprint: str | None = None
     failures: tuple[tuple[int, ImageError], ...] = ()
-    source_index: Tensor | None = None
+    source_index: Tensor = None  # type: ignore[assignment]  # __post_init__ replaces None
 
     def __post_init__(self) -> None:
         check_tensor(self.packed_codes, "packed_codes", torch.int64, 1)
@@ -73,7 +76,7 @@ class Encoding:
             failed = {index for index, _ in self.failures}
             rest = [i for i in range(len(self) + len(failed)) if i not in failed]
             object.__setattr__(self, "source_index", torch.tensor(rest, dtype=torch.long, device=self.device))
-        source = self.source_index
+        source: Tensor = self.source_index
         check_tensor(source, "source_index", torch.int64, 1, self.device)
         if len(source) != len(self):
             raise CodeError(f"{counted(len(self), 'image')} have {len(source)} source indices, expected one for each")
@@ -89,38 +92,45 @@ class Encoding:
         failures: Iterable[tuple[int, ImageError]] = (),
         source_index: Tensor | Sequence[int] | None = None,
     ) -> "Encoding":
-        """From one list or integer tensor per image. `grids` holds a (rows, columns) pair per image, or one pair for all."""
+        """Build an Encoding from one list or integer tensor per image.
+
+        grids: a (rows, columns) pair per image, or one pair for all.
+        """
         rows = integer_rows(codes, "codes")
-        lengths = [len(r) for r in rows]
+        lengths = [len(row) for row in rows]
         if sum(lengths) > torch.iinfo(torch.int32).max:
             raise CodeError(
                 f"{sum(lengths)} tokens are too many for one Encoding (cu_seqlens is int32); encode in smaller batches"
             )
         packed_positions, device = None, rows[0].device if rows else None
         if positions is not None:
-            places = integer_rows(positions, "positions")
-            if [len(p) for p in places] != lengths:
-                raise CodeError(
-                    f"codes have lengths {brief(lengths)} and positions {brief([len(p) for p in places])}, expected equal ones"
-                )
-            packed_positions = _join(places, device)
+            position_rows = integer_rows(positions, "positions")
+            if [len(row) for row in position_rows] != lengths:
+                found = brief([len(row) for row in position_rows])
+                raise CodeError(f"codes have lengths {brief(lengths)} and positions {found}, expected equal ones")
+            packed_positions = join_rows(position_rows, device)
+        fields: dict[str, Any] = {}
+        if source_index is not None:
+            fields["source_index"] = integers(source_index, "source_index").to(device)
         return cls(
-            _join(rows, device),
+            join_rows(rows, device),
             packed_positions,
-            _bounds(torch.tensor(lengths, dtype=torch.long, device=device)),
-            grid_pairs(grids, len(rows)).to(device),
+            cu_seqlens_from_lengths(torch.tensor(lengths, dtype=torch.long, device=device)),
+            grid_pairs(grids, len(rows)).to(device),  # type: ignore[arg-type]  # None keeps the device
             fingerprint,
             failure_pairs(failures),
-            None if source_index is None else integers(source_index, "source_index").to(device),
+            **fields,
         )
 
     @classmethod
     def cat(cls, encodings: Iterable["Encoding"], *, renumber: bool = True) -> "Encoding":
-        """One batch after another.
+        """Join batches, one after another.
 
-        With `renumber`, `source_index` and `failures` count as though all inputs had been given at once, one batch's inputs
-        after the other's; without it they stay as they are, which suits rows picked from one batch.
-        Raises `FingerprintError` when the codes come from different tokenizers, `CodeError` when only some have positions.
+        renumber: count `source_index` and `failures` as if all inputs had been given at once. Without it they stay
+            unchanged, which suits rows selected from one batch.
+
+        Raises `FingerprintError` if the codes come from different tokenizers, and `CodeError` if only some batches have
+        positions or if they are on different devices.
         """
         parts = list(encodings)
         if not parts:
@@ -132,10 +142,11 @@ class Encoding:
             )
         devices = sorted({str(p.device) for p in parts})
         if len(devices) > 1:
-            raise CodeError(f"encodings lie on {' and '.join(devices)}; move them to one device with .to() first")
+            raise CodeError(f"encodings are on {' and '.join(devices)}; move them to one device with .to() first")
         filled = [p for p in parts if len(p)] or parts[:1]
-        bare = sum(p.packed_positions is None for p in filled)
-        if 0 < bare < len(filled):
+        positions = [p.packed_positions for p in filled if p.packed_positions is not None]
+        if 0 < len(positions) < len(filled):
+            bare = len(filled) - len(positions)
             raise CodeError(f"{bare} of {len(filled)} encodings have no positions; give all of them positions or none")
         offset, failures, source = 0, [], []
         for part in parts:
@@ -145,8 +156,8 @@ class Encoding:
                 offset += 1 + max([-1, *part.source_index.tolist(), *(index for index, _ in part.failures)])
         return cls(
             torch.cat([p.packed_codes for p in parts]),
-            None if bare else torch.cat([p.packed_positions for p in filled]),
-            _bounds(torch.cat([p.lengths for p in parts])),
+            torch.cat(positions) if positions else None,
+            cu_seqlens_from_lengths(torch.cat([p.lengths for p in parts])),
             torch.cat([p.grids for p in parts]),
             parts[0].fingerprint,
             tuple(failures),
@@ -159,23 +170,23 @@ class Encoding:
 
     @property
     def num_tokens(self) -> int:
-        """T, over all images."""
+        """The number of tokens of all images together, T."""
         return len(self.packed_codes)
 
     @property
     def lengths(self) -> Tensor:
-        """Tokens per image, int64 [B]."""
+        """The number of tokens of each image, int64 [B]."""
         return self.cu_seqlens.diff().long()
 
     @property
     def codes(self) -> list[Tensor]:
-        """One int64 [T_i] per image; views, not copies."""
-        return self._split(self.packed_codes)
+        """The codes of each image, int64 [T_i]; views, not copies."""
+        return split_rows(self.packed_codes, self.cu_seqlens)
 
     @property
     def positions(self) -> list[Tensor] | None:
-        """One int64 [T_i] per image; views, not copies. None where the positions are unknown."""
-        return None if self.packed_positions is None else self._split(self.packed_positions)
+        """The positions of each image, int64 [T_i]; views, not copies. None if the positions are unknown."""
+        return None if self.packed_positions is None else split_rows(self.packed_positions, self.cu_seqlens)
 
     def __len__(self) -> int:
         return len(self.grids)
@@ -184,9 +195,10 @@ class Encoding:
         return (self[i] for i in range(len(self)))
 
     def __getitem__(self, index: int | slice | Sequence[int] | Sequence[bool] | Tensor) -> "Encoding":
-        """Rows by index (an int gives an Encoding of one image), slice, list or tensor of indices, or mask of B bools.
+        """Select images by index, slice, list or tensor of indices, or mask of B bools. An int gives a batch of one.
 
-        `failures` belong to the whole batch and are not carried over; `source_index` is. IndexError where a row does not exist.
+        The result keeps `source_index` but not `failures`, which belong to the whole batch. Raises `IndexError` if an
+        image does not exist.
         """
         rows = row_indices(index, len(self))
         chosen = torch.tensor(rows, dtype=torch.long, device=self.device)
@@ -195,11 +207,11 @@ class Encoding:
             tokens: Any = slice(int(starts[0]), int(ends[-1]))
         else:
             pieces = zip(starts.tolist(), ends.tolist(), strict=True)
-            tokens = _join([torch.arange(start, end) for start, end in pieces], self.device)
+            tokens = join_rows([torch.arange(start, end) for start, end in pieces], self.device)
         return _unchecked(
             packed_codes=self.packed_codes[tokens],
             packed_positions=None if self.packed_positions is None else self.packed_positions[tokens],
-            cu_seqlens=_bounds(ends - starts),
+            cu_seqlens=cu_seqlens_from_lengths(ends - starts),
             grids=self.grids[chosen],
             fingerprint=self.fingerprint,
             failures=(),
@@ -207,36 +219,45 @@ class Encoding:
         )
 
     def padded(self, fill: int = -1) -> tuple[Tensor, Tensor]:
-        """Codes, int64 [B, Tmax], with `fill` after the end of each image; and a mask, bool [B, Tmax], True where there is a code."""
-        return self._pad(self.packed_codes, fill)
+        """Returns the codes as int64 [B, Tmax], with `fill` after each image's last code, and their mask.
+
+        The mask is bool [B, Tmax] and True where there is a code.
+        """
+        return pad_rows(self.packed_codes, self.cu_seqlens, fill)
 
     def padded_positions(self, fill: int = -1) -> tuple[Tensor, Tensor]:
-        """Positions and mask, in the form of `padded`. `CodeError` where the positions are unknown."""
-        return self._pad(self._known_positions("padded_positions()"), fill)
+        """Returns the positions in the form of `padded`. Raises `CodeError` if they are unknown."""
+        return pad_rows(self._known_positions("padded_positions()"), self.cu_seqlens, fill)
 
     def keep_mask(self) -> Tensor:
-        """Which patches were kept, bool [B, N] with N = rows * columns. `CodeError` when grids differ or positions are unknown."""
+        """Returns which patches were kept, bool [B, N] with N = rows * columns.
+
+        Raises `CodeError` if the images have different grids or the positions are unknown.
+        """
         positions = self._known_positions("keep_mask()")
         grids = self.grids.unique(dim=0).tolist()
         if len(grids) > 1:
-            raise CodeError(f"keep_mask() needs equal grids, these are {brief(grids)}; ask for one image at a time")
+            raise CodeError(f"keep_mask() needs equal grids, got {brief(grids)}; call it on one image at a time")
         mask = torch.zeros(len(self), grids[0][0] * grids[0][1] if grids else 0, dtype=torch.bool, device=self.device)
         mask[image_of_token(self.cu_seqlens, self.num_tokens), positions] = True
         return mask
 
     def to(self, device: torch.device | str) -> "Encoding":
-        """All tensors on `device`; self where they are there already."""
+        """Returns the batch with all tensors on `device`: itself if they are there already."""
         moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in vars(self).items()}
         return self if all(moved[name] is value for name, value in vars(self).items()) else _unchecked(**moved)
 
     def __eq__(self, other: object) -> bool:
-        """Codes, positions, grids and fingerprint agree exactly; failures, source_index and device do not count."""
+        """Compare codes, positions, grids and fingerprint; failures, source_index and device do not count."""
         if not isinstance(other, Encoding):
             return NotImplemented
-        if self.fingerprint != other.fingerprint or (self.packed_positions is None) != (other.packed_positions is None):
-            return False
-        names = ["cu_seqlens", "grids", "packed_codes"] + ["packed_positions"] * (self.packed_positions is not None)
-        return all(torch.equal(getattr(self, name).cpu(), getattr(other, name).cpu()) for name in names)
+        return (
+            self.fingerprint == other.fingerprint
+            and _equal(self.cu_seqlens, other.cu_seqlens)
+            and _equal(self.grids, other.grids)
+            and _equal(self.packed_codes, other.packed_codes)
+            and _equal(self.packed_positions, other.packed_positions)
+        )
 
     def __repr__(self) -> str:
         facts = [counted(len(self), "image"), counted(self.num_tokens, "token")]
@@ -246,16 +267,23 @@ class Encoding:
             grids = self.grids.unique(dim=0).tolist()
             facts.append(f"grid {grids[0][0]}x{grids[0][1]}" if len(grids) == 1 else f"{len(grids)} different grids")
         facts.append("no positions" if self.packed_positions is None else "with positions")
-        facts += [f"fingerprint {self.fingerprint}"] * (self.fingerprint is not None)
-        facts += [counted(len(self.failures), "failure")] * bool(self.failures)
-        facts += [f"device {self.device}"] * (self.device.type != "cpu")
+        if self.fingerprint is not None:
+            facts.append(f"fingerprint {self.fingerprint}")
+        if self.failures:
+            facts.append(counted(len(self.failures), "failure"))
+        if self.device.type != "cpu":
+            facts.append(f"device {self.device}")
         return f"Encoding({', '.join(facts)})"
 
     def to_dict(self) -> dict[str, Any]:
-        """Lists, ints and strings only, ready for JSON; `from_dict` is its inverse. An error becomes its message."""
+        """Returns lists, ints and strings only, ready for JSON. `from_dict` is the inverse.
+
+        An error becomes its message.
+        """
+        positions = self.positions
         return {
-            "codes": [c.tolist() for c in self.codes],
-            "positions": None if self.positions is None else [p.tolist() for p in self.positions],
+            "codes": [row.tolist() for row in self.codes],
+            "positions": None if positions is None else [row.tolist() for row in positions],
             "grids": self.grids.tolist(),
             "fingerprint": self.fingerprint,
             "failures": [[index, str(error)] for index, error in self.failures],
@@ -264,9 +292,9 @@ class Encoding:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Encoding":
-        """From a stranger's JSON: everything is checked, and whatever does not fit raises `CodeError`.
+        """Build an Encoding from untrusted JSON: everything is checked, and a mismatch raises `CodeError`.
 
-        `codes` and `grids` must be there, the other keys of `to_dict` may be missing.
+        The keys `codes` and `grids` are required; the other keys of `to_dict` are optional.
         """
         if not isinstance(values, dict) or not {"codes", "grids"} <= set(values) <= set(_KEYS):
             got = brief(sorted(map(str, values))) if isinstance(values, dict) else type(values).__name__
@@ -285,33 +313,21 @@ class Encoding:
             None if source is None else json_rows([source], "source_index")[0],
         )
 
-    def _known_positions(self, wanted_by: str) -> Tensor:
+    def _known_positions(self, caller: str) -> Tensor:
         if self.packed_positions is None:
-            raise CodeError(f"{wanted_by} needs positions, and these codes came without them")
+            raise CodeError(f"{caller} needs positions, but these codes have none")
         return self.packed_positions
 
-    def _split(self, packed: Tensor) -> list[Tensor]:
-        return list(packed.split(self.lengths.tolist())) if len(self) else []
 
-    def _pad(self, packed: Tensor, fill: int) -> tuple[Tensor, Tensor]:
-        longest = int(self.lengths.max()) if len(self) else 0
-        mask = torch.arange(longest, device=self.device) < self.lengths[:, None]  # [B, Tmax]
-        padded = torch.full(mask.shape, fill, dtype=torch.long, device=self.device)
-        padded[mask] = packed
-        return padded, mask
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one.cpu(), other.cpu())
 
 
 def _unchecked(**fields: Any) -> Encoding:
-    # Parts of a checked Encoding are valid, and checking again would wait for the device each time.
+    # Parts of a checked Encoding are valid, and every check would wait for the device.
     enc = object.__new__(Encoding)
     for name, value in fields.items():
         object.__setattr__(enc, name, value)
     return enc
-
-
-def _join(pieces: list[Tensor], device: torch.device | None) -> Tensor:
-    return torch.cat([p.to(device) for p in pieces]) if pieces else torch.empty(0, dtype=torch.long, device=device)
-
-
-def _bounds(lengths: Tensor) -> Tensor:
-    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)

@@ -22,10 +22,11 @@ from dyntok.lavit.understanding import Understanding
 from dyntok.model.backbone import Backbone
 from dyntok.model.codebook import Codebook
 from dyntok.model.decoder import Decoder
-from dyntok.model.merger import build_merger, cu_seqlens_of
+from dyntok.model.merger import build_merger
 from dyntok.model.pixel_head import PixelHead
 from dyntok.model.selector import Selector
 from dyntok.policy import KeepPolicy
+from dyntok.ragged import cu_seqlens_from_mask
 
 _Rows: TypeAlias = Iterable[Tensor | Sequence[int]]  # one row of integers per image
 Codes: TypeAlias = Encoding | _Rows
@@ -393,7 +394,7 @@ class DynamicVisualTokenizer(Persistent):
         return (
             torch.cat(rows),
             keep.nonzero()[:, 1],
-            cu_seqlens_of(keep),
+            cu_seqlens_from_mask(keep),
             torch.tensor(self.grid, device=self.device).repeat(len(keep), 1),
         )
 

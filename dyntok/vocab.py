@@ -1,6 +1,6 @@
-"""`VisualVocab`: where codes live in an LLM's vocabulary, how they are spelled there, and the way there and back.
+"""`VisualVocab`: the ids and the spelling of codes in an LLM's vocabulary, and the conversion in both directions.
 
-Not here: forgiving parsing of what a model wrote (`dyntok/llm/parsing.py`); ids that do not fit raise.
+Not here: tolerant parsing of generated output (`dyntok/llm/parsing.py`). An id that does not fit raises an error.
 """
 
 from collections.abc import Sequence
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from dyntok.encoding import Encoding
 from dyntok.errors import CodeError
-from dyntok.ragged import counted, integers, refuse
+from dyntok.validation import counted, integers, refuse
 
-LAVIT_IMAGE_START, LAVIT_IMAGE_END, LAVIT_OFFSET = 32000, 32001, 32002  # ids in LaVIT's LLM: code k is LAVIT_OFFSET + k
+LAVIT_IMAGE_START, LAVIT_IMAGE_END = 32000, 32001  # ids in LaVIT's LLM
+LAVIT_OFFSET = 32002  # id of code 0
 LAVIT_CODES = 16384
 START_TOKEN, END_TOKEN = "<|image|>", "<|/image|>"
 
@@ -30,9 +31,10 @@ _LARGEST = {
 
 @dataclass(frozen=True)
 class VisualVocab:
-    """Code k, 0 to size - 1, has id offset + k; an image's codes stand between the ids image_start and image_end.
+    """A layout of visual tokens in an LLM's vocabulary.
 
-    With `patches`, every code is written behind its patch: position p has id offset + size + p, 0 to patches - 1.
+    Code k has id offset + k. An image's codes stand between the ids image_start and image_end. With `patches`, every
+    code follows its position: position p has id offset + size + p.
 
     >>> VisualVocab.lavit().to_ids([0, 16383])
     tensor([32000, 32002, 48385, 32001])
@@ -44,7 +46,7 @@ class VisualVocab:
     offset: int  # id of code 0
     image_start: int
     image_end: int
-    patches: int = 0  # N, the number of position tokens; 0 where positions are not written
+    patches: int = 0  # N, the number of position tokens; 0 if positions are not written
 
     def __post_init__(self) -> None:
         for name in ("size", "offset", "image_start", "image_end", "patches"):
@@ -55,38 +57,39 @@ class VisualVocab:
             raise CodeError(f"the highest id would be {self.vocab_size - 1}, expected at most {2**32 - 1} (uint32)")
         for name in ("image_start", "image_end"):
             if self.offset <= getattr(self, name) < self.position_offset + self.patches:
-                also = " and the positions behind them" * bool(self.patches)
-                raise CodeError(
-                    f"{name} is {getattr(self, name)}, expected an id outside the codes' {self._range}{also}"
-                )
+                taken = f"the codes' {self._range}" + (" and the positions after them" if self.patches else "")
+                raise CodeError(f"{name} is {getattr(self, name)}, expected an id outside {taken}")
         if self.image_start == self.image_end:
             raise CodeError(f"image_start and image_end are both {self.image_start}, expected two different ids")
 
     @classmethod
     def after(cls, vocab_size: int, size: int, patches: int = 0) -> "VisualVocab":
-        """Appended to a vocabulary of `vocab_size` entries: start, end, then `size` codes, as LaVIT does; then `patches` positions."""
+        """Append visual tokens to a vocabulary of `vocab_size` entries.
+
+        The order is LaVIT's: start, end, `size` codes; then `patches` positions.
+        """
         if type(vocab_size) is not int or vocab_size < 0:
             raise CodeError(f"vocab_size is {vocab_size!r}, expected an integer of 0 or more")
         return cls(size=size, offset=vocab_size + 2, image_start=vocab_size, image_end=vocab_size + 1, patches=patches)
 
     @classmethod
     def lavit(cls) -> "VisualVocab":
-        """LaVIT's layout behind LLaMA's 32,000 entries: start 32000, end 32001, code k = 32002 + k, K = 16,384."""
+        """Returns LaVIT's layout after LLaMA's 32,000 entries: start 32000, end 32001, 16,384 codes from 32002."""
         return cls(LAVIT_CODES, LAVIT_OFFSET, LAVIT_IMAGE_START, LAVIT_IMAGE_END)
 
     @property
     def vocab_size(self) -> int:
-        """Highest id + 1: how many rows the LLM's embedding needs."""
+        """The highest id + 1: the number of rows that the LLM's embedding needs."""
         return max(self.position_offset + self.patches, self.image_start + 1, self.image_end + 1)
 
     @property
     def position_offset(self) -> int:
-        """Id of position 0."""
+        """The id of position 0."""
         return self.offset + self.size
 
     @property
     def tokens(self) -> dict[str, int]:
-        """Every token as text, and its id; in the order of ids. Numbers have as many digits as the largest of their kind."""
+        """Every token's text and id, in order of ids. Numbers are padded with zeros to the width of the largest."""
         tokens = {START_TOKEN: self.image_start, END_TOKEN: self.image_end}
         tokens |= {self._spelled("v", k, self.size): self.offset + k for k in range(self.size)}
         tokens |= {self._spelled("p", p, self.patches): self.position_offset + p for p in range(self.patches)}
@@ -94,21 +97,20 @@ class VisualVocab:
 
     @property
     def dtype(self) -> str:
-        """The narrowest of uint16 and uint32 that holds every id (names as NumPy has them)."""
+        """The NumPy name of the narrowest of uint16 and uint32 that holds every id."""
         return "uint16" if self.vocab_size - 1 <= _LARGEST["uint16"] else "uint32"
 
     def check_dtype(self, dtype: str) -> None:
-        """Raises `CodeError` when some id would overflow `dtype`: a name such as "uint16", a NumPy dtype or a torch dtype."""
+        """Raise `CodeError` if an id would overflow `dtype`: a name such as "uint16", a NumPy dtype or a torch dtype."""
         name = str(dtype).removeprefix("torch.")
         if name not in _LARGEST:
             raise CodeError(f"ids can't be stored as {name}; expected one of {', '.join(_LARGEST)}")
         if self.vocab_size - 1 > _LARGEST[name]:
-            raise CodeError(
-                f"ids up to {self.vocab_size - 1} overflow {name} (at most {_LARGEST[name]}); store them as {self.dtype}"
-            )
+            highest = f"ids up to {self.vocab_size - 1} overflow {name} (at most {_LARGEST[name]})"
+            raise CodeError(f"{highest}; store them as {self.dtype}")
 
     def is_visual(self, id: int) -> bool:
-        """Whether this is start, end, or the id of a code or position."""
+        """Returns whether this is the id of a start, an end, a code or a position."""
         return id in (self.image_start, self.image_end) or self.offset <= id < self.position_offset + self.patches
 
     def to_ids(
@@ -118,15 +120,24 @@ class VisualVocab:
         *,
         positions: Tensor | Sequence[int] | None = None,
     ) -> Tensor | list[Tensor]:
-        """int64 [T + 2] of one image's codes [T], between start and end; [T] without `wrap`. An Encoding gives a list, image by image.
+        """Returns one image's codes [T] as ids between start and end, int64 [T + 2].
 
-        positions: [T], where the vocabulary has tokens for them; there are 2 T ids then, each code behind its position.
+        codes: one image's, or an Encoding, which gives a list with one tensor per image.
+        wrap: add start and end.
+        positions: [T], required if the vocabulary has tokens for them. Each code then follows its position, 2 T ids in
+        all.
 
-        Raises `CodeError` on a code outside 0 to K - 1, on no codes at all, and on positions that are missing, too many or not rising.
+        Raises `CodeError` on a code outside 0 to K - 1, on an empty row, and on positions that are missing, unexpected,
+        out of range or not increasing.
         """
         if isinstance(codes, Encoding):
-            places = codes.positions if self.patches and codes.positions is not None else [None] * len(codes)
-            return [self.to_ids(row, wrap, positions=place) for row, place in zip(codes.codes, places, strict=True)]
+            known = codes.positions if self.patches else None
+            if known is None:
+                return [self._ids(row, wrap, None) for row in codes.codes]
+            return [self._ids(row, wrap, place) for row, place in zip(codes.codes, known, strict=True)]
+        return self._ids(codes, wrap, positions)
+
+    def _ids(self, codes: Tensor | Sequence[int], wrap: bool, positions: Tensor | Sequence[int] | None) -> Tensor:
         row = integers(codes, "codes")
         if not len(row):
             raise CodeError("no codes; an image has at least one")
@@ -136,10 +147,10 @@ class VisualVocab:
         )
         ids = row + self.offset
         if (positions is None) != (self.patches == 0):
-            raise CodeError(
-                f"this vocabulary has {counted(self.patches, 'position token')}, and positions were {'not ' * (positions is None)}given; "
-                f"{'give one for each code' if positions is None else 'leave them out'}"
-            )
+            given = "no positions were given; pass one for each code"
+            if positions is not None:
+                given = "positions were given; leave them out"
+            raise CodeError(f"this vocabulary has {counted(self.patches, 'position token')}, but {given}")
         if positions is not None:
             place = integers(positions, "positions").to(ids.device)
             self._check_positions(place, len(row))
@@ -147,38 +158,37 @@ class VisualVocab:
         return torch.cat([ids.new_tensor([self.image_start]), ids, ids.new_tensor([self.image_end])]) if wrap else ids
 
     def to_codes(self, ids: Tensor | Sequence[int]) -> Tensor:
-        """int64 [T], the inverse of `to_ids`: one image's ids, with start and end around them or with neither.
+        """Returns the codes of one image's ids, int64 [T]: the inverse of `to_ids`, with or without start and end.
 
-        Raises `CodeError` on any other id, on start or end in the wrong place or without the other, and on no codes at all.
+        Raises `CodeError` on any other id, on a misplaced or single start or end, and if there are no codes.
         """
         return self._codes_and_positions(ids)[0]
 
     def to_positions(self, ids: Tensor | Sequence[int]) -> Tensor | None:
-        """int64 [T], the positions in one image's ids; None where the vocabulary has none. Errors are those of `to_codes`."""
+        """Returns the positions in one image's ids, int64 [T], or None if the vocabulary has none.
+
+        Errors are those of `to_codes`.
+        """
         return self._codes_and_positions(ids)[1]
 
     def to_text(self, codes: Tensor | Sequence[int], *, positions: Tensor | Sequence[int] | None = None) -> str:
-        """One image as text, between start and end; arguments and errors are those of `to_ids`."""
-        ids = self.to_ids(codes, wrap=False, positions=positions).tolist()
-        numbers = (
-            (id - self.offset, "v", self.size)
-            if id < self.position_offset
-            else (id - self.position_offset, "p", self.patches)
-            for id in ids
-        )
-        return (
-            START_TOKEN + "".join(self._spelled(letter, number, count) for number, letter, count in numbers) + END_TOKEN
-        )
+        """Returns one image as text between start and end. Arguments and errors: see `to_ids`."""
+        ids = self._ids(codes, False, positions).tolist()
+        return START_TOKEN + "".join(map(self._text_of, ids)) + END_TOKEN
+
+    def _text_of(self, id: int) -> str:
+        if id < self.position_offset:
+            return self._spelled("v", id - self.offset, self.size)
+        return self._spelled("p", id - self.position_offset, self.patches)
 
     def _codes_and_positions(self, ids: Tensor | Sequence[int]) -> tuple[Tensor, Tensor | None]:
         row = integers(ids, "ids")
         starts, ends = ((row == marker).nonzero().flatten().tolist() for marker in (self.image_start, self.image_end))
         if starts or ends:
             if starts != [0] or ends != [len(row) - 1]:
-                raise CodeError(
-                    f"{counted(len(row), 'id')} with start ({self.image_start}) at {starts} and end ({self.image_end}) at {ends}; "
-                    "expected one image: start first, end last, or neither of them"
-                )
+                found = f"start ({self.image_start}) at {starts} and end ({self.image_end}) at {ends}"
+                expected = "expected one image: start first, end last, or neither of them"
+                raise CodeError(f"{counted(len(row), 'id')} with {found}; {expected}")
             row = row[1:-1]
         positions = None
         if self.patches:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dyntok.encoding import Encoding
 from dyntok.errors import CodeError, FingerprintError, ImageError
-from dyntok.ragged import MAX_GRID_SIDE
+from dyntok.validation import MAX_GRID_SIDE
 
 LIMITED = settings(max_examples=60, deadline=None)
 
@@ -131,7 +131,7 @@ def test_what_does_not_fit_is_refused(changes, message):
         ({"packed_codes": [1, 2]}, "packed_codes is list"),
         ({"packed_positions": torch.zeros(2, 3, dtype=torch.long)}, "packed_positions is torch.int64 .2, 3."),
         ({"packed_positions": torch.tensor([0, 3])}, "6 codes have 2 positions"),
-        ({"packed_positions": torch.zeros(6, dtype=torch.long, device="meta")}, "lies on meta"),
+        ({"packed_positions": torch.zeros(6, dtype=torch.long, device="meta")}, "is on meta"),
         ({"cu_seqlens": torch.tensor([0, 2, 3, 6])}, "cu_seqlens is torch.int64"),
         ({"cu_seqlens": torch.tensor([1, 2, 3, 6], dtype=torch.int32)}, "begin with 0"),
         ({"cu_seqlens": torch.tensor([0, 2, 3, 5], dtype=torch.int32)}, "end with 6"),
@@ -247,7 +247,7 @@ def test_padded_fills_the_end_of_short_rows():
     assert mask.tolist() == [[True, True, False], [True, False, False], [True, True, True]]
     positions, same = small().padded_positions(fill=0)
     assert positions.tolist() == [[0, 3, 0], [2, 0, 0], [1, 2, 5]] and torch.equal(same, mask)
-    with pytest.raises(CodeError, match="without them"):
+    with pytest.raises(CodeError, match="have none"):
         small(positions=None).padded_positions()
     assert [t.shape for t in small()[[]].padded()] == [(0, 0), (0, 0)]
 

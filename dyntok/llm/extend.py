@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dyntok.errors import CodeError, ConfigError, MissingDependencyError
-from dyntok.ragged import brief
+from dyntok.validation import brief
 from dyntok.vocab import VisualVocab
 
 

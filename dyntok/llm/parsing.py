@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor
 
-from dyntok.ragged import integers
+from dyntok.validation import integers
 from dyntok.vocab import END_TOKEN, START_TOKEN, VisualVocab
 
 _TOKEN = re.compile(rf"{re.escape(START_TOKEN)}|{re.escape(END_TOKEN)}|<\|([vp]):([0-9]{{1,10}})\|>")

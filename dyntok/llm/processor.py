@@ -15,8 +15,8 @@ from dyntok.errors import CodeError, ConfigError
 from dyntok.image import ImageSource, is_single
 from dyntok.llm.packing import IGNORED
 from dyntok.llm.parsing import parse_ids
-from dyntok.ragged import counted
 from dyntok.tokenizer import DynamicVisualTokenizer
+from dyntok.validation import counted
 from dyntok.vocab import VisualVocab
 
 PLACEHOLDER = "<image>"

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from dyntok.errors import CheckpointError, ConfigError
 from dyntok.model.backbone import load_timm_weights
-from dyntok.model.merger import cu_seqlens_of
 from dyntok.model.selector import DROP, KEEP, straight_through
 from dyntok.policy import KeepPolicy
+from dyntok.ragged import cu_seqlens_from_mask
 from dyntok.tokenizer import DynamicVisualTokenizer
 from dyntok.training import losses
 from dyntok.training.codebook import CodebookTrainer
@@ -158,7 +158,7 @@ class Objective(nn.Module):
             rows, codes = tok.codebook.quantize(vectors)
         else:
             rows = F.normalize(vectors, dim=-1)
-        cu_seqlens = cu_seqlens_of(keep)
+        cu_seqlens = cu_seqlens_from_mask(keep)
         known = torch.rand(len(pixels), device=pixels.device) >= stage.position_drop
         positions = torch.where(known.repeat_interleave(keep.sum(1)), keep.nonzero()[:, 1], -1)
         decoded = tok.decoder(rows, cu_seqlens, positions)
