@@ -101,7 +101,7 @@ class VisualVocab:
         return "uint16" if self.vocab_size - 1 <= _LARGEST["uint16"] else "uint32"
 
     def check_dtype(self, dtype: str) -> None:
-        """Raise `CodeError` if an id would overflow `dtype`: a name such as "uint16", a NumPy dtype or a torch dtype."""
+        """Raise `CodeError` if an id would overflow `dtype`, a name such as "uint16" or a dtype of NumPy or torch."""
         name = str(dtype).removeprefix("torch.")
         if name not in _LARGEST:
             raise CodeError(f"ids can't be stored as {name}; expected one of {', '.join(_LARGEST)}")
@@ -147,10 +147,10 @@ class VisualVocab:
         )
         ids = row + self.offset
         if (positions is None) != (self.patches == 0):
-            given = "no positions were given; pass one for each code"
+            problem = "positions were not given; give one for each code"
             if positions is not None:
-                given = "positions were given; leave them out"
-            raise CodeError(f"this vocabulary has {counted(self.patches, 'position token')}, but {given}")
+                problem = "positions were given; leave them out"
+            raise CodeError(f"this vocabulary has {counted(self.patches, 'position token')}, and {problem}")
         if positions is not None:
             place = integers(positions, "positions").to(ids.device)
             self._check_positions(place, len(row))
