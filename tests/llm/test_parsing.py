@@ -72,7 +72,7 @@ def test_ids_that_are_no_pairs_are_refused(ids):
 
 def test_markers_lie_outside_the_positions():
     with pytest.raises(
-        CodeError, match="image_end is 115, expected an id outside the codes' 102 to 113 and the positions behind them"
+        CodeError, match="image_end is 115, expected an id outside the codes' 102 to 113 and the positions after them"
     ):
         VisualVocab(size=12, offset=102, image_start=100, image_end=115, patches=9)
 
