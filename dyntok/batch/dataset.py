@@ -15,8 +15,9 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from dyntok.batch.formats import ROWS_IN_GROUP
-from dyntok.batch.manifest import read_description, read_records
-from dyntok.batch.storage import Output, StorageOptions, shown, told
+from dyntok.batch.inputs.names import split_key
+from dyntok.batch.manifest import read_description, recorded_files
+from dyntok.batch.storage import Output, StorageOptions, redact, wrap_storage_errors
 from dyntok.encoding import Encoding
 from dyntok.errors import ConfigError, DataError
 from dyntok.tokenizer import batched
@@ -29,7 +30,7 @@ class Batch:
     keys: list[str]
     encoding: Encoding  # of their images, one after another, with the fingerprint of the tokenizer that made them
     row_of_image: list[int]  # which row each image belongs to; in interleaved data a row has several, or none
-    companions: dict[str, list[Any]]  # by name, one value for each row
+    columns: dict[str, list[Any]]  # by name, one value for each row
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class CodesRow:
 
     key: str
     images: list[tuple[np.ndarray, np.ndarray, Sequence[int]]]  # codes, positions, grid
-    companions: dict[str, Any]
+    columns: dict[str, Any]
 
 
 class CodesDataset(IterableDataset):
@@ -46,7 +47,7 @@ class CodesDataset(IterableDataset):
 
     folder         what `dyntok batch` wrote as parquet or webdataset; shards that are not complete yet are passed over
     batch_size     rows in a `Batch`
-    columns        companions that are wanted
+    columns        extra columns to read
     rank, world    which part of the rows: every rank and every worker of its loader reads a share of its own, no row twice
     shuffle        blocks of 1,024 rows, and the rows in each, in an order that follows from `seed` and the epoch
 
@@ -77,15 +78,11 @@ class CodesDataset(IterableDataset):
         self.description = read_description(self._output)
         if self.description["options"]["format"] == "megatron":
             raise DataError(
-                f"{shown(self._output.address)} holds Megatron files; read those with Megatron, or write parquet"
+                f"{redact(self._output.address)} holds Megatron files; read those with Megatron, or write parquet"
             )
-        files = [
-            (name, facts["rows"])
-            for _, record in read_records(self._output)
-            for name, facts in sorted(record.files.items())
-        ]
-        self._files = [name for name, _ in files]
-        blocks = [-(-rows // ROWS_IN_GROUP) if name.endswith(".parquet") else 1 for name, rows in files]
+        files = recorded_files(self._output)
+        self._files = [file.name for file in files]
+        blocks = [-(-file.rows // ROWS_IN_GROUP) if file.name.endswith(".parquet") else 1 for file in files]
         self._first_block = np.concatenate(
             [[0], np.cumsum(blocks, dtype=np.int64)]
         )  # of each file, and the number of all
@@ -165,7 +162,7 @@ class CodesDataset(IterableDataset):
             [row.key for row in rows],
             encoding,
             owners,
-            {name: [row.companions[name] for row in rows] for name in self.columns},
+            {name: [row.columns[name] for row in rows] for name in self.columns},
         )
 
 
@@ -182,7 +179,7 @@ def read(
 
 def read_block(output: Output, name: str, group: int, columns: Sequence[str] = ()) -> list[CodesRow]:
     """A row group of a Parquet file, or all of a tar. Raises `BatchError`, `DataError`."""
-    with told("read", f"{output.address}/{name}", output.options), output.open(name) as stream:
+    with wrap_storage_errors("read", f"{output.address}/{name}", output.options), output.open(name) as stream:
         if name.endswith(".tar"):
             return list(_tar_rows(stream, columns))
         parquet = pq.ParquetFile(stream)
@@ -206,14 +203,14 @@ def _long(rows: Sequence[np.ndarray]) -> list[torch.Tensor]:
 def _table_rows(table: pa.Table, columns: Sequence[str]) -> Iterator[CodesRow]:
     table, interleaved = table.combine_chunks(), pa.types.is_list(table.schema.field("codes").type.value_type)
     keys = table["key"].to_pylist()
-    companions = {name: table[name].to_pylist() for name in columns}
+    kept = {name: table[name].to_pylist() for name in columns}
     codes, positions, grids = (
         _lists(table[name].chunk(0)) if len(table) else [] for name in ("codes", "positions", "grid")
     )
     for i, key in enumerate(keys):
         row = (codes[i], positions[i], grids[i])
         images = [image for image in zip(*row, strict=True) if image[0] is not None] if interleaved else [row]
-        yield CodesRow(key, images, {name: values[i] for name, values in companions.items()})
+        yield CodesRow(key, images, {name: values[i] for name, values in kept.items()})
 
 
 def _lists(array: pa.Array) -> list[Any]:
@@ -235,17 +232,12 @@ def _lists(array: pa.Array) -> list[Any]:
 def _tar_rows(stream: Any, columns: Sequence[str]) -> Iterator[CodesRow]:
     with tarfile.open(fileobj=stream, mode="r:") as tar:
         members = ((member.name, tar.extractfile(member).read()) for member in tar)
-        for _, group in groupby(members, key=lambda member: _stem(member[0])):
-            parts = {name[len(_stem(name)) + 1 :]: content for name, content in group}
+        for _, group in groupby(members, key=lambda member: split_key(member[0])[0]):
+            parts = {split_key(name)[1]: content for name, content in group}
             facts = json.loads(parts["json"])
             codes, positions = (
                 np.load(BytesIO(parts[f"{name}.npy"]), allow_pickle=False) for name in ("codes", "positions")
             )
             if missing := [column for column in columns if column not in facts]:
-                raise DataError(f"a sample has no companion {', '.join(missing)}; it has {', '.join(facts)}")
+                raise DataError(f"a sample has no column {', '.join(missing)}; it has {', '.join(facts)}")
             yield CodesRow(facts["key"], [(codes, positions, facts["grid"])], {name: facts[name] for name in columns})
-
-
-def _stem(name: str) -> str:
-    folder, slash, last = name.rpartition("/")
-    return folder + slash + last.partition(".")[0]

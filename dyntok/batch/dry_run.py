@@ -10,7 +10,7 @@ from dyntok.batch.engines.stages import End, Item, Tokens, Work, batches, decode
 from dyntok.batch.formats import make_writer
 from dyntok.batch.inputs.samples import Broken
 from dyntok.batch.run import Task
-from dyntok.batch.storage import Output, shown
+from dyntok.batch.storage import Output, redact
 from dyntok.errors import DataError
 
 _SAMPLE = 96  # rows
@@ -18,7 +18,7 @@ _BATCH = 16
 
 
 @dataclass(frozen=True)
-class Plan:
+class DryRun:
     """Rows, bytes and seconds of tars are estimates from the sample's share of its shard; so are seconds, tokens and bytes written."""
 
     kind: str
@@ -49,27 +49,27 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(task: Task) -> Plan:
+def dry_run(task: Task) -> DryRun:
     """Raises what `tokenize` raises before it writes; `DataError` where nothing is left to be done."""
-    ledger, sampling = task.ledger(create=False), _Sampling(task)
+    manifest, sampling = task.manifest(create=False), _Sampling(task)
     shards = extent = size = 0
-    for work in ledger.missing(task.source):
+    for work in manifest.unfinished_work(task.source):
         sampling.take(work)
         shards += 1
         extent += work.shard.begin + work.shard.extent - work.start
         size += work.shard.size if work.shard.rows is None or work.shard.rows[0] == 0 else 0
     if not shards:
-        raise DataError(f"nothing is left to be done in {shown(task.output.address)}")
+        raise DataError(f"nothing is left to be done in {redact(task.output.address)}")
     images = [image for item in sampling.items for image in item.sample.images]
     tokens = [len(image.codes) for image in images if isinstance(image, Tokens)]
     rows = extent  # of lists and tables; of tars it is bytes
     if task.source.kind == "tar":
         rows = round(extent * len(sampling.items) / max(sampling.extent, 1))
-    return Plan(
+    return DryRun(
         kind=task.source.kind,
-        output=shown(task.output.address),
+        output=redact(task.output.address),
         input_shards=shards,
-        input_shards_finished=int(ledger.finished_shards),
+        input_shards_finished=int(manifest.finished_shards),
         input_bytes=size,
         rows=rows,
         sampled=len(sampling.items),

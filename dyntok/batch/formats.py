@@ -1,6 +1,6 @@
 """How rows of codes become files: Parquet, webdataset tars, Megatron's `.bin` and `.idx`.
 
-The same rows give the same bytes (with the same library versions). Not here: where files go, and when (`storage.py`, `ledger.py`).
+The same rows give the same bytes (with the same library versions). Not here: where files go, and when (`storage.py`, `manifest.py`).
 """
 
 import io
@@ -46,7 +46,7 @@ def make_writer(options: BatchOptions, tokenizer: DynamicVisualTokenizer, descri
 
 
 class Parquet:
-    """One row per image: key, codes, positions, grid (rows, columns), width, height, companions.
+    """One row per image: key, codes, positions, grid (rows, columns), width, height, columns.
 
     In interleaved data a row holds a list of each, with nulls where the input has no image or a broken one.
     """
@@ -68,7 +68,7 @@ class Parquet:
             rows = [[image and values[column](image) for image in _images(item)] for item in items]
             arrays[column] = pa.array(rows if self.interleaved else [row for (row,) in rows], kind)
         for column, kind in types.items():
-            arrays[column] = pa.array([item.sample.companions[column] for item in items], kind)
+            arrays[column] = pa.array([item.sample.columns[column] for item in items], kind)
         schema = pa.schema([(column, array.type) for column, array in arrays.items()], self.metadata)
         table = pa.Table.from_arrays(list(arrays.values()), schema=schema)
         file = f"{name}.parquet"
@@ -103,7 +103,7 @@ def _height(image: Tokens) -> int:
 
 
 class WebDataset:
-    """`KEY.codes.npy`, `KEY.positions.npy`, and `KEY.json` with the key as it was, the grid, the original size and companions.
+    """`KEY.codes.npy`, `KEY.positions.npy`, and `KEY.json` with the key as it was, the grid, the original size and columns.
 
     Names of members are safe: no absolute path, no "..", no dot in the last part, none twice.
     """
@@ -131,7 +131,7 @@ class WebDataset:
                     _add(
                         tar,
                         f"{stem}.json",
-                        _json({**facts, **item.sample.companions, "fingerprint": self._fingerprint}),
+                        _json({**facts, **item.sample.columns, "fingerprint": self._fingerprint}),
                     )
 
         file = f"{name}.tar"
@@ -165,7 +165,7 @@ def _json(values: Mapping[str, Any]) -> bytes:
         return json.dumps(values, ensure_ascii=False).encode()
     except TypeError as error:
         raise DataError(
-            f"a companion of {values['key']!r} can't be written as JSON ({error}); write parquet, or leave it out"
+            f"a column of {values['key']!r} can't be written as JSON ({error}); write parquet, or leave it out"
         ) from error
 
 

@@ -6,9 +6,8 @@ in it. A file that no record names is not part of the output.
 
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -16,9 +15,10 @@ import pyarrow.parquet as pq
 
 from dyntok.batch.engines.stages import End, Item, Range, Retry, Tokens, Work
 from dyntok.batch.formats import Writer
+from dyntok.batch.inputs.names import LeftOut
 from dyntok.batch.inputs.samples import Broken, Input, Shard
 from dyntok.batch.options import BatchOptions, differences
-from dyntok.batch.storage import RUN, Output, key_of, shown, told
+from dyntok.batch.storage import RUN, Output, StorageOptions, address_key, redact, wrap_storage_errors
 from dyntok.errors import BatchError, DataError
 from dyntok.tokenizer import batched
 
@@ -51,9 +51,10 @@ class Record:
     duplicates: int  # rows whose key came before in this range
     files: dict[str, dict[str, int]]  # name -> {"rows": ..., "bytes": ...}
     attempt: int = 0  # the last `--retry-errors`
+    left_out: dict[str, int] = field(default_factory=dict)  # input files that were not read, by suffix
 
 
-def describe(
+def describe_run(
     sources: Sequence[str], kind: str, fingerprint: str, options: BatchOptions, version: str
 ) -> dict[str, Any]:
     """What `run.json` holds, and what must be the same when the run goes on (but for the version of dyntok)."""
@@ -63,7 +64,7 @@ def describe(
         "tokenizer": {"fingerprint": fingerprint},
         "input": {
             "kind": kind,
-            "sources": [key_of(source if "://" in source else os.path.abspath(source)) for source in sources],
+            "sources": [address_key(source if "://" in source else os.path.abspath(source)) for source in sources],
         },
         "options": {name: value for name, value in options.to_dict().items() if name != "kind"},
     }
@@ -73,9 +74,11 @@ def read_description(output: Output) -> dict[str, Any]:
     """Of an output folder. Raises `DataError` where it is none."""
     described = output.read_json(f"{RUN}/run.json")
     if described is None:
-        raise DataError(f"{shown(output.address)} is no output of `dyntok batch`: it has no {RUN}/run.json")
+        raise DataError(f"{redact(output.address)} is no output of `dyntok batch`: it has no {RUN}/run.json")
     if not isinstance(described, dict) or described.get("version") != _VERSION:
-        raise DataError(f"{shown(output.address)}/{RUN}/run.json is of another version of dyntok, or damaged")
+        raise DataError(f"{redact(output.address)}/{RUN}/run.json is of another version of dyntok, or damaged")
+    if "keep" in described["options"]:  # as dyntok 0.1 called it
+        described["options"]["keep_columns"] = described["options"].pop("keep")
     return described
 
 
@@ -89,7 +92,7 @@ def read_records(output: Output) -> Iterator[tuple[Range, Record]]:
                 yield Range(int(shard), int(number)), Record(**values)
             except (TypeError, ValueError) as error:
                 raise BatchError(
-                    f"{shown(output.address)}/{RUN}/done/{name}.json is damaged; remove it, and run again"
+                    f"{redact(output.address)}/{RUN}/done/{name}.json is damaged; remove it, and run again"
                 ) from error
 
 
@@ -98,16 +101,41 @@ def _numbers(name: str) -> list[int]:
     return [int(part) if part.isdecimal() else -1 for part in name.split("-")]
 
 
+@dataclass(frozen=True)
+class RecordedFile:
+    """A data file that a record names: complete, and part of the output."""
+
+    name: str  # below the output folder
+    rows: int
+    bytes: int
+
+
+def recorded_files(folder: str | os.PathLike | Output, storage: StorageOptions | None = None) -> list[RecordedFile]:
+    """Returns the files of an output folder that its records name, in the order of the input.
+
+    Every reader of an output goes through this list: a file that no record names, such as one that a killed run left
+    over, is not part of the output. Raises `DataError` where the folder is not an output, `BatchError` where it can't
+    be read.
+    """
+    output = folder if isinstance(folder, Output) else Output(folder, storage or {})
+    read_description(output)
+    return [
+        RecordedFile(name, facts["rows"], facts["bytes"])
+        for _, record in read_records(output)
+        for name, facts in sorted(record.files.items())
+    ]
+
+
 def read_errors(output: Output, span: Range, record: Record) -> list[dict[str, Any]]:
     """Rows of the errors table that belong to a record. Raises `BatchError`."""
     if not record.errors:
         return []
     name = _errors_name(replace(span, attempt=record.attempt))
-    with told("read", f"{output.address}/{name}", output.options), output.open(name) as file:
+    with wrap_storage_errors("read", f"{output.address}/{name}", output.options), output.open(name) as file:
         return pq.read_table(file).to_pylist()
 
 
-class Ledger:
+class Manifest:
     """Of one output folder; made where there is none, unless `create` is false.
 
     Raises `BatchError` where the folder holds another run, or something else.
@@ -117,12 +145,12 @@ class Ledger:
         self.output = output
         before = output.read_json(f"{RUN}/run.json")
         if before is None and next(iter(output.names()), None) is not None:
-            raise BatchError(f"{shown(output.address)} holds files that are of no run; name a new or an empty folder")
+            raise BatchError(f"{redact(output.address)} holds files that are of no run; name a new or an empty folder")
         if next(iter(output.names(f"{RUN}/done")), None) is not None:
             found = differences({**description, "dyntok": None}, {**read_description(output), "dyntok": None})
             if found:
                 raise BatchError(
-                    f"{shown(output.address)} holds another run: {'; '.join(found)}; go on as it was begun, or name a new folder"
+                    f"{redact(output.address)} holds another run: {'; '.join(found)}; go on as it was begun, or name a new folder"
                 )
         elif create and before != description:  # a run that finished nothing binds nobody, and leaves nothing
             for name in [name for name in output.names() if _SHARD.fullmatch(name)]:
@@ -130,10 +158,11 @@ class Ledger:
             output.publish_json(f"{RUN}/run.json", description)
         self.finished_before = 0  # images in the records that were met, and input shards as far as they are finished
         self.finished_shards = 0.0
+        self.finished_left_out = LeftOut()
 
-    def missing(self, source: Input) -> Iterator[Work]:
+    def unfinished_work(self, source: Input) -> Iterator[Work]:
         """What is not complete, in the order of the input. Raises `BatchError` where the input is not what it was."""
-        records = _Groups(read_records(self.output))
+        records = _RecordsByShard(read_records(self.output))
         for shard in source.shards():
             done = records.of(shard.index)
             for record in done.values():
@@ -141,18 +170,20 @@ class Ledger:
                     raise BatchError(
                         f"the input changed since this run began: {'; '.join(changed)}; run into a new folder"
                     )
-            done = {number: record for number, record in done.items() if self._whole(record)}
+            done = {number: record for number, record in done.items() if self._files_intact(record)}
             self.finished_before += sum(record.images for record in done.values())
+            for record in done.values():
+                self.finished_left_out.merge(record.left_out)
             self.finished_shards += sum(record.next - record.start for record in done.values()) / max(shard.extent, 1)
-            yield from _gaps(shard, done)
+            yield from _unfinished_ranges(shard, done)
         if (beyond := records.rest()) is not None:
             raise BatchError(
                 f"the input has fewer shards than when this run began: {beyond['address']} is not there; run into a new folder"
             )
 
-    def failed(self, source: Input) -> Iterator[Work]:
+    def failed_work(self, source: Input) -> Iterator[Work]:
         """Rows of the errors table, to be tried again."""
-        records = _Groups(read_records(self.output))
+        records = _RecordsByShard(read_records(self.output))
         for shard in source.shards():
             for number, record in records.of(shard.index).items():
                 if record.errors:
@@ -163,52 +194,51 @@ class Ledger:
                     yield Work(shard, number, record.start, retry=retry)
 
     def commit(self, end: End, items: Sequence[Item], writer: Writer) -> Record:
-        """Write an output shard: its errors, its data, and last its record. Raises `BatchError`; nothing counts then."""
+        """Writes an output shard: its errors, then its data, and its record last. Returns what was written now.
+
+        Raises `BatchError`; then no record was written, and the files do not count.
+        """
         failures = [
             _failure(item, i, image)
             for item in items
             for i, image in enumerate(item.sample.images)
             if isinstance(image, Broken)
         ]
-        good = [
-            item
-            for item in items
-            if not item.sample.images or not all(isinstance(image, Broken) for image in item.sample.images)
-        ]
+        good = [item for item in items if not _all_broken(item)]
         if failures:
             table = pa.Table.from_pylist(failures, _ERRORS)
             self.output.publish(_errors_name(end.range), lambda path: pq.write_table(table, path))
         sizes = writer.write(self.output, end.range.name, good, end.types) if good else {}
-        files = {file: {"rows": len(good), "bytes": size} for file, size in sizes.items()}
         images = [image for item in good for image in item.sample.images if isinstance(image, Tokens)]
-        seen = Counter(item.sample.key for item in good)
-        record = Record(
-            end.shard, end.start, end.next, end.last, end.rows, len(images), sum(len(image.codes) for image in images), len(failures),
-            len(good) - len(seen), files, end.range.attempt,
-        )  # fmt: skip
-        name = replace(end.range, attempt=0).name
-        whole = record
-        values = self.output.read_json(f"{RUN}/done/{name}.json")  # of a retry, or of a shard whose files were lost
-        before = Record(**values) if values else record
-        if end.range.attempt:
-            beyond = sum(item.place >= before.rows for item in items)
-            whole = replace(
-                record, next=before.next, rows=before.rows + beyond, images=before.images + record.images,
-                tokens=before.tokens + record.tokens, duplicates=before.duplicates + record.duplicates, files=before.files | files,
-            )  # fmt: skip
-        self.output.publish_json(f"{RUN}/done/{name}.json", asdict(whole))
-        for file in (
-            before.files.keys() - whole.files.keys()
-        ):  # a reader of the folder would take their rows for further ones
+        written = Record(
+            shard=end.shard,
+            start=end.start,
+            next=end.next,
+            last=end.last,
+            rows=end.rows,
+            images=len(images),
+            tokens=sum(len(image.codes) for image in images),
+            errors=len(failures),
+            duplicates=len(good) - len({item.sample.key for item in good}),
+            files={file: {"rows": len(good), "bytes": size} for file, size in sizes.items()},
+            attempt=end.range.attempt,
+            left_out=end.left_out,
+        )
+        name = f"{RUN}/done/{replace(end.range, attempt=0).name}.json"
+        values = self.output.read_json(name)  # of a range that is retried, or whose files were lost
+        before = Record(**values) if values else written
+        record = _merged(before, written, items) if end.range.attempt else written
+        self.output.publish_json(name, asdict(record))
+        for file in before.files.keys() - record.files.keys():  # other readers of the folder would see their rows twice
             self.output.remove(file)
-        return record
+        return written
 
-    def _whole(self, record: Record) -> bool:
+    def _files_intact(self, record: Record) -> bool:
         """Whether its files are still there, of the size they had."""
         return all(self.output.size(name) == facts["bytes"] for name, facts in record.files.items())
 
 
-class _Groups:
+class _RecordsByShard:
     """Records by the index of their input shard, as they come in order."""
 
     def __init__(self, records: Iterator[tuple[Range, Record]]) -> None:
@@ -226,7 +256,7 @@ class _Groups:
         return None if self._next is None else self._next[1].shard
 
 
-def _gaps(shard: Shard, done: Mapping[int, Record]) -> Iterator[Work]:
+def _unfinished_ranges(shard: Shard, done: Mapping[int, Record]) -> Iterator[Work]:
     number, start = 0, shard.begin
     while True:
         if number in done:
@@ -239,6 +269,25 @@ def _gaps(shard: Shard, done: Mapping[int, Record]) -> Iterator[Work]:
         if stop is None:
             return
         number, start = stop, done[stop].start
+
+
+def _merged(before: Record, retried: Record, items: Sequence[Item]) -> Record:
+    """Returns the record of a range after some of its rows were tried again."""
+    return replace(
+        retried,
+        next=before.next,
+        rows=before.rows + sum(item.place >= before.rows for item in items),
+        images=before.images + retried.images,
+        tokens=before.tokens + retried.tokens,
+        duplicates=before.duplicates + retried.duplicates,
+        files=before.files | retried.files,
+        left_out=before.left_out,
+    )
+
+
+def _all_broken(item: Item) -> bool:
+    """Returns whether a row has images, and none of them can be read."""
+    return bool(item.sample.images) and all(isinstance(image, Broken) for image in item.sample.images)
 
 
 def _errors_name(span: Range) -> str:

@@ -22,7 +22,7 @@ class BatchOptions:
     kind: Literal["auto", "folder", "tar", "parquet", "list"] = "auto"  # of the input
     format: Literal["parquet", "webdataset", "megatron"] = "parquet"  # of the output
     shard_size: int = 8192  # images in an output shard, at most
-    keep: tuple[str, ...] = ()  # companions that travel along: columns, or extensions such as "txt"
+    keep_columns: tuple[str, ...] = ()  # extra columns to keep: columns of a table, or extensions such as "txt"
     image_column: str | None = None  # of Parquet; None: the only one that can hold images
     key_column: str | None = None  # of Parquet; None: "key" or "__key__", else file name and row number
     interleaved: bool = False  # several images per row
@@ -42,11 +42,11 @@ class BatchOptions:
         for name in ("shard_size", "max_pixels"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, expected an integer of 1 or more")
-        object.__setattr__(self, "keep", tuple(self.keep))
-        taken = sorted({"key", "codes", "positions", "grid", "width", "height", "fingerprint"} & set(self.keep))
-        if taken or len(set(self.keep)) < len(self.keep):
+        object.__setattr__(self, "keep_columns", tuple(self.keep_columns))
+        taken = sorted({"key", "codes", "positions", "grid", "width", "height", "fingerprint"} & set(self.keep_columns))
+        if taken or len(set(self.keep_columns)) < len(self.keep_columns):
             raise ConfigError(
-                f"keep is {', '.join(self.keep)}; expected different names, and none that the output has itself {taken}"
+                f"keep_columns is {', '.join(self.keep_columns)}; expected different names, and none that the output has itself {taken}"
             )
         KeepPolicy(self.budget, self.threshold, None, self.max_tokens)
         if (self.format == "megatron") != (self.vocab_size is not None):
@@ -55,8 +55,8 @@ class BatchOptions:
             )
         if self.format == "megatron":
             VisualVocab.after(self.vocab_size, 1)
-            if self.keep:
-                raise ConfigError("megatron files hold ids alone; leave keep out, or write parquet")
+            if self.keep_columns:
+                raise ConfigError("megatron files hold ids alone; leave keep_columns out, or write parquet")
         if self.interleaved and self.format == "webdataset":
             raise ConfigError("interleaved rows are written as parquet or megatron, not as webdataset")
 
@@ -66,7 +66,7 @@ class BatchOptions:
         return {"budget": self.budget, "threshold": self.threshold, "max_tokens": self.max_tokens}
 
     def to_dict(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "keep": list(self.keep)}
+        return {**dataclasses.asdict(self), "keep_columns": list(self.keep_columns)}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from dyntok.batch.dataset import CodesDataset, read_block
-from dyntok.batch.inputs.samples import Broken, Input, Shard, open_input
+from dyntok.batch.inputs.open import open_input
+from dyntok.batch.inputs.samples import Broken, Input, Shard
 from dyntok.batch.manifest import Record, read_description, read_errors, read_records
 from dyntok.batch.options import BatchOptions
 from dyntok.batch.storage import Output, StorageOptions

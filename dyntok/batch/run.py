@@ -5,7 +5,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -14,10 +14,12 @@ import dyntok
 from dyntok.batch.engines.local import dead_workers_told, run_local
 from dyntok.batch.engines.stages import End, Item, Range, Tokens
 from dyntok.batch.formats import make_writer
-from dyntok.batch.inputs.samples import Broken, Input, open_input
-from dyntok.batch.manifest import Ledger, Record, describe
+from dyntok.batch.inputs.names import LeftOut
+from dyntok.batch.inputs.open import open_input
+from dyntok.batch.inputs.samples import Broken, Input
+from dyntok.batch.manifest import Manifest, Record, describe_run
 from dyntok.batch.options import BatchOptions, EngineOptions
-from dyntok.batch.storage import Output, StorageOptions, locate, shown
+from dyntok.batch.storage import Output, StorageOptions, locate, redact
 from dyntok.errors import BatchError, ConfigError, DyntokError
 from dyntok.loading import load
 from dyntok.tokenizer import DynamicVisualTokenizer
@@ -42,6 +44,7 @@ class Summary:
     input_shards: float = 0.0  # finished now, and before, as far as they were
     input_shards_before: float = 0.0
     input_shards_in_all: int | None = None  # None: not counted yet
+    left_out: LeftOut = field(default_factory=LeftOut)  # input files that were not read, by suffix, of earlier runs too
 
     @property
     def seconds_left(self) -> float | None:
@@ -60,6 +63,7 @@ class Summary:
         self.bytes += sum(facts["bytes"] for facts in record.files.values())
         self.duplicates += record.duplicates
         self.input_shards += end.share
+        self.left_out.merge(record.left_out)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -74,6 +78,7 @@ class Summary:
             self.duplicates
         )
         parts += [f"{self.errors:,} images left out, see the errors table (dyntok inspect)"] * bool(self.errors)
+        parts += [f"left out: {self.left_out}"] * bool(self.left_out)
         return "\n".join(parts)
 
 
@@ -108,9 +113,9 @@ def tokenize(
     if retry_errors and task.options.interleaved:
         raise ConfigError("retry_errors works on rows of one image; interleaved rows are written already, with a gap")
     with task.output.locked(), dead_workers_told():
-        ledger = task.ledger()
+        manifest = task.manifest()
         writer = make_writer(task.options, task.tokenizer, task.description)
-        work = ledger.failed(task.source) if retry_errors else ledger.missing(task.source)
+        work = manifest.failed_work(task.source) if retry_errors else manifest.unfinished_work(task.source)
         summary, open_ranges, begin = Summary(), _OpenRanges(), time.monotonic()
         if progress is not None and not retry_errors:
             threading.Thread(target=_count_shards, args=(task.source, summary), daemon=True).start()
@@ -121,15 +126,19 @@ def tokenize(
             for row in (row for batch in batches for row in batch):
                 _count(row, summary)
                 for end, items in open_ranges.add(row):
-                    summary.add(end, ledger.commit(end, items, writer))
-                summary.finished_before, summary.input_shards_before = ledger.finished_before, ledger.finished_shards
+                    summary.add(end, manifest.commit(end, items, writer))
+                summary.finished_before, summary.input_shards_before = (
+                    manifest.finished_before,
+                    manifest.finished_shards,
+                )
                 summary.seconds = time.monotonic() - begin
                 if progress is not None:
                     progress(summary)
                 if summary.rows >= _ENOUGH:
                     _check_errors(summary, max_error_rate)
         _check_errors(summary, max_error_rate)
-        summary.seconds, summary.finished_before = time.monotonic() - begin, ledger.finished_before
+        summary.seconds, summary.finished_before = time.monotonic() - begin, manifest.finished_before
+        summary.left_out.merge(manifest.finished_left_out)
     return summary
 
 
@@ -143,8 +152,8 @@ class Task:
     options: BatchOptions
     description: dict[str, Any]
 
-    def ledger(self, *, create: bool = True) -> Ledger:
-        return Ledger(self.output, self.description, create=create)
+    def manifest(self, *, create: bool = True) -> Manifest:
+        return Manifest(self.output, self.description, create=create)
 
 
 def prepare(
@@ -165,11 +174,11 @@ def prepare(
         fs, path = locate(name, storage)
         if type(fs) is type(target.fs) and f"{target.root}/".startswith(f"{path.rstrip('/')}/"):
             raise ConfigError(
-                f"the output {shown(target.address)} lies inside the input {shown(name)}; name another folder"
+                f"the output {redact(target.address)} lies inside the input {redact(name)}; name another folder"
             )
     source = open_input(sources, options, storage)
     tokenizer = model if isinstance(model, DynamicVisualTokenizer) else load(model, dtype=DTYPES[options.dtype])
-    description = describe(sources, source.kind, tokenizer.fingerprint, options, dyntok.__version__)
+    description = describe_run(sources, source.kind, tokenizer.fingerprint, options, dyntok.__version__)
     return Task(source, target, tokenizer, options, description)
 
 

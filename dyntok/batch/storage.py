@@ -36,19 +36,19 @@ _EXTRAS = {"s3": "s3", "s3a": "s3"}
 _STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created")
 
 
-def shown(address: str) -> str:
+def redact(address: str) -> str:
     """An address without user, password and query: what may be written and printed."""
     return re.sub(r"(\w+://[^\s?]*)\?[^\s'\"]*", r"\1", re.sub(r"(\w+://)[^/\s@]*@", r"\1", address))
 
 
-def key_of(address: str) -> str:
+def address_key(address: str) -> str:
     """`shown`, and a digest in the place of a query, so that addresses that differ there only stay apart."""
-    clean = shown(address)
+    clean = redact(address)
     _, _, query = address.partition("?")
     return f"{clean}?{hashlib.sha256(query.encode()).hexdigest()[:8]}" if "://" in address and query else clean
 
 
-def read_options(path: str | os.PathLike | None) -> StorageOptions:
+def read_storage_options(path: str | os.PathLike | None) -> StorageOptions:
     """From a JSON file such as {"s3": {"key": "...", "secret": "..."}}; it is never copied anywhere. Raises `ConfigError`."""
     if path is None:
         return {}
@@ -67,7 +67,7 @@ def locate(address: str, options: StorageOptions) -> tuple[fsspec.AbstractFileSy
     """The file system of an address, and its path there. Raises `BatchError`, `MissingDependencyError`."""
     protocol = (split_protocol(address)[0] or "file").split("::")[0]
     try:
-        with told("reach", address, options):
+        with wrap_storage_errors("reach", address, options):
             return url_to_fs(address, **options.get(protocol, {}))
     except ImportError as error:
         raise MissingDependencyError.of(
@@ -75,28 +75,37 @@ def locate(address: str, options: StorageOptions) -> tuple[fsspec.AbstractFileSy
         ) from error
 
 
-def stamp_of(info: Mapping[str, Any]) -> str:
+def address_of(fs: fsspec.AbstractFileSystem, path: str) -> str:
+    """The address of another path of that file system."""
+    return path if "file" in _protocols(fs) else fs.unstrip_protocol(path)
+
+
+def _protocols(fs: fsspec.AbstractFileSystem) -> Sequence[str]:
+    return (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
+
+
+def version_stamp(info: Mapping[str, Any]) -> str:
     """Changes when the file does, as far as its file system tells."""
     return str(next((info[name] for name in _STAMPS if info.get(name)), ""))
 
 
 @contextmanager
-def told(action: str, address: str, options: StorageOptions | None = None) -> Iterator[None]:
+def wrap_storage_errors(action: str, address: str, options: StorageOptions | None = None) -> Iterator[None]:
     """Whatever a file system raises becomes a `BatchError` of one line, without credentials."""
     try:
         yield
     except (DyntokError, ImportError):
         raise
     except Exception as error:  # fsspec passes on what its back ends raise: OSError, botocore's, aiohttp's, asyncio's
-        text = scrubbed(getattr(error, "strerror", None) or str(error) or type(error).__name__, options or {})
-        raise BatchError(f"can't {action} {shown(address)}: {text}") from error
+        text = redact_message(getattr(error, "strerror", None) or str(error) or type(error).__name__, options or {})
+        raise BatchError(f"can't {action} {redact(address)}: {text}") from error
 
 
-def scrubbed(text: str, options: StorageOptions) -> str:
+def redact_message(text: str, options: StorageOptions) -> str:
     """On one line, without what stands in the storage options."""
     for secret in _strings(options):
         text = text.replace(secret, "***")
-    return " ".join(shown(text).split())
+    return " ".join(redact(text).split())
 
 
 def _strings(values: Any) -> Iterator[str]:
@@ -134,7 +143,7 @@ class Output:
         if not self.local:
             yield
             return
-        with told("make the folder", self.address):
+        with wrap_storage_errors("make the folder", self.address):
             os.makedirs(self.path(RUN), exist_ok=True)
             lock = open(self.path(f"{RUN}/lock"), "wb")  # noqa: SIM115
         with lock:
@@ -145,7 +154,7 @@ class Output:
                     )  # unlike flock's, such a lock does not live on in forked workers
             except OSError as error:
                 raise BatchError(
-                    f"another run is writing to {shown(self.address)}; wait for it, or end it first"
+                    f"another run is writing to {redact(self.address)}; wait for it, or end it first"
                 ) from error
             shutil.rmtree(self.path(_TEMPORARY), ignore_errors=True)
             try:
@@ -157,7 +166,7 @@ class Output:
         """`write(path)` makes a file, which then appears under `name`; its size in bytes. Raises `BatchError`."""
         folder = self.path(_TEMPORARY) if self.local else tempfile.gettempdir()
         temporary = os.path.join(folder, f"dyntok-{uuid.uuid4().hex}")
-        with told("write", f"{self.address.rstrip('/')}/{name}", self.options):
+        with wrap_storage_errors("write", f"{self.address.rstrip('/')}/{name}", self.options):
             try:
                 os.makedirs(folder, exist_ok=True)
                 write(temporary)
@@ -190,12 +199,15 @@ class Output:
 
     def remove(self, name: str) -> None:
         """Nothing happens where there is no such file. Raises `BatchError`."""
-        with told("remove", f"{self.address.rstrip('/')}/{name}", self.options), contextlib.suppress(FileNotFoundError):
+        with (
+            wrap_storage_errors("remove", f"{self.address.rstrip('/')}/{name}", self.options),
+            contextlib.suppress(FileNotFoundError),
+        ):
             self.fs.rm_file(self.path(name))
 
     def read_json(self, name: str) -> Any:
         """None where there is no such file. Raises `BatchError`."""
-        with told("read", f"{self.address.rstrip('/')}/{name}", self.options):
+        with wrap_storage_errors("read", f"{self.address.rstrip('/')}/{name}", self.options):
             try:
                 return json.loads(self.fs.cat_file(self.path(name)))
             except FileNotFoundError:
@@ -204,18 +216,18 @@ class Output:
     def read_jsons(self, names: Sequence[str]) -> list[Any]:
         """Of files that are there; at once, where the file system can. Raises `BatchError`."""
         paths = [self.path(name) for name in names]
-        with told("read", f"{self.address.rstrip('/')}/{RUN}", self.options):
+        with wrap_storage_errors("read", f"{self.address.rstrip('/')}/{RUN}", self.options):
             contents = self.fs.cat(paths) if paths else {}
             return [json.loads(content) for content in map(contents.__getitem__, paths)]
 
     def open(self, name: str) -> AbstractContextManager[IO[bytes]]:
         """For reading."""
-        with told("read", f"{self.address.rstrip('/')}/{name}", self.options):
+        with wrap_storage_errors("read", f"{self.address.rstrip('/')}/{name}", self.options):
             return self.fs.open(self.path(name), "rb")
 
     def size(self, name: str) -> int | None:
         """In bytes; None where there is no such file. Raises `BatchError`."""
-        with told("read", f"{self.address.rstrip('/')}/{name}", self.options):
+        with wrap_storage_errors("read", f"{self.address.rstrip('/')}/{name}", self.options):
             try:
                 return self.fs.size(self.path(name))
             except FileNotFoundError:
@@ -224,7 +236,7 @@ class Output:
     def names(self, folder: str = "") -> Iterator[str]:
         """Names of the files in a folder below, unordered; none where there is no such folder. Raises `BatchError`."""
         place = self.path(folder).rstrip("/")
-        with told("list", f"{self.address.rstrip('/')}/{folder}", self.options):
+        with wrap_storage_errors("list", f"{self.address.rstrip('/')}/{folder}", self.options):
             if self.local:
                 with contextlib.suppress(FileNotFoundError), os.scandir(place) as entries:
                     yield from (entry.name for entry in entries if entry.is_file())

@@ -56,11 +56,11 @@ def add_commands(
         help="images in an output shard, at most (default: %(default)s)",
     )
     what.add_argument(
-        "--keep",
+        "--keep-columns",
         type=_names,
         default=[],
         metavar="NAME,...",
-        help="companions that travel along: columns, or extensions such as txt",
+        help="extra columns to keep: columns of Parquet, or extensions such as txt",
     )
     what.add_argument("--image-column", metavar="NAME", help="of Parquet (default: the only one that holds images)")
     what.add_argument(
@@ -143,9 +143,9 @@ def _names(text: str) -> list[str]:
 
 def _batch(options: argparse.Namespace) -> int:
     from dyntok.batch import BatchOptions, EngineOptions, tokenize
-    from dyntok.batch.dry_run import plan
+    from dyntok.batch.dry_run import dry_run
     from dyntok.batch.run import prepare
-    from dyntok.batch.storage import read_options
+    from dyntok.batch.storage import read_storage_options
 
     wanted = {name: getattr(options, name) for name in BatchOptions.__dataclass_fields__}
     engine = EngineOptions(
@@ -155,10 +155,10 @@ def _batch(options: argparse.Namespace) -> int:
     about = {
         "model": options.model,
         "options": BatchOptions(**wanted),
-        "storage": read_options(options.storage_options),
+        "storage": read_storage_options(options.storage_options),
     }
     if options.dry_run:
-        found = plan(prepare(options.inputs, options.output, **about))
+        found = dry_run(prepare(options.inputs, options.output, **about))
         print(json.dumps(found.to_dict()) if options.json else found)
         return OK
     progress = _Progress()
@@ -198,9 +198,9 @@ def _inspect(options: argparse.Namespace) -> int:
     from dyntok import load
     from dyntok.batch import inspect
     from dyntok.batch.report import all_errors, draw_contact_sheet, draw_lengths
-    from dyntok.batch.storage import read_options
+    from dyntok.batch.storage import read_storage_options
 
-    storage = read_options(options.storage_options)
+    storage = read_storage_options(options.storage_options)
     report = inspect(options.folder, storage=storage)
     print(json.dumps(report.to_dict()) if options.json else report)
     if options.output is None:

@@ -27,7 +27,7 @@ def outputs(images, checkpoint_folder, tmp_path_factory):
         for i in range(3)
     ]
     for form in ("parquet", "webdataset"):
-        run(tars, folder / form, checkpoint_folder, shard_size=7, format=form, keep=["txt"])
+        run(tars, folder / form, checkpoint_folder, shard_size=7, format=form, keep_columns=["txt"])
     return {form: folder / form for form in ("parquet", "webdataset")}
 
 
@@ -51,7 +51,7 @@ def test_read_gives_everything_in_order(form, outputs, wanted, tokenizer):
     batches = list(read(outputs[form], batch_size=25, columns=["txt"]))
     assert [len(batch.keys) for batch in batches] == [25, 25, 10]
     assert keyed(batches) == wanted and [key for batch in batches for key in batch.keys] == list(wanted)
-    assert batches[0].companions["txt"] == [f"caption of {key[:2]}{key[2:]}" for key in batches[0].keys]
+    assert batches[0].columns["txt"] == [f"caption of {key[:2]}{key[2:]}" for key in batches[0].keys]
     images = tokenizer.decode(batches[0].encoding[:2])  # the fingerprint is known, and fits
     assert images[0].size == (64, 64) and batches[0].encoding.fingerprint == tokenizer.fingerprint
     padded, mask = batches[0].encoding.padded()

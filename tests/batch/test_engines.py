@@ -83,7 +83,7 @@ def test_an_error_in_a_model_process_is_told(inputs, checkpoint_folder, tmp_path
             inputs["parquet"],
             tmp_path / "out",
             checkpoint_folder,
-            keep=["title"],
+            keep_columns=["title"],
             engine=EngineOptions(devices=("cpu", "cpu")),
         )
 
@@ -120,7 +120,7 @@ def test_ray_tells_errors_of_ours(ray, inputs, checkpoint_folder, tmp_path):
             inputs["parquet"],
             tmp_path / "out",
             checkpoint_folder,
-            keep=["title"],
+            keep_columns=["title"],
             engine=EngineOptions("ray", actors=1),
         )
 

@@ -23,7 +23,7 @@ def tar(images, tmp_path_factory):
 
 
 def test_parquet_columns_and_metadata(tar, checkpoint_folder, tokenizer, tmp_path):
-    run(tar, tmp_path / "out", checkpoint_folder, keep=["txt"])
+    run(tar, tmp_path / "out", checkpoint_folder, keep_columns=["txt"])
     (table,) = tables(tmp_path / "out")
     kinds = {
         "key": "string",
@@ -36,7 +36,7 @@ def test_parquet_columns_and_metadata(tar, checkpoint_folder, tokenizer, tmp_pat
     assert {field.name: str(field.type) for field in table.schema} == kinds
     facts = json.loads(table.schema.metadata[b"dyntok"])
     assert facts["tokenizer"]["fingerprint"] == tokenizer.fingerprint and facts["dyntok"] == dyntok.__version__
-    assert facts["codebook_size"] == 256 and facts["options"]["keep"] == ["txt"]
+    assert facts["codebook_size"] == 256 and facts["options"]["keep_columns"] == ["txt"]
     for row in table.to_pylist():
         assert row["positions"] == sorted(set(row["positions"])) and len(row["positions"]) == len(row["codes"]) > 0
 
@@ -72,7 +72,7 @@ def test_webdataset_is_what_webdataset_loads(images, checkpoint_folder, tmp_path
     some = {**images, "../x.y/..": images["a/000"], "a/000 ": images["a/001"]}
     table = write_table(tmp_path / "in.parquet", some)
     run(table, tmp_path / "parquet", checkpoint_folder)
-    run(table, tmp_path / "out", checkpoint_folder, format="webdataset", keep=["txt"], shard_size=16)
+    run(table, tmp_path / "out", checkpoint_folder, format="webdataset", keep_columns=["txt"], shard_size=16)
     wanted = codes(tmp_path / "parquet")
     urls = [str(path) for path in sorted((tmp_path / "out").glob("*.tar"))]
     samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
@@ -99,7 +99,7 @@ def test_webdataset_names_are_different_where_keys_are_not(images, checkpoint_fo
 def test_companions_that_are_no_json(images, checkpoint_folder, tmp_path):
     table = write_table(tmp_path / "in.parquet", images, raw=[b"\xff"] * 20)
     with pytest.raises(DataError, match="can't be written as JSON"):
-        run(table, tmp_path / "out", checkpoint_folder, format="webdataset", keep=["raw"], image_column="image")
+        run(table, tmp_path / "out", checkpoint_folder, format="webdataset", keep_columns=["raw"], image_column="image")
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(1000, np.uint16), (70_000, np.int32)])

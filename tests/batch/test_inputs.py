@@ -25,7 +25,7 @@ from support.batch_data import (
 import dyntok
 from dyntok import ConfigError
 from dyntok.batch import BatchOptions
-from dyntok.batch.inputs.samples import open_input
+from dyntok.batch.inputs.open import open_input
 from dyntok.errors import BatchError, DataError
 
 
@@ -90,7 +90,7 @@ def test_companions_travel_along(images, checkpoint_folder, tmp_path):
     label = pa.array([{"id": i, "names": ["x"] * i} for i in range(20)])
     table = write_table(tmp_path / "one.parquet", images, label=label)
     for name, source, keep in (("folder", folder, ["txt"]), ("tar", tar, ["txt"]), ("table", table, ["txt", "label"])):
-        run(source, tmp_path / "out" / name, checkpoint_folder, keep=keep)
+        run(source, tmp_path / "out" / name, checkpoint_folder, keep_columns=keep)
     assert {row["key"].removesuffix(".jpg"): row["txt"] for row in rows(tmp_path / "out" / "folder")} == captions
     assert {row["key"]: row["txt"] for row in rows(tmp_path / "out" / "tar")} == {**captions, "c/bare": None}
     assert [row["label"] for row in rows(tmp_path / "out" / "table")] == label.to_pylist()
@@ -207,7 +207,7 @@ def test_tables_without_keys_or_with_paths_only(images, checkpoint_folder, tmp_p
 def test_columns_that_are_missing_or_unclear(images, checkpoint_folder, tmp_path):
     two = write_table(tmp_path / "a.parquet", images, mask=pa.array([b"x"] * 20))
     for options, message in (
-        ({"keep": ["title"]}, "no column 'title'; it has key, image, txt, mask"),
+        ({"keep_columns": ["title"]}, "no column 'title'; it has key, image, txt, mask"),
         ({"image_column": "picture"}, "no column 'picture'"),
         ({"key_column": "id"}, "no column 'id'"),
         ({"image_column": "txt"}, "of type string"),
@@ -274,7 +274,7 @@ def test_several_images_per_row(images, wanted, checkpoint_folder, tmp_path):
             tmp_path / name,
             checkpoint_folder,
             interleaved=True,
-            keep=["texts"],
+            keep_columns=["texts"],
             shard_size=shard_size,
         )
         assert (summary.images, summary.errors) == (4, 2)
@@ -300,8 +300,8 @@ def test_several_images_per_sample_of_a_tar(images, wanted, checkpoint_folder, t
 
 def test_options_that_do_not_fit():
     for options in (
-        {"format": "csv"}, {"kind": "zip"}, {"shard_size": 0}, {"keep": ["key"]}, {"keep": ["a", "a"]}, {"budget": 2, "threshold": 0.5},
-        {"format": "megatron"}, {"vocab_size": 100}, {"format": "megatron", "vocab_size": 100, "keep": ["txt"]},
+        {"format": "csv"}, {"kind": "zip"}, {"shard_size": 0}, {"keep_columns": ["key"]}, {"keep_columns": ["a", "a"]}, {"budget": 2, "threshold": 0.5},
+        {"format": "megatron"}, {"vocab_size": 100}, {"format": "megatron", "vocab_size": 100, "keep_columns": ["txt"]},
         {"format": "webdataset", "interleaved": True},
     ):  # fmt: skip
         with pytest.raises(ConfigError):

@@ -18,7 +18,7 @@ import pytest
 from support.batch_data import codes, errors, files, records, write_tar
 
 from dyntok import ImageError
-from dyntok.cli import main
+from dyntok.cli.main import main
 from dyntok.config import ImageConfig
 from dyntok.image import to_array
 

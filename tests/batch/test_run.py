@@ -32,7 +32,7 @@ import dyntok
 from dyntok.batch import BatchOptions, EngineOptions, Summary, tokenize
 from dyntok.batch.engines.stages import Range
 from dyntok.batch.manifest import Record, read_records
-from dyntok.batch.storage import Output, read_options
+from dyntok.batch.storage import Output, read_storage_options
 from dyntok.errors import BatchError, ConfigError, DyntokError
 
 
@@ -385,7 +385,7 @@ def test_a_decoding_process_that_dies_is_told(many, checkpoint_folder, tmp_path)
 def test_credentials_show_nowhere(tars, checkpoint_folder, tmp_path):
     secret = "hunter2hunter2"
     (tmp_path / "options.json").write_text(json.dumps({"s3": {"secret": secret}}))
-    storage = read_options(tmp_path / "options.json")
+    storage = read_storage_options(tmp_path / "options.json")
     assert storage["s3"]["secret"] == secret
     for address in (f"ftp://user:{secret}@127.0.0.1:1/in.tar", f"http://127.0.0.1:1/in.tar?token={secret}"):
         with pytest.raises(DyntokError) as caught:

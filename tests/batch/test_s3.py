@@ -109,8 +109,13 @@ def test_folders_of_images(workers, s3, images, checkpoint_folder, tmp_path):
     """Where decoding processes fetch the images."""
     folder = write_folder(tmp_path / "folder", images)
     Output("s3://bucket", s3).fs.put(folder, "bucket/folder", recursive=True)
-    run(folder, tmp_path / "local", checkpoint_folder, shard_size=8, keep=["txt"])
-    options = {"shard_size": 8, "keep": ["txt"], "storage": s3, "engine": EngineOptions(workers=workers, batch_size=3)}
+    run(folder, tmp_path / "local", checkpoint_folder, shard_size=8, keep_columns=["txt"])
+    options = {
+        "shard_size": 8,
+        "keep_columns": ["txt"],
+        "storage": s3,
+        "engine": EngineOptions(workers=workers, batch_size=3),
+    }
     run("s3://bucket/folder", tmp_path / "out", checkpoint_folder, **options)
     assert codes(tmp_path / "out") == codes(tmp_path / "local") and set(errors(tmp_path / "out")) == {"bad.jpg"}
 

@@ -139,7 +139,7 @@ def test_from_what_dyntok_batch_writes(photos, checkpoint_folder, tmp_path):
 
     images = pictures(photos)
     tar = write_tar(tmp_path / "in.tar", tar_members(images | {"bad": b"broken"}))
-    run(tar, tmp_path / "single", checkpoint_folder, keep=["txt"], shard_size=8)
+    run(tar, tmp_path / "single", checkpoint_folder, keep_columns=["txt"], shard_size=8)
     read = list(read_documents(tmp_path / "single", text="txt", positions=True))
     found = {document.key: document.segments for document in read}
     assert {key: (image.codes, image.positions) for key, (image, _) in found.items()} == codes(tmp_path / "single")
@@ -159,7 +159,7 @@ def test_from_what_dyntok_batch_writes(photos, checkpoint_folder, tmp_path):
     parquet_files.write_table(
         pyarrow.table({"key": ["a", "b", "c"], "images": cells, "texts": texts}), tmp_path / "in.parquet"
     )
-    run(tmp_path / "in.parquet", tmp_path / "several", checkpoint_folder, interleaved=True, keep=["texts"])
+    run(tmp_path / "in.parquet", tmp_path / "several", checkpoint_folder, interleaved=True, keep_columns=["texts"])
     a, b, c = read_documents(tmp_path / "several", text="texts")
     made = {row["key"]: row["codes"] for row in rows(tmp_path / "several")}
     assert [s if isinstance(s, str) else s.codes for s in a.segments] == [made["a"][0], "between", made["a"][2]]

@@ -1,14 +1,15 @@
 """What both engines do to every row, stage by stage: `read`, `decode`, `encode`. Queues between them are the engines' own."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from dyntok.batch.inputs.samples import Broken, Input, Sample, Shard
+from dyntok.batch.inputs.names import LeftOut
+from dyntok.batch.inputs.samples import Broken, Input, InputSample, Shard
 from dyntok.batch.options import BatchOptions
 from dyntok.config import ImageConfig
 from dyntok.errors import BatchError, ImageError
@@ -56,7 +57,7 @@ class Item:
 
     range: Range
     place: int  # in the range
-    sample: Sample
+    sample: InputSample
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,9 @@ class End:
     start: int
     next: int
     last: bool  # range of its input shard
-    types: dict[str, pa.DataType]  # of the companions
+    types: dict[str, pa.DataType]  # of the extra columns
     share: float  # of the input shard
+    left_out: dict[str, int] = field(default_factory=dict)  # files of the input, by suffix
 
 
 @dataclass(frozen=True)
@@ -97,13 +99,17 @@ def read(source: Input, work: Work, shard_size: int) -> Iterator[Item | End]:
         first = next(samples, None)
         number = work.number
         while number != work.stop:
-            span, rows, behind = Range(work.shard.index, number), 0, start
+            span, rows, behind, left_out = Range(work.shard.index, number), 0, start, LeftOut()
             for sample in islice(chain([first] if first else [], samples), shard_size):
                 yield Item(span, rows, sample)
                 rows, behind = rows + 1, sample.next
+                left_out.merge(sample.left_out)
             first = next(samples, None)
+            if first is None:
+                left_out.merge(reading.left_out)
             share = (behind - start) / max(work.shard.extent, 1)
-            yield End(span, work.shard.identity, rows, start, behind, first is None, dict(reading.types), share)
+            types = dict(reading.types)
+            yield End(span, work.shard.identity, rows, start, behind, first is None, types, share, dict(left_out))
             if first is None:
                 return
             number, start = number + 1, behind

@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -19,11 +19,21 @@ import fsspec
 from fsspec.core import split_protocol
 from fsspec.implementations.local import LocalFileSystem
 
-from dyntok.batch.inputs.samples import Broken, Sample, Shard, address_of, text_types, without_surrogates
+from dyntok.batch.inputs.names import is_image, without_surrogates
+from dyntok.batch.inputs.samples import Broken, InputSample, Shard, text_types
 from dyntok.batch.options import BatchOptions
-from dyntok.batch.storage import StorageOptions, key_of, locate, scrubbed, shown, stamp_of, told
+from dyntok.batch.storage import (
+    StorageOptions,
+    address_key,
+    address_of,
+    locate,
+    redact,
+    redact_message,
+    version_stamp,
+    wrap_storage_errors,
+)
 from dyntok.errors import ConfigError
-from dyntok.image import IMAGE_SUFFIXES, MAX_FILE_BYTES
+from dyntok.image import MAX_FILE_BYTES
 from dyntok.tokenizer import batched
 
 _NAMES = 100_000  # names of a folder that are sorted in memory
@@ -53,12 +63,12 @@ class _Paths:
     def open(self, shard: Shard, start: int) -> Iterator["_Files"]:
         yield _Files(shard, start, self)
 
-    def fetch(self, sample: Sample) -> Sample:
+    def fetch(self, sample: InputSample) -> InputSample:
         (address,) = sample.images
-        companions = {name: self._companion(address, name) for name in self.options.keep}
-        broken = [value for value in companions.values() if isinstance(value, Broken)]
+        columns = {name: self._companion(address, name) for name in self.options.keep_columns}
+        broken = [value for value in columns.values() if isinstance(value, Broken)]
         images = broken[:1] or [address if "://" not in address else self._content(address)]
-        return replace(sample, images=images, companions={} if broken else companions)
+        return replace(sample, images=images, columns={} if broken else columns)
 
     def _content(self, address: str) -> bytes | Broken:
         try:
@@ -66,7 +76,7 @@ class _Paths:
             with fs.open(path, "rb") as file:
                 return file.read(MAX_FILE_BYTES + 1)
         except Exception as error:  # see storage.told; a single file that can't be had is no reason to stop
-            return Broken(scrubbed(f"can't read the file: {error}", self.storage))
+            return Broken(redact_message(f"can't read the file: {error}", self.storage))
 
     def _companion(self, address: str, extension: str) -> str | Broken | None:
         folder, _, name = address.rpartition("/")
@@ -89,7 +99,7 @@ class Folders(_Paths):
     def _found(self) -> Iterator[_Found]:
         for address in self.addresses:
             fs, root = locate(address, self.storage)
-            with told("read", address, self.storage):
+            with wrap_storage_errors("read", address, self.storage):
                 if not fs.isdir(root):
                     yield _found(fs, PurePosixPath(root).name, root, fs.info(root))
                 elif isinstance(fs, LocalFileSystem):
@@ -103,13 +113,13 @@ class Lists(_Paths):
     kind = "list"
 
     def _found(self) -> Iterator[_Found]:
-        if self.options.keep:
+        if self.options.keep_columns:
             raise ConfigError("a list of paths has no companions; leave keep out, or give folders, tars or parquet")
         for address in self.addresses:
             fs, path = locate(address, self.storage)
             folder = address_of(fs, path.rpartition("/")[0])
             with (
-                told("read", address, self.storage),
+                wrap_storage_errors("read", address, self.storage),
                 fs.open(path, "rt", encoding="utf-8", errors="surrogateescape") as lines,
             ):
                 for line in lines:
@@ -123,7 +133,7 @@ class Lists(_Paths):
         if "://" not in address and os.path.isfile(address):  # of other files it would take a request for each
             info = os.stat(address)
             size, stamp = info.st_size, str(info.st_mtime)
-        return _Found(without_surrogates(key_of(name)), address, size, stamp)
+        return _Found(without_surrogates(address_key(name)), address, size, stamp)
 
 
 @dataclass
@@ -131,14 +141,15 @@ class _Files:
     shard: Shard
     start: int
     paths: _Paths
+    left_out: dict[str, int] = field(default_factory=dict)
 
     @property
     def types(self) -> dict[str, Any]:
-        return dict(text_types(self.paths.options.keep))
+        return dict(text_types(self.paths.options.keep_columns))
 
-    def __iter__(self) -> Iterator[Sample]:
+    def __iter__(self) -> Iterator[InputSample]:
         for i, (key, address) in enumerate(self.shard.entries[self.start :], self.start):
-            yield Sample(key, [address], {}, i + 1, without_surrogates(shown(address)))
+            yield InputSample(key, [address], {}, i + 1, without_surrogates(redact(address)))
 
 
 def _walk(fs: fsspec.AbstractFileSystem, folder: str, below: str) -> Iterator[_Found]:
@@ -146,7 +157,7 @@ def _walk(fs: fsspec.AbstractFileSystem, folder: str, below: str) -> Iterator[_F
         name = info["name"].rstrip("/").rpartition("/")[2]
         if info["type"] == "directory":
             yield from _walk(fs, info["name"], f"{below}{name}/")
-        elif _is_image(name):
+        elif is_image(name):
             yield _found(fs, f"{below}{name}", info["name"], info)
 
 
@@ -158,7 +169,7 @@ def _walk_local(folder: str, below: str) -> Iterator[_Found]:
             path = f"{folder.rstrip('/')}/{name}"
             if is_folder:
                 yield from _walk_local(path, f"{below}{name}/")
-            elif _is_image(name):
+            elif is_image(name):
                 try:
                     info = os.stat(path)
                 except OSError:  # a link to nowhere, say: reading it will tell
@@ -168,7 +179,7 @@ def _walk_local(folder: str, below: str) -> Iterator[_Found]:
 
 
 def _found(fs: fsspec.AbstractFileSystem, key: str, path: str, info: dict[str, Any]) -> _Found:
-    return _Found(without_surrogates(key), address_of(fs, path), info["size"] or 0, stamp_of(info))
+    return _Found(without_surrogates(key), address_of(fs, path), info["size"] or 0, version_stamp(info))
 
 
 def _sorted(names: Iterable[tuple[str, bool]], stack: ExitStack) -> Iterator[tuple[str, bool]]:
@@ -189,7 +200,3 @@ def _sorted(names: Iterable[tuple[str, bool]], stack: ExitStack) -> Iterator[tup
 def _pair(line: str) -> tuple[str, bool]:
     name, is_folder = json.loads(line)
     return name, is_folder
-
-
-def _is_image(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES

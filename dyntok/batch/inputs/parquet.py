@@ -5,15 +5,15 @@ Rows are read a few at a time. Paths inside a table are never opened: they are a
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dyntok.batch.inputs.samples import Broken, FileShards, Sample, Shard
-from dyntok.batch.storage import BLOCK, locate, shown, told
+from dyntok.batch.inputs.samples import Broken, FileShards, InputSample, Shard
+from dyntok.batch.storage import BLOCK, locate, redact, wrap_storage_errors
 from dyntok.errors import DataError
 
 _ROWS = 16  # at a time
@@ -40,17 +40,17 @@ class Tables(FileShards):
     @contextmanager
     def _file(self, shard: Shard) -> Iterator[pq.ParquetFile]:
         fs, path = locate(shard.address, self.storage)
-        with told("read", shard.address, self.storage):
+        with wrap_storage_errors("read", shard.address, self.storage):
             stream = fs.open(path, "rb", block_size=BLOCK)
         with stream:
-            with told("read", shard.address, self.storage):
+            with wrap_storage_errors("read", shard.address, self.storage):
                 file = pq.ParquetFile(stream, buffer_size=2**20, pre_buffer=False)
             yield file
 
     def _columns(self, schema: pa.Schema, shard: Shard) -> tuple[str, str | None]:
         """Names of the image column and of the key column. Raises `DataError` where one is missing."""
-        options, name = self.options, shown(shard.address)
-        wanted = [options.image_column, options.key_column, *options.keep]
+        options, name = self.options, redact(shard.address)
+        wanted = [options.image_column, options.key_column, *options.keep_columns]
         for column in filter(None, wanted):
             if column not in schema.names:
                 raise DataError(f"{name} has no column {column!r}; it has {', '.join(schema.names)}")
@@ -75,14 +75,15 @@ class _Rows:
     tables: Tables
     image: str
     key: str | None
+    left_out: dict[str, int] = field(default_factory=dict)
 
     @property
     def types(self) -> dict[str, pa.DataType]:
         schema = self.file.schema_arrow
-        return {name: schema.field(name).type for name in self.tables.options.keep}
+        return {name: schema.field(name).type for name in self.tables.options.keep_columns}
 
-    def __iter__(self) -> Iterator[Sample]:
-        source, stem = shown(self.shard.address), PurePosixPath(shown(self.shard.address)).stem
+    def __iter__(self) -> Iterator[InputSample]:
+        source, stem = redact(self.shard.address), PurePosixPath(redact(self.shard.address)).stem
         first, groups, (_, stop) = None, [], self.shard.rows
         row = 0  # of the next row group
         for group in range(self.file.num_row_groups):
@@ -91,18 +92,18 @@ class _Rows:
                 first = row if first is None else first
                 groups.append(group)
             row = behind
-        columns = list(dict.fromkeys([self.image, *filter(None, [self.key]), *self.tables.options.keep]))
+        columns = list(dict.fromkeys([self.image, *filter(None, [self.key]), *self.tables.options.keep_columns]))
         row = first
-        with told("read", self.shard.address, self.tables.storage):
+        with wrap_storage_errors("read", self.shard.address, self.tables.storage):
             for batch in self.file.iter_batches(_ROWS, row_groups=groups, columns=columns) if groups else ():
                 skipped = min(max(self.start - row, 0), batch.num_rows)
                 row += skipped
                 for values in batch.slice(skipped, max(stop - row, 0)).to_pylist():
                     key = values[self.key] if self.key else f"{stem}-{row:08d}"
                     row += 1
-                    companions = {name: values[name] for name in self.tables.options.keep}
-                    yield Sample(
-                        "" if key is None else str(key), self._images(values[self.image]), companions, row, source
+                    columns = {name: values[name] for name in self.tables.options.keep_columns}
+                    yield InputSample(
+                        "" if key is None else str(key), self._images(values[self.image]), columns, row, source
                     )
 
     def _images(self, value: Any) -> list[Any]:

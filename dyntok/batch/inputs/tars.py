@@ -7,13 +7,14 @@ more sample that tells of it. Not here: compressed tars.
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO, Any
 
-from dyntok.batch.inputs.samples import Broken, FileShards, Sample, Shard, text_types, without_surrogates
-from dyntok.batch.storage import BLOCK, locate, shown, told
+from dyntok.batch.inputs.names import is_image, split_key, without_surrogates
+from dyntok.batch.inputs.samples import Broken, FileShards, InputSample, Shard, text_types
+from dyntok.batch.storage import BLOCK, locate, redact, wrap_storage_errors
 from dyntok.errors import BatchError
-from dyntok.image import IMAGE_SUFFIXES, MAX_FILE_BYTES
+from dyntok.image import MAX_FILE_BYTES
 
 _MAX_COMPANION = 2**24  # bytes
 
@@ -24,7 +25,7 @@ class Tars(FileShards):
     @contextmanager
     def open(self, shard: Shard, start: int) -> Iterator["_Members"]:
         fs, path = locate(shard.address, self.storage)
-        with told("read", shard.address, self.storage):
+        with wrap_storage_errors("read", shard.address, self.storage):
             file = fs.open(path, "rb", block_size=BLOCK, cache_type="readahead")
         with file:
             yield _Members(file, shard, start, self)
@@ -38,24 +39,25 @@ class _Members:
     tars: Tars
     position: int = 0
     following: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
 
     @property
     def types(self) -> dict[str, Any]:
-        return dict(text_types(self.tars.options.keep))
+        return dict(text_types(self.tars.options.keep_columns))
 
-    def __iter__(self) -> Iterator[Sample]:
+    def __iter__(self) -> Iterator[InputSample]:
         try:
-            with told("read", self.shard.address, self.tars.storage):
+            with wrap_storage_errors("read", self.shard.address, self.tars.storage):
                 for key, group in self._groups():
                     images = self._images(key, group)
                     if images:
-                        companions = {name: _text(group.get(name)) for name in self.tars.options.keep}
-                        yield Sample(key, images, companions, self.following, shown(self.shard.address))
+                        columns = {name: _text(group.get(name)) for name in self.tars.options.keep_columns}
+                        yield InputSample(key, images, columns, self.following, redact(self.shard.address))
         except BatchError as error:
             if not isinstance(error.__cause__, (tarfile.TarError, EOFError)):
                 raise
             reason = f"the tar can't be read on: {error.__cause__}; what may stand behind is lost"
-            yield Sample("", [Broken(reason)], {}, self.shard.size, shown(self.shard.address))
+            yield InputSample("", [Broken(reason)], {}, self.shard.size, redact(self.shard.address))
 
     def _groups(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """(key, extension -> content) of every sample; `following` is then the offset of the next one. Damage is raised at its place."""
@@ -86,9 +88,7 @@ class _Members:
             tar.members = []  # else it remembers all of them
             self.position = member.offset
             if member.isreg() and not member.issparse():
-                folder, _, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
+                key, extension = split_key(member.name)
                 yield without_surrogates(key), extension, self._content(tar, member, extension), member.offset
             self.position = tar.offset
         self.file.seek(tar.offset)
@@ -102,8 +102,8 @@ class _Members:
 
     def _content(self, tar: tarfile.TarFile, member: tarfile.TarInfo, extension: str) -> Any:
         """Bytes, a Broken, or None for a member that nobody wants."""
-        image = _is_image(extension)
-        if not image and extension not in self.tars.options.keep:
+        image = is_image(f"x.{extension}")
+        if not image and extension not in self.tars.options.keep_columns:
             return None
         limit = MAX_FILE_BYTES if image else _MAX_COMPANION
         if member.size > limit:
@@ -115,8 +115,8 @@ class _Members:
 
     def _images(self, key: str, group: dict[str, Any]) -> list[Any]:
         """What the sample has of them; one Broken where it can't be taken as it is."""
-        images = {extension: content for extension, content in group.items() if _is_image(extension)}
-        for name in self.tars.options.keep if images else ():
+        images = {extension: content for extension, content in group.items() if is_image(f"x.{extension}")}
+        for name in self.tars.options.keep_columns if images else ():
             if isinstance(group.get(name), Broken):
                 return [group[name]]
             if isinstance(group.get(name), bytes) and _text(group[name]) is None:
@@ -136,7 +136,3 @@ def _text(content: bytes | None) -> str | None:
         return None if content is None else content.decode()
     except UnicodeDecodeError:
         return None
-
-
-def _is_image(extension: str) -> bool:
-    return f".{extension.rpartition('.')[2].lower()}" in IMAGE_SUFFIXES

@@ -1,0 +1,63 @@
+"""Reads file names: which are images, which are hidden, and which sample of a tar or zip archive they belong to."""
+
+import re
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+
+from dyntok.image import IMAGE_SUFFIXES
+
+_SUFFIX = re.compile(r"\.[A-Za-z][A-Za-z0-9]{0,9}")
+HIDDEN, NO_SUFFIX, OTHER = "hidden", "without a suffix", "other"
+_MAX_LABELS = 50  # a hostile archive must not fill the records with suffixes
+
+
+def is_image(name: str) -> bool:
+    """Returns whether the suffix of a file name is that of an image."""
+    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+
+
+def is_hidden(path: str) -> bool:
+    """Returns whether a relative path leads to or through a name that tools hide, such as `._x.jpg` or `__MACOSX`."""
+    return any(part == "__MACOSX" or (part.startswith(".") and part not in (".", "..")) for part in path.split("/"))
+
+
+def suffix_of(name: str) -> str:
+    """Returns the suffix in lower case, such as ".txt", or "" where a name has none that looks like one."""
+    suffix = PurePosixPath(name).suffix
+    return suffix.lower() if _SUFFIX.fullmatch(suffix) else ""
+
+
+def split_key(name: str) -> tuple[str, str]:
+    """Splits the name of an archive member as webdataset does: the key ends at the first dot of the last part.
+
+    >>> split_key("a/cat.seg.png")
+    ('a/cat', 'seg.png')
+    """
+    folder, slash, last = name.rpartition("/")
+    stem, _, extension = last.partition(".")
+    return folder + slash + stem, extension
+
+
+def without_surrogates(text: str) -> str:
+    """Returns names that are not UTF-8 with escapes instead of surrogates, which no file format accepts."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+class LeftOut(dict[str, int]):
+    """Counts files that were left out, by suffix."""
+
+    def count(self, path: str) -> None:
+        self.add(HIDDEN if is_hidden(path) else suffix_of(path) or NO_SUFFIX)
+
+    def add(self, label: str, number: int = 1) -> None:
+        label = label if label in self or len(self) < _MAX_LABELS else OTHER
+        self[label] = self.get(label, 0) + number
+
+    def merge(self, counts: Mapping[str, int]) -> None:
+        for label, number in counts.items():
+            self.add(label, number)
+
+    def __str__(self) -> str:
+        """Returns the counts as text, such as "12 .txt, 3 .mp4"; the largest come first."""
+        ordered = sorted(self.items(), key=lambda pair: (-pair[1], pair[0]))
+        return ", ".join(f"{number:,} {label}" for label, number in ordered)
