@@ -107,7 +107,8 @@ def read(source: Input, work: Work, shard_size: int) -> Iterator[Item | End]:
             first = next(samples, None)
             if first is None:
                 left_out.merge(reading.left_out)
-            share = (behind - start) / max(work.shard.extent, 1)
+            reached = work.shard.begin + work.shard.extent if first is None else behind
+            share = max(reached - start, 0) / max(work.shard.extent, 1)
             types = dict(reading.types)
             yield End(span, work.shard.identity, rows, start, behind, first is None, types, share, dict(left_out))
             if first is None:
