@@ -149,7 +149,9 @@ def test_wrong_options(tar, tmp_path, capsys):
     ("missing", "extra", "options"), [("pyarrow", "batch", []), ("ray", "ray", ["--engine", "ray"])]
 )
 def test_an_extra_that_is_not_installed(missing, extra, options, tar, tmp_path):
-    code = f"import sys; sys.modules[{missing!r}] = None; from dyntok.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None; from dyntok.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, "batch", tar, str(tmp_path / "out"), *options], capture_output=True, text=True
     )
