@@ -5,7 +5,6 @@ path, so the same picture gives the same pixels however it came. Whatever goes w
 Does not: fetch URLs, read formats outside `ACCEPTED_FORMATS`, apply ICC profiles, or read more than one frame.
 """
 
-import importlib.util
 import io
 import logging
 import os
@@ -22,22 +21,18 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from dyntok.config import ImageConfig
 from dyntok.errors import ImageError
+from dyntok.imaging.formats import ACCEPTED_FORMATS as ACCEPTED_FORMATS
+from dyntok.imaging.formats import IMAGE_SUFFIXES as IMAGE_SUFFIXES
+from dyntok.imaging.formats import UNREADABLE_SUFFIXES as UNREADABLE_SUFFIXES
+from dyntok.imaging.formats import sniff as sniff
 
 ImageSource: TypeAlias = str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tensor
 
-# None of these starts another program (EPS runs Ghostscript). AVIF came with Pillow 11.3, and a build may lack it.
-ACCEPTED_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF") + (
-    ("AVIF",) if importlib.util.find_spec("PIL._avif") else ()
-)
 # Reading takes up to 16 bytes per pixel (WebP, AVIF), so these limits keep one file below 2 GB, the half of one for PyTorch included.
 # 2**26 lets 61-megapixel cameras in and lies below the size at which Pillow itself begins to warn.
 DEFAULT_MAX_PIXELS = 2**26
 MAX_FILE_BYTES = 2**28
 MAX_SIDE = 2**20  # Pillow's resize needs 32 bytes of filter weights per pixel of a side
-
-IMAGE_SUFFIXES = frozenset(
-    [".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"]
-)  # of names, in lower case
 
 _LAZY_FORMATS = (
     *ACCEPTED_FORMATS,
@@ -231,7 +226,7 @@ def _read_file(path: str | os.PathLike, name: str) -> bytes:
 def _open(data: bytes, name: str, max_pixels: int) -> ImageFile.ImageFile:
     if not 0 < len(data) <= MAX_FILE_BYTES:
         raise ImageError(f"{name}: has {len(data):,} bytes, expected 1 to {MAX_FILE_BYTES:,}")
-    image = Image.open(io.BytesIO(data), formats=ACCEPTED_FORMATS)
+    image = Image.open(io.BytesIO(data), formats=[name for name in ACCEPTED_FORMATS if name not in ("HEIC", "JPEG XL")])
     _check_size(*image.size, name, max_pixels)
     return image
 
