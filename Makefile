@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint kernels bench
+.PHONY: help demo test test-all lint docs kernels bench
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,9 @@ test-all: $(VENV)/.developed  ## the slow ones, too
 lint: $(VENV)/.developed  ## ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: $(VENV)/.developed  ## the documentation, as pages in site/; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 kernels: $(VENV)/.developed  ## Triton kernels compiled for GPUs that need not be there
 	$(BIN)/python kernels/gate.py

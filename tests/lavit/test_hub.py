@@ -1,15 +1,12 @@
 """LaVIT's files from a hub: the real client against a loopback server, which files are asked for, and a download that breaks off."""
 
-import functools
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from support.lavit_files import write_release
 from support.loopback_hub import COMMIT, Hub, downloads, serve
 
@@ -132,19 +129,3 @@ def test_the_commit_stays_the_same_for_parts_that_come_later(hub):
     Hub.requests.clear()
     tokenizer.part("decoder")
     assert Hub.requests and all(f"/resolve/{COMMIT}/" in request for request in Hub.requests if "/resolve/" in request)
-
-
-def test_the_readme_s_lines(hub, parity, monkeypatch, photos, tmp_path):
-    """As they stand there; the hub's networks are the fixture's."""
-    text = (Path(__file__).parents[2] / "README.md").read_text()
-    code = re.search(r"## LaVIT's own tokenizer\n\n```python\n(.*?)```", text, re.DOTALL)[1]
-    assert NAME in code
-    monkeypatch.setattr(dyntok, "load", functools.partial(dyntok.load, **hub))
-    monkeypatch.chdir(tmp_path)
-    Image.fromarray(photos[0]).save("cat.jpg")
-    names = {"dyntok": dyntok}
-    exec(compile(code, "README.md", "exec"), names)
-    assert torch.equal(names["ids"][1:-1], names["enc"].codes[0] + 32002) and names["ids"][[0, -1]].tolist() == [
-        32000,
-        32001,
-    ]

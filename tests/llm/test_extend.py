@@ -1,7 +1,5 @@
 """Room for pictures in real (small) language models and tokenizers of transformers, and generation that the grammar holds to pictures."""
 
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +8,6 @@ from torch.testing import assert_close
 transformers = pytest.importorskip("transformers")
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # noqa: E402
 
-import dyntok  # noqa: E402
 from dyntok.errors import CodeError, ConfigError  # noqa: E402
 from dyntok.llm import ImageGrammar, ImageLogitsProcessor, extend_model, extend_tokenizer, parse_ids, parse_text  # noqa: E402
 from dyntok.vocab import VisualVocab  # noqa: E402
@@ -152,14 +149,3 @@ def test_padded_vocabularies_keep_their_padding():
         len(model.get_input_embeddings().weight) == 320
         and model.get_output_embeddings().weight is model.get_input_embeddings().weight
     )
-
-
-def test_the_readmes_lines_write_a_picture(tokenizer, tmp_path, monkeypatch):
-    text = (Path(__file__).parents[2] / "README.md").read_text()
-    code = re.search(r"## With a language model.*?```python\n(.*?)```", text, re.DOTALL)[1]
-    monkeypatch.chdir(tmp_path)
-    tokenizer.eos_token = "<unk>"
-    model = MODELS["llama"](len(tokenizer))
-    names = {"dyntok": dyntok, "torch": torch, "tok": dyntok.load(), "tokenizer": tokenizer, "model": model}
-    exec(code, names)
-    assert 1 <= len(names["images"][0]) <= 96 and (tmp_path / "written.png").stat().st_size > 500

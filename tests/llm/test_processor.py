@@ -1,7 +1,5 @@
 """Text and pictures through a processor, chat templates, and pictures as a prefix of embeddings, with real (small) models."""
 
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # 
 
 import dyntok  # noqa: E402
 from dyntok.errors import CodeError, ConfigError  # noqa: E402
-from dyntok.llm import VisualPrefix, VisualProcessor, extend_model, extend_tokenizer, parse_ids  # noqa: E402
+from dyntok.llm import VisualPrefix, VisualProcessor, extend_tokenizer, parse_ids  # noqa: E402
 from dyntok.vocab import VisualVocab  # noqa: E402
 
 SMALL = dict(
@@ -165,21 +163,3 @@ def test_a_prefix_that_does_not_fit(tokenizer, photos):
         prefix(tokenizer.features(photos[:2]), torch.zeros(3, 4, 32))
     with pytest.raises(ConfigError, match="kind"):
         VisualPrefix(8, 8, kind="conv")
-
-
-def test_the_readmes_lines(photos):
-    text = (Path(__file__).parents[2] / "README.md").read_text()
-    code = re.search(r"```python\n(processor = .*?)```", text, re.DOTALL)[1]
-    tok, tokenizer = dyntok.load(), bpe()
-    vocab = VisualVocab.after(len(tokenizer), size=8192)
-    extend_tokenizer(tokenizer, vocab)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=len(tokenizer), **SMALL))
-    extend_model(model, vocab)
-    model.generation_config.max_new_tokens = 4
-    names = {"dyntok": dyntok, "tok": tok, "tokenizer": tokenizer, "vocab": vocab, "model": model, "photo": photos[0]}
-    exec("import dyntok.llm\n" + code, names)
-    assert (
-        len(names["pictures"][0]) == 1
-        and names["logits"].shape[-1] == vocab.vocab_size
-        and names["chat"]["input_ids"].numel() > 20
-    )
