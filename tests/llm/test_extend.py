@@ -1,6 +1,5 @@
 """Room for pictures in real (small) language models and tokenizers of transformers, and generation that the grammar holds to pictures."""
 
-
 import pytest
 import torch
 from torch.testing import assert_close

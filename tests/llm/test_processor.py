@@ -1,6 +1,5 @@
 """Text and pictures through a processor, chat templates, and pictures as a prefix of embeddings, with real (small) models."""
 
-
 import numpy as np
 import pytest
 import torch
