@@ -1,4 +1,4 @@
-"""Pictures about tokens: the original, its kept patches, and what comes back. For people; nothing else depends on it."""
+"""Contact sheets: the original image, its kept patches and its reconstruction, side by side for people to look at."""
 
 from collections.abc import Sequence
 
@@ -8,13 +8,14 @@ from dyntok.encoding import Encoding
 from dyntok.errors import CodeError
 from dyntok.image import ImageSource, to_image, to_pixels
 from dyntok.tokenizer import DynamicVisualTokenizer
+from dyntok.validation import counted
 
 _GAP = 8
 _CAPTION = 22
 _DROPPED = (32, 32, 40)
 
 
-def draw_sheet(
+def contact_sheet(
     tokenizer: DynamicVisualTokenizer,
     images: Sequence[ImageSource],
     encoding: Encoding,
@@ -22,15 +23,20 @@ def draw_sheet(
     side: int = 256,
     columns: int = 1,
 ) -> Image.Image:
-    """One panel per image: the original as the tokenizer sees it, its kept patches, what comes back (where pixels are made), and counts.
+    """Returns a contact sheet with one panel per image.
 
-    encoding: of exactly these images, in this order, with positions. side: pixels per picture. columns: panels side by side.
-    Raises `CodeError` where there is no image or the encoding does not belong to the images.
+    A panel shows the original as the tokenizer sees it, its kept patches, its reconstruction (if the tokenizer makes
+    pixels), and the number of tokens.
+
+    encoding: of exactly these images, in this order, with positions.
+    side: width and height of each picture, in pixels.
+    columns: panels side by side.
+
+    Raises `CodeError` if there is no image or the encoding does not belong to the images.
     """
     if len(encoding) != len(images) or not images:
-        raise CodeError(
-            f"a sheet of {len(images)} images got an encoding of {len(encoding)}, expected one row for each and at least one"
-        )
+        got = f"{counted(len(images), 'image')} and an encoding of {counted(len(encoding), 'image')}"
+        raise CodeError(f"contact_sheet got {got}, expected at least one image and an encoding of the same images")
     originals = [to_image(to_pixels(image, tokenizer.config.image), tokenizer.config.image) for image in images]
     pictures = [[original, _kept(original, part)] for original, part in zip(originals, encoding, strict=True)]
     if tokenizer.pixel_head is not None:
@@ -50,7 +56,7 @@ def draw_sheet(
 
 
 def _kept(image: Image.Image, encoding: Encoding) -> Image.Image:
-    """The image with dropped patches dark."""
+    """Returns the image with its dropped patches dark."""
     mask = encoding.keep_mask()[0].view(*encoding.grids[0].tolist())
     stencil = Image.fromarray(mask.cpu().numpy().astype("uint8") * 255).resize(image.size, Image.Resampling.NEAREST)
     return Image.composite(image, Image.new("RGB", image.size, _DROPPED), stencil)

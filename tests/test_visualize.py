@@ -7,7 +7,7 @@ import pytest
 
 from dyntok import CodeError, DynamicVisualTokenizer
 from dyntok.image import to_image, to_pixels
-from dyntok.visualize import draw_sheet
+from dyntok.visualize import contact_sheet
 
 SIDE, GAP, CAPTION = 64, 8, 22  # the small tokenizer's own size, so that nothing is rescaled
 
@@ -19,7 +19,7 @@ def panel(sheet, row, column):
 
 def test_each_row_shows_the_original_its_kept_patches_and_what_comes_back(tokenizer, photos):
     encoding = tokenizer.encode(photos[:3])
-    sheet = draw_sheet(tokenizer, photos[:3], encoding, side=SIDE)
+    sheet = contact_sheet(tokenizer, photos[:3], encoding, side=SIDE)
     assert sheet.size == (3 * (SIDE + GAP) + GAP, 3 * (SIDE + CAPTION + GAP) + GAP)
     for i, photo in enumerate(photos[:3]):
         config = tokenizer.config.image
@@ -35,14 +35,14 @@ def test_without_a_pixel_head_there_are_two_pictures(small_config, photos):
     decoder = dataclasses.replace(small_config.decoder, pixels=False)
     codebook = dataclasses.replace(small_config.codebook, projection="mlp")
     tokenizer = DynamicVisualTokenizer(dataclasses.replace(small_config, decoder=decoder, codebook=codebook)).eval()
-    sheet = draw_sheet(tokenizer, photos, tokenizer.encode(photos, budget=9), side=SIDE, columns=3)
+    sheet = contact_sheet(tokenizer, photos, tokenizer.encode(photos, budget=9), side=SIDE, columns=3)
     assert sheet.size == (3 * (2 * (SIDE + GAP) + GAP), 2 * (SIDE + CAPTION + GAP) + GAP)
 
 
 def test_codes_must_be_those_of_the_images(tokenizer, photos):
     encoding = tokenizer.encode(photos[:2])
     for images, codes in ((photos[:1], encoding), (photos[:3], encoding), ([], tokenizer.encode([]))):
-        with pytest.raises(CodeError, match="expected one row for each and at least one"):
-            draw_sheet(tokenizer, images, codes)
+        with pytest.raises(CodeError, match="an encoding of the same images"):
+            contact_sheet(tokenizer, images, codes)
     with pytest.raises(CodeError, match="needs positions"):
-        draw_sheet(tokenizer, photos[:2], dataclasses.replace(encoding, packed_positions=None))
+        contact_sheet(tokenizer, photos[:2], dataclasses.replace(encoding, packed_positions=None))

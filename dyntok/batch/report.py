@@ -21,7 +21,7 @@ from dyntok.encoding import Encoding
 from dyntok.errors import BatchError, FingerprintError, MissingDependencyError
 from dyntok.model.codebook import perplexity
 from dyntok.tokenizer import DynamicVisualTokenizer
-from dyntok.visualize import draw_sheet
+from dyntok.visualize import contact_sheet
 
 _REASONS = 10  # that are told, the most frequent ones
 _PER_SHARD = 4  # panels of one output shard in a sheet
@@ -148,7 +148,7 @@ def draw_lengths(report: Report, path: str | Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def draw_contact_sheet(
+def draw_sample_sheet(
     folder: str, tokenizer: DynamicVisualTokenizer, *, images: int = 12, storage: StorageOptions | None = None
 ) -> Image.Image:
     """Originals, kept patches and reconstructions of images spread over the output; the originals are read from the input.
@@ -179,7 +179,7 @@ def draw_contact_sheet(
     if not pairs:
         raise BatchError("the originals were not found in the input; it may have moved or changed")
     originals, encodings = zip(*pairs, strict=True)
-    return draw_sheet(tokenizer, originals, Encoding.cat(encodings, renumber=False), columns=2)
+    return contact_sheet(tokenizer, originals, Encoding.cat(encodings, renumber=False), columns=2)
 
 
 def _originals(

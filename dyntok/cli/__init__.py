@@ -1,1 +1,1 @@
-"""The command line. Nothing heavy is imported before a command needs it."""
+"""The command line. `main.py` has the parser; a command imports torch and the rest only when it runs."""

@@ -1,15 +1,71 @@
-"""Types of arguments, exit codes and output that several commands share."""
+"""What several commands share: building a parser, reading values, exit codes and output. Imports nothing heavy."""
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from argparse import _SubParsersAction
+
+    Commands = _SubParsersAction[argparse.ArgumentParser]
 
 OK, FAILED, USAGE, SOME_SKIPPED, INTERRUPTED = 0, 1, 2, 3, 130
+LARGEST = 2**31
+
+
+def add_command(
+    commands: "Commands",
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    *,
+    summary: str,
+    details: str,
+    example: str,
+) -> argparse.ArgumentParser:
+    """Add a command that calls `run`. `dyntok --help` shows the summary, the command's own help shows everything."""
+    parser = commands.add_parser(
+        name,
+        description=f"{summary}\n{details}",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_model_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", metavar="NAME", help="a folder, a name on the hub, or tiny (default: tiny, which is bundled)"
+    )
+
+
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", metavar="NAME", default="cpu", help="cpu, cuda, cuda:1, mps (default: %(default)s)")
+
+
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON to stdout and everything else to stderr")
+
+
+def add_policy_options(parser: argparse.ArgumentParser, *, sample: bool = True) -> None:
+    """Add the options that decide how many patches are kept. `keep_options` reads them."""
+    group = parser.add_argument_group("tokens per image (default: the tokenizer decides)")
+    rule = group.add_mutually_exclusive_group()
+    rule.add_argument(
+        "--budget", type=budget, metavar="N", help="exactly N tokens per image, or a share of the patches such as 0.25"
+    )
+    rule.add_argument("--threshold", type=float, metavar="P", help="keep patches with a keep probability of P or more")
+    if sample:
+        rule.add_argument(
+            "--sample", type=whole(0, 2**63 - 1), metavar="SEED", help="draw patches by their keep probability"
+        )
+    group.add_argument("--max-tokens", type=whole(1, LARGEST), metavar="N", help="at most N tokens per image")
 
 
 def budget(text: str) -> int | float:
-    """Reads a number of tokens, or a share of the patches such as 0.25."""
+    """Read a number of tokens, or a share of the patches such as 0.25."""
     try:
         return float(text) if "." in text else int(text)
     except ValueError:
@@ -17,29 +73,34 @@ def budget(text: str) -> int | float:
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:
-    """Returns a reader of whole numbers within a range."""
+    """Returns a function that reads whole numbers from `low` to `high`."""
 
     def read(text: str) -> int:
         if not (text.isdecimal() and low <= int(text) <= high):
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {low} to {high}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
         return int(text)
 
     return read
 
 
 def mapping(text: str) -> dict[str, Any]:
-    """Reads a JSON object."""
+    """Read a JSON object."""
     try:
         values = json.loads(text)
     except ValueError:
         values = None
     if not isinstance(values, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
     return values
 
 
+def names(text: str) -> list[str]:
+    """Read names separated by commas."""
+    return text.split(",")
+
+
 def keep_options(options: argparse.Namespace) -> dict[str, Any]:
-    """Returns the keep options of a command line as `encode` takes them."""
+    """Returns the options of `add_policy_options` as `encode` takes them."""
     import torch
 
     sample = None if options.sample is None else torch.Generator().manual_seed(options.sample)
@@ -53,3 +114,8 @@ def keep_options(options: argparse.Namespace) -> dict[str, Any]:
 
 def print_json(values: Any) -> None:
     print(json.dumps(values))
+
+
+def report(text: str, *, to_stderr: bool) -> None:
+    """Print a line for people: to stderr if stdout carries data."""
+    print(text, file=sys.stderr if to_stderr else sys.stdout)

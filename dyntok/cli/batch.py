@@ -1,144 +1,144 @@
-"""The commands `dyntok batch` and `dyntok inspect`. Nothing of the extra `batch` is imported before one of them runs."""
+"""The command `dyntok batch`. Nothing of the extra `batch` is imported before it runs."""
 
 import argparse
-import json
-import os
+import shlex
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
-from dyntok.errors import BatchError, ConfigError, DyntokError
-from dyntok.image import DEFAULT_MAX_PIXELS
+from dyntok.cli.arguments import (
+    LARGEST,
+    OK,
+    SOME_SKIPPED,
+    add_command,
+    add_json_option,
+    add_model_option,
+    add_policy_options,
+    names,
+    print_json,
+    report,
+    whole,
+)
+from dyntok.errors import DyntokError
 
 if TYPE_CHECKING:
     from dyntok.batch import Summary
+    from dyntok.batch.dry_run import Plan
+    from dyntok.cli.arguments import Commands
 
-OK, SOME_SKIPPED = 0, 3
 
-
-def add_commands(
-    commands: argparse._SubParsersAction, budget: Callable[[str], int | float], whole: Callable[[int, int], Callable]
-) -> None:
-    """`budget` and `whole` read numbers, as for the other commands."""
-    positive = whole(1, 2**31)
-    add = commands.add_parser("batch", help="whole datasets into codes; run again, it goes on where it stopped")
+def add_batch(commands: "Commands") -> None:
+    """Add the command `batch`."""
+    add = add_command(
+        commands,
+        "batch",
+        _batch,
+        summary="Encode whole datasets into shards of codes.",
+        details="Run the same command again to resume an interrupted run.",
+        example="dyntok batch photos/ 's3://bucket/{000..099}.tar' codes --dry-run",
+    )
     add.add_argument(
         "inputs",
         nargs="+",
         metavar="INPUT",
-        help="folders, webdataset tars, Parquet, lists of paths (.txt); globs, {000..099}, s3://",
+        help="folders, webdataset tars, Parquet files, lists of paths (.txt); globs, {000..099} and s3:// work",
     )
-    add.add_argument("output", metavar="OUTPUT", help="a new folder, or that of the same run begun before")
-    add.add_argument("--model", metavar="NAME", help="hub name or folder of a tokenizer (default: the bundled one)")
-    add.add_argument(
-        "--dry-run", action="store_true", help="what would be read and written, from a sample; writes nothing"
-    )
-    add.add_argument("--json", action="store_true", help="for machines: JSON on stdout")
+    add.add_argument("output", metavar="OUTPUT", help="a new folder, or the folder of the run to resume")
+    add_model_option(add)
+    add.add_argument("--dry-run", action="store_true", help="estimate from a sample what would be done; write nothing")
+    add_json_option(add)
+    add_policy_options(add, sample=False)
+    _add_input_options(add.add_argument_group("input"))
+    _add_output_options(add.add_argument_group("output"))
+    _add_performance_options(add.add_argument_group("performance (these options never affect the output)"))
 
-    what = add.add_argument_group("what is written")
-    what.add_argument(
+
+def _add_input_options(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument(
         "--kind",
         choices=["auto", "folder", "tar", "parquet", "list"],
         default="auto",
-        help="of INPUT (default: by its names)",
+        help="kind of the inputs (default: by their names)",
     )
-    what.add_argument(
-        "--format", choices=["parquet", "webdataset", "megatron"], default="parquet", help="(default: %(default)s)"
+    group.add_argument(
+        "--image-column", metavar="NAME", help="Parquet column of the images (default: the only one that holds images)"
     )
-    what.add_argument(
+    group.add_argument(
+        "--key-column", metavar="NAME", help="Parquet column of the keys (default: key or __key__, else file and row)"
+    )
+    group.add_argument("--interleaved", action="store_true", help="each row holds several images")
+    group.add_argument(
+        "--max-pixels",
+        type=whole(1, LARGEST),
+        default=argparse.SUPPRESS,
+        metavar="N",
+        help="refuse larger images (default: 67108864)",
+    )
+    group.add_argument("--storage-options", metavar="FILE", help='options of fsspec as JSON: {"s3": {"key": ...}}')
+
+
+def _add_output_options(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument(
+        "--format",
+        choices=["parquet", "webdataset", "megatron"],
+        default="parquet",
+        help="format of the output (default: %(default)s)",
+    )
+    group.add_argument(
         "--shard-size",
-        type=positive,
+        type=whole(1, LARGEST),
         default=8192,
         metavar="N",
-        help="images in an output shard, at most (default: %(default)s)",
+        help="at most N images per output shard (default: %(default)s)",
     )
-    what.add_argument(
+    group.add_argument(
         "--keep-columns",
-        type=_names,
+        type=names,
         default=[],
         metavar="NAME,...",
         help="extra columns to keep: columns of Parquet, or extensions such as txt",
     )
-    what.add_argument("--image-column", metavar="NAME", help="of Parquet (default: the only one that holds images)")
-    what.add_argument(
-        "--key-column", metavar="NAME", help="of Parquet (default: key or __key__, else file name and row)"
+    group.add_argument(
+        "--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="dtype of most weights (default: %(default)s)"
     )
-    what.add_argument("--interleaved", action="store_true", help="several images per row")
-    one = what.add_mutually_exclusive_group()
-    one.add_argument(
-        "--budget", type=budget, metavar="N", help="exactly N tokens per image, or a share of the patches such as 0.25"
-    )
-    one.add_argument("--threshold", type=float, metavar="P", help="keep patches whose keep probability is at least P")
-    what.add_argument("--max-tokens", type=positive, metavar="N", help="at most N tokens per image")
-    what.add_argument(
-        "--max-pixels",
-        type=positive,
-        default=DEFAULT_MAX_PIXELS,
-        metavar="N",
-        help="larger images are refused (default: %(default)s)",
-    )
-    what.add_argument(
-        "--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="of most weights (default: %(default)s)"
-    )
-    what.add_argument(
+    group.add_argument(
         "--vocab-size",
-        type=positive,
+        type=whole(1, LARGEST),
         metavar="N",
-        help="megatron: entries of the LLM's vocabulary; codes come behind them",
+        help="megatron: size of the LLM's vocabulary; the codes come after it",
+    )
+    group.add_argument("--retry-errors", action="store_true", help="encode only the images that failed before")
+    group.add_argument(
+        "--max-error-rate",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="stop if a larger share of the images fails (default: never)",
     )
 
-    how = add.add_argument_group("how the work is done, which changes no code")
-    how.add_argument("--engine", choices=["local", "ray"], default="local", help="(default: %(default)s)")
-    how.add_argument(
-        "--batch-size", type=positive, default=32, metavar="N", help="images at once (default: %(default)s)"
+
+def _add_performance_options(group: "argparse._ArgumentGroup") -> None:
+    positive = whole(1, LARGEST)
+    group.add_argument("--engine", choices=["local", "ray"], default="local", help="(default: %(default)s)")
+    group.add_argument(
+        "--batch-size", type=positive, default=32, metavar="N", help="images per batch (default: %(default)s)"
     )
-    how.add_argument(
-        "--workers",
-        type=whole(0, 2**10),
-        metavar="N",
-        help="local: decoding processes (default: by the number of cores)",
+    group.add_argument(
+        "--workers", type=whole(0, 2**10), metavar="N", help="local: decoding processes (default: by number of cores)"
     )
-    how.add_argument(
+    group.add_argument(
         "--devices",
-        type=_names,
+        type=names,
         default=[],
         metavar="NAME,...",
-        help="local: one model process each, cuda:0 cuda:1 (default: all GPUs, or cpu)",
+        help="local: one model process per device, such as cuda:0,cuda:1 (default: all GPUs, or cpu)",
     )
-    how.add_argument("--threads", type=positive, metavar="N", help="of each model process on a CPU")
-    how.add_argument(
-        "--address", metavar="ADDRESS", help="ray: of a cluster, auto for this machine's (default: one of its own)"
+    group.add_argument("--threads", type=positive, metavar="N", help="threads of each model process on a CPU")
+    group.add_argument(
+        "--address", metavar="ADDRESS", help="ray: the cluster; auto finds this machine's (default: start one)"
     )
-    how.add_argument(
-        "--actors",
-        type=positive,
-        metavar="N",
-        help="ray: copies of the tokenizer (default: one per GPU, or per two cores)",
+    group.add_argument(
+        "--actors", type=positive, metavar="N", help="ray: copies of the tokenizer (default: one per GPU or two cores)"
     )
-    how.add_argument("--storage-options", metavar="FILE", help='JSON for fsspec, {"s3": {"key": ...}}; copied nowhere')
-    how.add_argument(
-        "--max-error-rate", type=float, default=1.0, metavar="SHARE", help="stop when more images fail (default: never)"
-    )
-    how.add_argument("--retry-errors", action="store_true", help="only the images that failed before")
-    add.set_defaults(run=_batch)
-
-    add = commands.add_parser("inspect", help="what an output folder of batch holds: lengths, codes, errors, pictures")
-    add.add_argument("folder", metavar="OUTPUT")
-    add.add_argument("-o", "--output", metavar="FOLDER", help="write lengths.png, sheet.png and errors.jsonl there")
-    add.add_argument(
-        "--model", metavar="NAME", help="the tokenizer that made the codes, for sheet.png (default: the bundled one)"
-    )
-    add.add_argument("--images", type=positive, default=12, metavar="N", help="in sheet.png (default: %(default)s)")
-    add.add_argument("--storage-options", metavar="FILE", help="as for batch")
-    add.add_argument("--json", action="store_true", help="for machines: JSON on stdout")
-    add.set_defaults(run=_inspect)
-
-
-def _names(text: str) -> list[str]:
-    return text.split(",")
 
 
 def _batch(options: argparse.Namespace) -> int:
@@ -147,40 +147,59 @@ def _batch(options: argparse.Namespace) -> int:
     from dyntok.batch.run import prepare
     from dyntok.batch.storage import read_storage_options
 
-    wanted = {name: getattr(options, name) for name in BatchOptions.__dataclass_fields__}
+    given = vars(options)
+    run_options = BatchOptions(**{name: given[name] for name in BatchOptions.__dataclass_fields__ if name in given})
     engine = EngineOptions(
-        options.engine, batch_size=options.batch_size, threads=options.threads, workers=options.workers, devices=options.devices,
-        address=options.address, actors=options.actors,
-    )  # fmt: skip
-    about = {
-        "model": options.model,
-        "options": BatchOptions(**wanted),
-        "storage": read_storage_options(options.storage_options),
-    }
+        options.engine,
+        batch_size=options.batch_size,
+        threads=options.threads,
+        workers=options.workers,
+        devices=options.devices,
+        address=options.address,
+        actors=options.actors,
+    )
+    storage = read_storage_options(options.storage_options)
     if options.dry_run:
-        found = dry_run(prepare(options.inputs, options.output, **about))
-        print(json.dumps(found.to_dict()) if options.json else found)
+        task = prepare(options.inputs, options.output, model=options.model, options=run_options, storage=storage)
+        _print(dry_run(task), options.json)
         return OK
     progress = _Progress()
-    choices = {"retry_errors": options.retry_errors, "max_error_rate": options.max_error_rate}
     try:
         with progress.bar:
-            summary = tokenize(options.inputs, options.output, engine=engine, progress=progress, **choices, **about)
+            summary = tokenize(
+                options.inputs,
+                options.output,
+                model=options.model,
+                options=run_options,
+                storage=storage,
+                engine=engine,
+                progress=progress,
+                retry_errors=options.retry_errors,
+                max_error_rate=options.max_error_rate,
+            )
     except (KeyboardInterrupt, DyntokError):
         if progress.last is not None:
-            print(
-                f"dyntok: {progress.last.shards:,} output shards were finished; the same command goes on from there",
-                file=sys.stderr,
-            )
+            done = f"{progress.last.shards:,} output shards are complete"
+            print(f"dyntok: {done}; run the same command again to resume", file=sys.stderr)
         raise
-    print(json.dumps(summary.to_dict()) if options.json else summary)
+    _print(summary, options.json)
+    report(f"next: dyntok inspect {shlex.quote(options.output)}", to_stderr=options.json)
     return SOME_SKIPPED if summary.errors else OK
 
 
+def _print(result: "Summary | Plan", as_json: bool) -> None:
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        print(result)
+
+
 class _Progress:
-    """A bar where somebody looks: images, images/s, tokens per image, errors, time left."""
+    """A progress bar on a terminal: images, images/s, tokens per image, errors, time left."""
 
     def __init__(self) -> None:
+        from tqdm import tqdm
+
         self.bar = tqdm(desc="batch", unit=" images", disable=None, mininterval=0.5)
         self.last: Summary | None = None
 
@@ -189,38 +208,6 @@ class _Progress:
         if self.bar.disable:
             return
         if self.bar.update(summary.images - self.bar.n):
-            left = "?" if summary.seconds_left is None else tqdm.format_interval(summary.seconds_left)
+            left = "?" if summary.seconds_left is None else self.bar.format_interval(summary.seconds_left)
             facts = f"{summary.tokens / max(summary.images, 1):.1f} tokens/image, {summary.errors} errors, {left} left"
             self.bar.set_postfix_str(facts, refresh=False)
-
-
-def _inspect(options: argparse.Namespace) -> int:
-    from dyntok import load
-    from dyntok.batch import inspect
-    from dyntok.batch.report import all_errors, draw_contact_sheet, draw_lengths
-    from dyntok.batch.storage import read_storage_options
-
-    storage = read_storage_options(options.storage_options)
-    report = inspect(options.folder, storage=storage)
-    print(json.dumps(report.to_dict()) if options.json else report)
-    if options.output is None:
-        return OK
-    folder = Path(options.output)
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with open(folder / "errors.jsonl", "w", encoding="utf-8") as file:
-            file.writelines(
-                json.dumps(row, ensure_ascii=False) + "\n" for row in all_errors(options.folder, storage=storage)
-            )
-        if report.lengths is not None:
-            draw_lengths(report, folder / "lengths.png")
-            draw_contact_sheet(options.folder, load(options.model), images=options.images, storage=storage).save(
-                folder / "sheet.png"
-            )
-    except OSError as error:
-        if isinstance(error, DyntokError):
-            raise
-        raise ConfigError(f"can't write to {folder}: {error.strerror or error}") from error
-    except BatchError as error:
-        print(f"dyntok: no sheet.png: {error}", file=sys.stderr)
-    return OK

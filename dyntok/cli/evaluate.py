@@ -1,31 +1,60 @@
 """The command `dyntok eval`. Nothing of the extra `train` is imported before it runs."""
 
 import argparse
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
-from dyntok.cli.arguments import OK, SOME_SKIPPED, keep_options, mapping, print_json, whole
+from dyntok.cli.arguments import (
+    LARGEST,
+    OK,
+    SOME_SKIPPED,
+    add_command,
+    add_device_option,
+    add_json_option,
+    add_model_option,
+    add_policy_options,
+    keep_options,
+    mapping,
+    print_json,
+    report,
+    whole,
+)
 from dyntok.errors import DataError, MissingDependencyError
 
+if TYPE_CHECKING:
+    from dyntok.cli.arguments import Commands
 
-def add_eval(commands: argparse._SubParsersAction, parents: Sequence[argparse.ArgumentParser]) -> None:
-    add = commands.add_parser("eval", parents=parents, help="quality on a folder or tar of images")
-    add.add_argument("data", nargs="+", metavar="SOURCE", help="folders of images, webdataset tars")
+
+def add_eval(commands: "Commands") -> None:
+    """Add the command `eval`."""
+    add = add_command(
+        commands,
+        "eval",
+        _eval,
+        summary="Measure the quality of a tokenizer on images.",
+        details="Shows tokens per image, code usage, PSNR and SSIM; with --teacher also semantics.",
+        example="dyntok eval photos/ --budget 64 --limit 500",
+    )
+    add_model_option(add)
+    add_device_option(add)
+    add_json_option(add)
+    add_policy_options(add)
+    add.add_argument("data", nargs="+", metavar="SOURCE", help="folders of images, or webdataset tars")
     add.add_argument(
         "--split",
         choices=["all", "train", "validation"],
         default="all",
-        help="by a hash of the key, 1 in 20 for validation",
+        help="part of the images, by a hash of their keys; 1 in 20 is for validation (default: %(default)s)",
     )
-    add.add_argument("--limit", type=whole(1, 2**31), metavar="N", help="only N images, spread evenly over all")
-    add.add_argument("--keys", metavar="PREFIX", default="", help="only images whose key starts with PREFIX")
+    add.add_argument(
+        "--limit", type=whole(1, LARGEST), metavar="N", help="evaluate only N images, spread evenly over all"
+    )
+    add.add_argument("--keys", metavar="PREFIX", default="", help="evaluate only images whose key starts with PREFIX")
     add.add_argument("--without-positions", action="store_true", help="decode from the codes alone")
     add.add_argument(
         "--selection",
         choices=["learned", "random", "even"],
         default="learned",
-        help="compare with other masks of the same lengths",
+        help="how patches are chosen; the last two keep the same number, to compare (default: %(default)s)",
     )
     add.add_argument("--teacher", metavar="NAME", help="a timm model that classifies originals and reconstructions")
     add.add_argument(
@@ -40,10 +69,11 @@ def add_eval(commands: argparse._SubParsersAction, parents: Sequence[argparse.Ar
     add.add_argument(
         "--probe-keys", metavar="PREFIX", default="", help="only images whose key starts with PREFIX join the probe"
     )
-    add.set_defaults(run=_eval)
 
 
 def _eval(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
     try:
         from dyntok.loading import load
         from dyntok.training.classifier import load_judge
@@ -65,7 +95,7 @@ def _eval(options: argparse.Namespace) -> int:
             bar.total = total
             bar.update(done - bar.n)
 
-        report = evaluate(
+        result = evaluate(
             load(options.model, device=options.device),
             samples,
             policy=keep_options(options),
@@ -78,7 +108,9 @@ def _eval(options: argparse.Namespace) -> int:
             progress=progress,
         )
     if options.json:
-        print_json(report.to_dict())
+        print_json(result.to_dict())
     else:
-        print(report.table())
-    return SOME_SKIPPED if report.failures else OK
+        print(result.table())
+    what = options.model or "the bundled tokenizer"
+    report(f"evaluated {what}; next: repeat with --budget 64 or --selection even to compare", to_stderr=options.json)
+    return SOME_SKIPPED if result.failures else OK
