@@ -22,7 +22,7 @@ from dyntok.errors import DyntokError
 
 if TYPE_CHECKING:
     from dyntok.batch import Summary
-    from dyntok.batch.dry_run import Plan
+    from dyntok.batch.dry_run import DryRun
     from dyntok.cli.arguments import Commands
 
 
@@ -187,7 +187,7 @@ def _batch(options: argparse.Namespace) -> int:
     return SOME_SKIPPED if summary.errors else OK
 
 
-def _print(result: "Summary | Plan", as_json: bool) -> None:
+def _print(result: "Summary | DryRun", as_json: bool) -> None:
     if as_json:
         print_json(result.to_dict())
     else:
@@ -198,9 +198,9 @@ class _Progress:
     """A progress bar on a terminal: images, images/s, tokens per image, errors, time left."""
 
     def __init__(self) -> None:
-        from tqdm import tqdm
+        from dyntok.cli.progress import ProgressBar
 
-        self.bar = tqdm(desc="batch", unit=" images", disable=None, mininterval=0.5)
+        self.bar = ProgressBar(desc="batch", unit=" images", disable=None, mininterval=0.5)
         self.last: Summary | None = None
 
     def __call__(self, summary: "Summary") -> None:

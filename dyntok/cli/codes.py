@@ -69,14 +69,13 @@ def add_decode(commands: "Commands") -> None:
 
 
 def _encode(options: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from dyntok import load
+    from dyntok.cli.progress import ProgressBar
 
     given, sources = options.images, image_sources(options.images)
     tokenizer = load(options.model, device=options.device)
     hidden = None if len(given) > 1 else True  # None: shown on a terminal only
-    images = tqdm(sources, desc="encode", unit=" images", disable=hidden)
+    images = ProgressBar(sources, desc="encode", unit=" images", disable=hidden)
     encoding = tokenizer.encode(images, errors="skip" if options.skip_errors else "raise", **keep_options(options))
     for index, error in encoding.failures:
         print(f"dyntok: skipped {given[index]}: {error}", file=sys.stderr)

@@ -72,7 +72,7 @@ def add_eval(commands: "Commands") -> None:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from tqdm import tqdm
+    from dyntok.cli.progress import ProgressBar
 
     try:
         from dyntok.loading import load
@@ -89,7 +89,7 @@ def _eval(options: argparse.Namespace) -> int:
     teacher = (
         load_judge(Teacher(options.teacher, options.teacher_weights, options.teacher_args)) if options.teacher else None
     )
-    with tqdm(desc="eval", unit=" images", disable=None) as bar:
+    with ProgressBar(desc="eval", unit=" images", disable=None) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total

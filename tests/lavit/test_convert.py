@@ -14,7 +14,7 @@ from support.lavit_files import write_release
 
 import dyntok
 from dyntok import CheckpointError, CodeError, ConfigError
-from dyntok.cli import main
+from dyntok.cli.main import main
 from dyntok.image import to_pixels
 from dyntok.lavit import convert as lavit
 

@@ -11,7 +11,8 @@ from support.lavit_files import write_release
 
 import dyntok
 from dyntok import CheckpointError, ConfigError
-from dyntok.cli import main
+from dyntok.cli.main import main
+from dyntok.cli.sheets import DEMO_PHOTO
 from dyntok.lavit import convert as lavit
 
 pytest.importorskip("diffusers")
@@ -86,7 +87,7 @@ def test_the_import_takes_the_diffusion_models_along_without_pickles(release, to
 def test_through_the_command_line(release, parity, tmp_path):
     folder, codes = tmp_path / "all", tmp_path / "codes.json"
     lavit.convert(release, folder, config=parity.config)
-    assert main(["encode", str(dyntok.cli.DEMO_PHOTO), "--model", str(folder), "-o", str(codes)]) == 0
+    assert main(["encode", str(DEMO_PHOTO), "--model", str(folder), "-o", str(codes)]) == 0
     assert main(["decode", str(codes), "--model", str(folder), "-o", str(tmp_path / "out.png")]) == 0
     assert Image.open(tmp_path / "out.png").size == (8, 8)
 
