@@ -26,7 +26,7 @@ def test_batch_and_again(tar, checkpoint_folder, tmp_path, capsys):
         str(checkpoint_folder),
         "--shard-size",
         "8",
-        "--keep",
+        "--keep-columns",
         "txt",
         "--json",
     ]
@@ -36,7 +36,7 @@ def test_batch_and_again(tar, checkpoint_folder, tmp_path, capsys):
     before = files(tmp_path / "out")
     assert main(command) == 0
     assert json.loads(capsys.readouterr().out)["finished_before"] == 20 and files(tmp_path / "out") == before
-    run(tar, tmp_path / "api", checkpoint_folder, shard_size=8, keep=["txt"])
+    run(tar, tmp_path / "api", checkpoint_folder, shard_size=8, keep_columns=["txt"])
     assert codes(tmp_path / "api") == codes(tmp_path / "out")
     assert main([*command, "--budget", "7"]) == 1
     told = capsys.readouterr().err
