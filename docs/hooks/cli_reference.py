@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from dyntok.cli.main import _parser as build_parser
+from dyntok.cli.main import build_parser
 
 PLACE = "<!-- command reference -->"
 

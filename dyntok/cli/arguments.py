@@ -27,6 +27,7 @@ def add_command(
     """Add a command that calls `run`. `dyntok --help` shows the summary, the command's own help shows everything."""
     parser = commands.add_parser(
         name,
+        help=summary,
         description=f"{summary}\n{details}",
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -8,7 +8,7 @@ import sys
 import pytest
 from support.pages import FOLDER, ROOT
 
-from dyntok.cli.main import _parser as build_parser
+from dyntok.cli.main import build_parser
 
 pytest.importorskip("mkdocs")
 

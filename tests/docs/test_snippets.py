@@ -13,7 +13,7 @@ from PIL import Image
 from support.pages import PAGES, ROOT, Block, Session, arguments, blocks, commands
 
 import dyntok
-from dyntok.cli.main import _parser as build_parser
+from dyntok.cli.main import build_parser
 
 pytestmark = pytest.mark.xfail(reason="the pages describe names that are not merged yet")
 BLOCKS = [block for page in PAGES for block in blocks(page)]
