@@ -21,7 +21,7 @@ def reference() -> str:
 
 
 def _section(name: str, parser: argparse.ArgumentParser, summary: str) -> str:
-    formatter = argparse.HelpFormatter(parser.prog, width=90)
+    formatter = argparse.HelpFormatter(parser.prog, width=76)
     formatter.add_usage(parser.usage, parser._actions, parser._mutually_exclusive_groups, prefix="")
     lines = [f"## dyntok {name}", "", parser.description or f"{summary[0].upper()}{summary[1:]}.", ""]
     lines += ["```text", formatter.format_help().strip(), "```", ""]

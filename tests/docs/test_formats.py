@@ -1,4 +1,4 @@
-"""The page on file formats names every column, member and key that `dyntok batch` and `dyntok encode` write, and no other."""
+"""The page on file formats names every column, member and key that the commands write, and no other."""
 
 import json
 import re
