@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from support.pages import PAGES, ROOT
+from support.pages import PAGES, ROOT, blocks
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -61,3 +61,15 @@ def test_no_relative_link_reaches_a_package_index(address, tmp_path):
     )
     assert (f"Project-URL: Source, {address}" in metadata) == bool(address)
     assert "| encode and decode pictures, choose their length |" in metadata
+
+
+def test_code_fits_the_width_of_a_page():
+    wide = [
+        f"{block.page}:{block.line + i}"
+        for page in PAGES
+        for block in blocks(page)
+        if block.language in ("python", "sh", "console", "yaml")
+        for i, line in enumerate(block.code.splitlines())
+        if len(line) > 90
+    ]
+    assert wide == []
