@@ -24,7 +24,7 @@ from timing import append, environment, seconds
 
 import dyntok
 from dyntok.image import to_pixels
-from dyntok.lavit import convert as lavit
+from dyntok.lavit.release import FILES
 from dyntok.model.codebook import Codebook
 from dyntok.model.merger import build_merger
 
@@ -51,7 +51,7 @@ def load_fixture(path: Path, folder: Path) -> dyntok.DynamicVisualTokenizer:
     """The fixture's networks, through files in the released layout."""
     with safe_open(path, "pt") as file:
         names, config = list(file.keys()), json.loads(file.metadata()["config"])
-        for place in lavit.FILES.values():
+        for place in FILES.values():
             prefix = Path(place).name + "/"
             (folder / place).parent.mkdir(parents=True, exist_ok=True)
             torch.save(
@@ -88,7 +88,7 @@ def agreement(options: argparse.Namespace) -> dict:
             for tensor in (t for pair in queries for t in pair):
                 tensor.mul_(factor / scaled)
         scaled = factor
-        packed, exact = (tokenizer.encode_tensor(pixels, exact=mode) for mode in (False, True))
+        packed, exact = (tokenizer.encode_tensor(pixels, lavit_softmax=mode) for mode in (False, True))
         shares[f"x{factor}"] = float((packed.packed_codes == exact.packed_codes).double().mean())
     return {"images": len(pixels), "tokens": packed.num_tokens, "equal_codes": shares}
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from dyntok.errors import FingerprintError as FingerprintError
     from dyntok.errors import ImageError as ImageError
     from dyntok.features import Features as Features
+    from dyntok.loading import example_image as example_image
+    from dyntok.loading import list_models as list_models
     from dyntok.loading import load as load
     from dyntok.policy import KeepPolicy as KeepPolicy
     from dyntok.tokenizer import DynamicVisualTokenizer as DynamicVisualTokenizer
@@ -39,6 +41,8 @@ _HOMES = {
     "FingerprintError": "errors",
     "ImageError": "errors",
     "Features": "features",
+    "example_image": "loading",
+    "list_models": "loading",
     "load": "loading",
     "KeepPolicy": "policy",
     "DynamicVisualTokenizer": "tokenizer",

@@ -5,18 +5,19 @@ Not here: how to train one (`dyntok/training/recipes/*.yaml`).
 
 import dataclasses
 import re
-import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from typing_extensions import Self
+
 from dyntok.errors import ConfigError
+from dyntok.structure import MAX_COUNT, brief, build, is_number, require, require_bool, require_whole, stated
 
 OPENAI_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 _MAX_SIDE = 1 << 14  # pixels
-_MAX_COUNT = 1 << 24  # codes, channels, ...: configurations come from strangers, too
 _MAX_TEXT = 64  # characters of a backbone's option
 
 # Options of timm.create_model that read files, reach the network or change what the model returns; the backbone sets them itself.
@@ -24,39 +25,6 @@ _REFUSED_OPTIONS = {
     "cache_dir", "checkpoint_path", "exportable", "feature_cfg", "feature_cls", "features_only", "kwargs_filter", "model_cfg",
     "num_classes", "out_indices", "scriptable",
 }  # fmt: skip
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-def _is_number(value: Any) -> bool:
-    """An int or float of a sane size, which NaN is not; no bool."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _MAX_COUNT
-
-
-def _check_whole(name: str, value: Any, lowest: int, highest: int = _MAX_COUNT) -> None:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    _check(
-        whole and lowest <= value <= highest,
-        f"{name} is {_brief(value)}, expected a whole number from {lowest} to {highest}",
-    )
-
-
-def _check_positive(name: str, value: Any) -> None:
-    _check(_is_number(value) and value > 0, f"{name} is {_brief(value)}, expected a positive number")
-
-
-def _check_bool(name: str, value: Any) -> None:
-    _check(isinstance(value, bool), f"{name} is {_brief(value)}, expected true or false")
-
-
-def _brief(value: Any) -> str:
-    try:
-        return repr(value)[:80]
-    except ValueError:  # Python writes no int of more than 4,300 digits
-        return f"{type(value).__name__} of absurd length"
 
 
 @dataclass(frozen=True)
@@ -69,14 +37,14 @@ class ImageConfig:
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
     def __post_init__(self) -> None:
-        _check_whole("image.img_size", self.img_size, 1, _MAX_SIDE)
-        _check(self.resize in ("crop", "squash"), f"image.resize is {self.resize!r}, expected 'crop' or 'squash'")
+        require_whole("image.img_size", self.img_size, 1, _MAX_SIDE)
+        require(self.resize in ("crop", "squash"), f"image.resize is {self.resize!r}, expected 'crop' or 'squash'")
         for name in ("mean", "std"):
             value = getattr(self, name)
-            wanted = f"image.{name} is {_brief(value)}, expected three numbers, one for each of R, G, B"
-            _check(isinstance(value, tuple | list) and len(value) == 3 and all(map(_is_number, value)), wanted)
+            wanted = f"image.{name} is {brief(value)}, expected three numbers, one for each of R, G, B"
+            require(isinstance(value, tuple | list) and len(value) == 3 and all(map(is_number, value)), wanted)
             object.__setattr__(self, name, tuple(float(v) for v in value))
-        _check(min(self.std) > 0, f"image.std is {self.std}, expected positive values")
+        require(min(self.std) > 0, f"image.std is {self.std}, expected positive values")
 
 
 @dataclass(frozen=True)
@@ -95,36 +63,36 @@ class BackboneConfig:
 
     def __post_init__(self) -> None:
         plain = isinstance(self.name, str) and re.fullmatch(r"[A-Za-z0-9_.-]{1,128}", self.name)
-        _check(
+        require(
             bool(plain),
-            f"backbone.name is {_brief(self.name)}, expected the plain name of a timm model, without source or path",
+            f"backbone.name is {brief(self.name)}, expected the plain name of a timm model, without source or path",
         )
-        _check(
-            isinstance(self.kwargs, dict), f"backbone.kwargs is {_brief(self.kwargs)}, expected a mapping of options"
+        require(
+            isinstance(self.kwargs, dict), f"backbone.kwargs is {brief(self.kwargs)}, expected a mapping of options"
         )
         for option, value in self.kwargs.items():
             refused = not isinstance(option, str) or option in _REFUSED_OPTIONS or option.startswith("pretrained")
-            _check(
-                not refused, f"backbone.kwargs has {_brief(option)}, which a configuration may not set; leave it out"
+            require(
+                not refused, f"backbone.kwargs has {brief(option)}, which a configuration may not set; leave it out"
             )
-            _check(
+            require(
                 _is_plain(value),
-                f"backbone.kwargs.{option} is {_brief(value)}, expected a number, bool, short text or list of numbers",
+                f"backbone.kwargs.{option} is {brief(value)}, expected a number, bool, short text or list of numbers",
             )
-        _check_whole("backbone.layer", self.layer, -_MAX_COUNT)
-        _check_bool("backbone.norm", self.norm)
-        _check_bool("backbone.frozen", self.frozen)
+        require_whole("backbone.layer", self.layer, -MAX_COUNT)
+        require_bool("backbone.norm", self.norm)
+        require_bool("backbone.frozen", self.frozen)
 
 
 def _is_plain(value: Any) -> bool:
     if isinstance(value, list | tuple):
-        return len(value) <= _MAX_TEXT and all(map(_is_number, value))
+        return len(value) <= _MAX_TEXT and all(map(is_number, value))
     return (
         value is None
         or isinstance(value, bool)
         or isinstance(value, str)
         and len(value) <= _MAX_TEXT
-        or _is_number(value)
+        or is_number(value)
     )
 
 
@@ -135,9 +103,9 @@ class SelectorConfig:
     dither: float = 0.0  # amplitude of the position bias at the start, in logits; 0: no position bias
 
     def __post_init__(self) -> None:
-        _check(
-            _is_number(self.dither) and self.dither >= 0,
-            f"selector.dither is {_brief(self.dither)}, expected a number of 0 or more",
+        require(
+            is_number(self.dither) and self.dither >= 0,
+            f"selector.dither is {brief(self.dither)}, expected a number of 0 or more",
         )
 
 
@@ -156,17 +124,20 @@ class MergerConfig:
 
     def __post_init__(self) -> None:
         _check_blocks("merger", self)
-        _check(
-            self.kind in ("blocks", "similar"), f"merger.kind is {_brief(self.kind)}, expected 'blocks' or 'similar'"
+        require(
+            self.kind in ("blocks", "similar"), f"merger.kind is {brief(self.kind)}, expected 'blocks' or 'similar'"
         )
-        _check_bool("merger.norm", self.norm)
+        require_bool("merger.norm", self.norm)
 
 
 def _check_blocks(section: str, config: "MergerConfig | DecoderConfig") -> None:
-    _check_whole(f"{section}.depth", config.depth, 0)
-    _check_whole(f"{section}.num_heads", config.num_heads, 1)
-    _check_positive(f"{section}.mlp_ratio", config.mlp_ratio)
-    _check(_is_number(config.init_scale), f"{section}.init_scale is {_brief(config.init_scale)}, expected a number")
+    require_whole(f"{section}.depth", config.depth, 0)
+    require_whole(f"{section}.num_heads", config.num_heads, 1)
+    require(
+        is_number(config.mlp_ratio) and config.mlp_ratio > 0,
+        f"{section}.mlp_ratio is {brief(config.mlp_ratio)}, expected a positive number",
+    )
+    require(is_number(config.init_scale), f"{section}.init_scale is {brief(config.init_scale)}, expected a number")
 
 
 @dataclass(frozen=True)
@@ -178,39 +149,11 @@ class CodebookConfig:
     projection: Literal["mlp", "linear"] = "mlp"  # mlp: Linear, Tanh, Linear as in LaVIT
 
     def __post_init__(self) -> None:
-        _check_whole("codebook.size", self.size, 1)
-        _check_whole("codebook.dim", self.dim, 1)
-        _check(
+        require_whole("codebook.size", self.size, 1)
+        require_whole("codebook.dim", self.dim, 1)
+        require(
             self.projection in ("mlp", "linear"),
             f"codebook.projection is {self.projection!r}, expected 'mlp' or 'linear'",
-        )
-
-
-@dataclass(frozen=True)
-class ConditioningConfig:
-    """What a diffusion U-Net reads in place of a text prompt, made from the decoder's features (extra `diffusion`)."""
-
-    embed_dims: tuple[int, ...] = (768,)  # a linear layer for each; side by side they are the prompt's embeddings
-    pooled_dim: int | None = None  # of the pooled embedding that SDXL's U-Net wants; None: there is none
-    num_heads: int = 16  # of the attention that pools
-    folder: str = "pixel_decoding"  # of the U-Net, VAE and scheduler, beside the checkpoint
-
-    def __post_init__(self) -> None:
-        dims = self.embed_dims
-        _check(
-            isinstance(dims, tuple | list) and 0 < len(dims) <= _MAX_TEXT,
-            f"conditions.embed_dims is {_brief(dims)}, expected widths",
-        )
-        object.__setattr__(self, "embed_dims", tuple(dims))
-        for dim in dims:
-            _check_whole("conditions.embed_dims", dim, 1)
-        if self.pooled_dim is not None:
-            _check_whole("conditions.pooled_dim", self.pooled_dim, 1)
-        _check_whole("conditions.num_heads", self.num_heads, 1)
-        plain = isinstance(self.folder, str) and re.fullmatch(r"\w[\w-]{0,63}", self.folder)
-        _check(
-            bool(plain),
-            f"conditions.folder is {_brief(self.folder)}, expected the plain name of a folder beside the checkpoint",
         )
 
 
@@ -230,23 +173,19 @@ class DecoderConfig:
     head: Literal["mlp", "none"] = "mlp"  # mlp: norm, Linear, Tanh, Linear as in LaVIT; none: the last block's output
     pixels: bool = False  # features -> image with the pixel head (pixels.py)
     init_scale: float = 1.0
-    conditions: ConditioningConfig | None = None  # features -> image with a diffusion model (diffusion.py)
 
     def __post_init__(self) -> None:
         _check_blocks("decoder", self)
         for name in ("embed_dim", "out_dim"):
             if getattr(self, name) is not None:
-                _check_whole(f"decoder.{name}", getattr(self, name), 1)
-        _check(not (self.out_dim and self.head == "none"), "decoder.out_dim needs decoder.head: mlp")
-        _check(
-            not (self.pixels and self.conditions), "decoder has pixels and conditions, expected one way to make images"
-        )
-        _check_bool("decoder.conv", self.conv)
-        _check_bool("decoder.pixels", self.pixels)
-        _check(
+                require_whole(f"decoder.{name}", getattr(self, name), 1)
+        require(not (self.out_dim and self.head == "none"), "decoder.out_dim needs decoder.head: mlp")
+        require_bool("decoder.conv", self.conv)
+        require_bool("decoder.pixels", self.pixels)
+        require(
             self.placement in ("rank", "grid"), f"decoder.placement is {self.placement!r}, expected 'rank' or 'grid'"
         )
-        _check(self.head in ("mlp", "none"), f"decoder.head is {self.head!r}, expected 'mlp' or 'none'")
+        require(self.head in ("mlp", "none"), f"decoder.head is {self.head!r}, expected 'mlp' or 'none'")
 
 
 @dataclass(frozen=True)
@@ -265,17 +204,6 @@ class TokenizerConfig:
     merger: MergerConfig = field(default_factory=MergerConfig)
     codebook: CodebookConfig = field(default_factory=CodebookConfig)
     decoder: DecoderConfig | None = field(default_factory=DecoderConfig)  # None: it only encodes
-    highres_decoder: DecoderConfig | None = None  # a second one for larger pictures
-    understanding_dim: int | None = None  # of continuous tokens with a merger of their own; None: there are none
-
-    def __post_init__(self) -> None:
-        if self.understanding_dim is not None:
-            _check_whole("understanding_dim", self.understanding_dim, 1)
-        highres = self.highres_decoder
-        _check(
-            highres is None or not highres.pixels,
-            "highres_decoder.pixels is true, but only the decoder can have a pixel head",
-        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types only; `from_dict` is its inverse."""
@@ -283,12 +211,12 @@ class TokenizerConfig:
 
     def stated(self) -> dict[str, Any]:
         """As `to_dict`, without what has its default value: the same when a later version knows more options."""
-        return _stated(self)
+        return stated(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "TokenizerConfig":
+    def from_dict(cls, values: dict[str, Any]) -> Self:
         """Raises `ConfigError` on an unknown section or key, and on a value out of range."""
-        return build_dataclass(cls, values, "")
+        return build(cls, values)
 
     @classmethod
     def preset(cls, name: str) -> "TokenizerConfig":
@@ -296,45 +224,6 @@ class TokenizerConfig:
         if name not in PRESETS:
             raise ConfigError(f"there is no preset {name!r}; expected one of {', '.join(PRESETS)}")
         return PRESETS[name]
-
-
-def build_dataclass(cls: type, values: Any, where: str) -> Any:
-    """A dataclass of `cls` from plain JSON values, nested ones too; `where` is its path.
-
-    Raises `ConfigError` that names what is unknown or wrong.
-    """
-    if not isinstance(values, dict):
-        raise ConfigError(f"{where or 'configuration'} is {type(values).__name__}, expected a mapping")
-    fields = typing.get_type_hints(cls)
-    unknown = sorted(set(values) - set(fields), key=str)
-    if unknown:
-        raise ConfigError(f"unknown {where}{', '.join(map(str, unknown))}; expected some of {', '.join(fields)}")
-    built = {}
-    for name, value in values.items():
-        section = next(
-            (kind for kind in (typing.get_args(fields[name]) or (fields[name],)) if dataclasses.is_dataclass(kind)),
-            None,
-        )
-        absent = value is None and type(None) in typing.get_args(fields[name])
-        built[name] = build_dataclass(section, value, f"{name}.") if section and not absent else value
-    try:
-        return cls(**built)
-    except (TypeError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{where or 'configuration: '}{error}") from error
-
-
-def _stated(config: Any) -> dict[str, Any]:
-    stated = {}
-    for option in dataclasses.fields(config):
-        value = getattr(config, option.name)
-        default = option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
-        if value != default:
-            stated[option.name] = (
-                _stated(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
-            )
-    return stated
 
 
 PRESETS = {
@@ -372,6 +261,6 @@ PRESETS = {
         backbone=BackboneConfig(name="eva_giant_patch14_clip_224"),
         merger=MergerConfig(depth=12, num_heads=16),
         codebook=CodebookConfig(size=16384, dim=32),
-        decoder=DecoderConfig(depth=12, num_heads=16, conditions=ConditioningConfig()),
+        decoder=DecoderConfig(depth=12, num_heads=16),
     ),
 }

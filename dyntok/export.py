@@ -49,7 +49,7 @@ class FixedDecoder(nn.Module):
     def __init__(self, tokenizer: DynamicVisualTokenizer) -> None:
         super().__init__()
         self.register_buffer("embedding", tokenizer.codebook.embedding)
-        self.decoder = tokenizer.part("decoder")
+        self.decoder = tokenizer.require_decoder()
         self.head = tokenizer.pixel_head or nn.Identity()
         self.eval()
 

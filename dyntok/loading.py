@@ -1,44 +1,120 @@
-"""`dyntok.load`: a tokenizer by name, whatever kind of files it comes in."""
+"""`load`: a tokenizer by name or folder, of the class that its files ask for. And the tokenizers that come with the package."""
 
+import difflib
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
-from dyntok.errors import ConfigError
-from dyntok.lavit import convert as lavit
+from dyntok.checkpoint.format import CONFIG_NAME, read_header
+from dyntok.checkpoint.hub import Origin
+from dyntok.device import check_device
+from dyntok.errors import CheckpointError, ConfigError
+from dyntok.lavit.release import is_release, load_release
+from dyntok.lavit.tokenizer import LavitTokenizer
+from dyntok.precision import dtype_named
 from dyntok.tokenizer import DynamicVisualTokenizer
 
-BUNDLED = Path(__file__).parent / "pretrained" / "tiny"
+PRETRAINED = Path(__file__).parent / "pretrained"  # holds a folder for each bundled tokenizer
+BUNDLED = PRETRAINED / "tiny"  # what `load` takes by default
+EXAMPLE_IMAGE = Path(__file__).parent / "assets" / "astronaut.jpg"
+
+_LAVIT_SECTIONS = ("highres_decoder", "understanding_dim")
 
 
 def load(
     name_or_path: str | os.PathLike | None = None,
     *,
-    config: dict[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    force_download: bool = False,
     device: torch.device | str = "cpu",
-    **options,
+    dtype: torch.dtype | str = torch.float32,
 ) -> DynamicVisualTokenizer:
-    """A tokenizer by hub name or folder; without a name the bundled `tiny`, which needs no network.
+    """Returns a tokenizer, ready to use.
 
-    The name or folder of LaVIT's released files ("rain1011/LaVIT-7B-v2") works, too: see `lavit.load`, to which `config` belongs.
-    Other options are those of `DynamicVisualTokenizer.from_pretrained`: revision, dtype, local_files_only, ... Raises `ConfigError` on a
-    device that is not there, before anything is read, and `CheckpointError` on files that are missing or do not fit.
+    >>> tok = dyntok.load()                                  # the bundled "tiny"; needs no network
+    >>> tok = dyntok.load("org/name", device="cuda")         # from the Hugging Face hub
+    >>> tok = dyntok.load("my-run/tokenizer")                # from a folder
+
+    name_or_path: a bundled tokenizer (see `list_models`), a folder, or a repository on the hub. LaVIT's released files
+        ("rain1011/LaVIT-7B-v2", or a folder laid out like it) give a `LavitTokenizer`. A bundled name wins over a folder of the same name.
+    config: head counts of LaVIT's files, see `lavit.sizes.Sizes`.
+    revision, local_files_only, token, cache_dir, force_download: as in the hub's client.
+    device: cpu, cuda, cuda:1, mps, ...
+    dtype: fp32, bf16, fp16 or a torch.dtype; see `DynamicVisualTokenizer.in_precision`.
+
+    Raises `ConfigError` on a device that does not exist, before anything is read, and `CheckpointError` on files that are missing or do
+    not fit.
     """
-    try:
-        torch.zeros(1, device=device).item()
-    except (
-        RuntimeError,
-        AssertionError,
-        ImportError,
-    ) as error:  # by what is missing: a name, a build of PyTorch, a driver, a package
-        raise ConfigError(
-            f"PyTorch {torch.__version__} has no device {device!s} here; name another, such as cpu, cuda or mps"
-        ) from error
+    device, dtype = check_device(device), dtype_named(dtype)
     if config is not None and name_or_path is None:
-        raise ConfigError("config= tells head counts of LaVIT's files; name their folder or repository, too")
-    name = BUNDLED if name_or_path is None else name_or_path
-    if config is not None or lavit.is_release(name):
-        return lavit.load(name, config=config, device=device, **options)
-    return DynamicVisualTokenizer.from_pretrained(name, device=device, **options)
+        raise ConfigError("config= is for LaVIT's released files; name their folder or repository, too")
+    source = BUNDLED if name_or_path is None else _resolve_name(name_or_path)
+    origin = Origin(source, revision, local_files_only, token, cache_dir, force_download)
+    if config is not None or is_release(source):
+        return load_release(origin, config=config, device=device, dtype=dtype)
+    folder, origin = origin.resolve()
+    tokenizer_class = LavitTokenizer if _kind(read_header(folder)) == LavitTokenizer.kind else DynamicVisualTokenizer
+    return tokenizer_class.from_origin(origin, device=device, dtype=dtype)
+
+
+def list_models() -> dict[str, str]:
+    """Returns the names of the bundled tokenizers, each with a line about it.
+
+    >>> dyntok.list_models()
+    {'tiny': '128 x 128 pixels, 8192 codes'}
+    """
+    return {name: _description(PRETRAINED / name) for name in _bundled_names()}
+
+
+def example_image() -> Image.Image:
+    """Returns the photograph that comes with the package: 256 x 256 pixels, in the public domain."""
+    with Image.open(EXAMPLE_IMAGE) as image:
+        return image.convert("RGB")
+
+
+def _bundled_names() -> list[str]:
+    return sorted(path.parent.name for path in PRETRAINED.glob(f"*/{CONFIG_NAME}"))
+
+
+def _description(folder: Path) -> str:
+    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["config"]
+    size = config["image"]["img_size"]
+    return f"{size} x {size} pixels, {config['codebook']['size']} codes"
+
+
+def _resolve_name(source: str | os.PathLike) -> str | os.PathLike:
+    """Returns the folder of a bundled tokenizer, or else the source as it is.
+
+    Raises `CheckpointError` on a plain name that is neither bundled nor a folder: the names of the hub contain a slash.
+    """
+    names = _bundled_names()
+    if source in names:
+        return PRETRAINED / source
+    if not isinstance(source, str) or "/" in source or os.sep in source or Path(source).expanduser().exists():
+        return source
+    similar = difflib.get_close_matches(source, names, 1)
+    hint = f" Did you mean {similar[0]!r}?" if similar else ""
+    raise CheckpointError(
+        f"there is no tokenizer {source!r}: no folder of that name exists here, and the bundled tokenizers are {', '.join(names)}.{hint} "
+        "Give one of these, the path of a folder, or a repository on the Hugging Face hub such as 'org/name'."
+    )
+
+
+def _kind(header: Mapping[str, Any]) -> object:
+    """Returns the kind of tokenizer that config.json describes. Earlier versions did not write it, only the sections of LaVIT's."""
+    config = header.get("config")
+    if "kind" in header or not isinstance(config, dict):
+        return header.get("kind")
+    decoder = config.get("decoder")
+    conditioned = isinstance(decoder, dict) and decoder.get("conditions") is not None
+    lavit = conditioned or any(config.get(name) is not None for name in _LAVIT_SECTIONS)
+    return LavitTokenizer.kind if lavit else DynamicVisualTokenizer.kind

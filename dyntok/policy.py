@@ -1,34 +1,48 @@
 """`KeepPolicy`: how many patches an image keeps, and the rule that turns scores into a keep mask."""
 
-from collections.abc import Sequence
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from dyntok.errors import ConfigError
 from dyntok.model.selector import DROP, KEEP
 
 
+class KeepOptions(TypedDict, total=False):
+    """The options of `KeepPolicy`, as keyword arguments of `encode` and `features`."""
+
+    budget: int | float | None
+    threshold: float | None
+    sample: int | torch.Generator | None
+    max_tokens: int | None
+
+
 @dataclass(frozen=True)
 class KeepPolicy:
-    """How scores become a keep mask. At most one of `budget`, `threshold` and `sample`; none means the learned choice.
+    """How scores become a keep mask. At most one of `budget`, `threshold` and `sample`; without any, the selector decides.
 
-    budget: exactly so many tokens (int), or that share of N (float in (0, 1], rounded, at least 1), the best by score.
-    threshold: every patch whose keep probability is at least this (0 to 1).
-    sample: the paper's stochastic choice. Image number i of a call draws from the generator's initial seed and i, so the draw is the
-        same in any batch and again in the next call.
-    max_tokens: trims any of them by score.
+    budget: the exact number of tokens (int), or a share of the patches (float in (0, 1], rounded, at least one token). The patches with
+        the best scores are kept.
+    threshold: keep every patch whose keep probability is at least this (0 to 1).
+    sample: keep patches at random with their keep probabilities, as in the paper. A seed, or a generator whose initial seed is used.
+        Image i of a call draws from that seed and i, so the result depends neither on the batch nor on earlier calls.
+    max_tokens: an upper limit. Works with every other option; the patches with the best scores stay.
     """
 
     budget: int | float | None = None
     threshold: float | None = None
-    sample: torch.Generator | None = None
+    sample: int | torch.Generator | None = None
     max_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("budget", "threshold", "max_tokens"):
+        for name in ("budget", "threshold", "sample", "max_tokens"):
             value = getattr(self, name)
             if isinstance(value, np.integer | np.floating):
                 object.__setattr__(self, name, value.item())
@@ -37,27 +51,39 @@ class KeepPolicy:
             raise ConfigError(
                 f"{' and '.join(given)} were both given, expected at most one of budget, threshold, sample"
             )
-        if isinstance(self.budget, bool) or not isinstance(self.budget, int | float | None):
-            raise ConfigError(
-                f"budget is {self.budget!r}, expected a number of tokens (int) or a share of the patches (float)"
-            )
-        if isinstance(self.budget, float) and not 0 < self.budget <= 1:
-            raise ConfigError(
-                f"budget is {self.budget}, expected a share in (0, 1]; for a number of tokens give an int"
-            )
-        if isinstance(self.budget, int) and self.budget < 1:
-            raise ConfigError(f"budget is {self.budget}, expected at least 1 token")
+        self._check_budget()
         if self.threshold is not None and not (type(self.threshold) in (int, float) and 0 <= self.threshold <= 1):
             raise ConfigError(f"threshold is {self.threshold!r}, expected a probability from 0 to 1")
-        if self.sample is not None and not isinstance(self.sample, torch.Generator):
-            raise ConfigError(f"sample is {type(self.sample).__name__}, expected a torch.Generator")
+        seed = type(self.sample) is int and 0 <= self.sample < 2**64
+        if not (self.sample is None or seed or isinstance(self.sample, torch.Generator)):
+            raise ConfigError(f"sample is {self.sample!r}, expected a seed of 0 or more, or a torch.Generator")
         if self.max_tokens is not None and (type(self.max_tokens) is not int or self.max_tokens < 1):
             raise ConfigError(f"max_tokens is {self.max_tokens!r}, expected an int of at least 1")
 
-    def __call__(self, log_probs: Tensor, places: Sequence[int] | None = None) -> Tensor:
-        """log_probs [B, N, 2] -> keep mask bool [B, N], at least one True per image.
+    @classmethod
+    def of(cls, policy: "KeepPolicy | None", options: Mapping[str, Any]) -> "KeepPolicy":
+        """Returns the given policy, or a new one with these options.
 
-        places: of these images among all inputs of the call, for `sample`; by default 0, 1, ...
+        Raises `ConfigError` where both are given, and `TypeError` on an unknown option.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in options:
+            if name not in known:
+                similar = difflib.get_close_matches(name, known, 1)
+                hint = f"did you mean {similar[0]!r}?" if similar else f"expected some of {', '.join(known)}"
+                raise TypeError(f"got an unexpected option {name!r}; {hint}")
+        if policy is None:
+            return cls(**options)
+        if not isinstance(policy, cls):
+            raise ConfigError(f"policy is {type(policy).__name__}, expected a KeepPolicy")
+        if given := [name for name, value in options.items() if value is not None]:
+            raise ConfigError(f"policy and {', '.join(given)} were both given, expected one or the other")
+        return policy
+
+    def __call__(self, log_probs: Tensor, input_indices: Sequence[int] | None = None) -> Tensor:
+        """log_probs [B, N, 2] -> keep mask bool [B, N], with at least one True per image.
+
+        input_indices: the index of each image among all inputs of the call, for `sample`; by default 0, 1, ...
 
         Raises `ConfigError` where an int budget exceeds N.
         """
@@ -73,24 +99,43 @@ class KeepPolicy:
         elif self.threshold is not None:
             keep = log_probs[..., KEEP].exp() >= self.threshold
         elif self.sample is not None:
-            places = range(len(score)) if places is None else places[: len(score)]
-            noise = torch.stack([_gumbel(self.sample.initial_seed(), place, num_patches) for place in places]).to(score)
-            keep = score + noise > 0
+            indices = range(len(score)) if input_indices is None else input_indices[: len(score)]
+            noise = torch.stack([_gumbel_difference(self._seed, index, num_patches) for index in indices])
+            keep = score + noise.to(score) > 0
         else:
             keep = score > 0
-        keep = keep | (rank == 0) & ~keep.any(1, keepdim=True)  # never without a token
+        keep = keep | (rank == 0) & ~keep.any(1, keepdim=True)  # at least one token
         return keep if self.max_tokens is None else keep & _best(keep, rank, self.max_tokens)
+
+    @property
+    def _seed(self) -> int:
+        return self.sample.initial_seed() if isinstance(self.sample, torch.Generator) else self.sample
+
+    def _check_budget(self) -> None:
+        if isinstance(self.budget, bool) or not isinstance(self.budget, int | float | None):
+            raise ConfigError(
+                f"budget is {self.budget!r}, expected a number of tokens (int) or a share of the patches (float)"
+            )
+        if isinstance(self.budget, float) and not 0 < self.budget <= 1:
+            raise ConfigError(
+                f"budget is {self.budget}, expected a share in (0, 1]; for a number of tokens give an int"
+            )
+        if isinstance(self.budget, int) and self.budget < 1:
+            raise ConfigError(f"budget is {self.budget}, expected at least 1 token")
 
 
 def _best(keep: Tensor, rank: Tensor, count: int) -> Tensor:
-    """Of the kept patches the `count` best by rank; sampling may keep others than the best."""
+    """Returns a mask of the `count` best kept patches. Sampling may keep other patches than the best of all."""
     order = torch.where(keep, rank, rank + rank.shape[1])
     return order.argsort(1).argsort(1) < count
 
 
-def _gumbel(seed: int, place: int, num_patches: int) -> Tensor:
-    """Difference of two Gumbel draws per patch, float32 [N]: score + noise > 0 keeps a patch with its keep probability."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + place) % 2**63)
+def _gumbel_difference(seed: int, input_index: int, num_patches: int) -> Tensor:
+    """Returns the difference of two Gumbel draws per patch, float32 [N].
+
+    `score + difference > 0` keeps a patch with its keep probability.
+    """
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + input_index) % 2**63)
     uniform = torch.rand(num_patches, 2, generator=generator, dtype=torch.float64).clamp(1e-12)
     gumbel = -(-uniform.log()).log()
     return (gumbel[:, 0] - gumbel[:, 1]).float()

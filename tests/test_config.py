@@ -9,7 +9,6 @@ from dyntok.config import (
     PRESETS,
     BackboneConfig,
     CodebookConfig,
-    ConditioningConfig,
     DecoderConfig,
     MergerConfig,
     TokenizerConfig,
@@ -27,36 +26,9 @@ def test_presets_survive_json(name):
     assert again == config and hash(again.image) == hash(config.image)
 
 
-def test_optional_sections_are_built_too():
-    conditions = {"embed_dims": [8, 16], "pooled_dim": 16, "folder": "highres"}
-    config = TokenizerConfig.from_dict(
-        {"decoder": None, "highres_decoder": {"depth": 3, "conditions": conditions}, "understanding_dim": 7}
-    )
-    assert config.decoder is None and config.understanding_dim == 7
-    assert config.highres_decoder == DecoderConfig(
-        depth=3, conditions=ConditioningConfig((8, 16), pooled_dim=16, folder="highres")
-    )
-    assert TokenizerConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    with pytest.raises(ConfigError, match="unknown conditions.dims"):
-        TokenizerConfig.from_dict({"decoder": {"conditions": {"dims": [8]}}})
-    with pytest.raises(ConfigError, match="backbone. is NoneType, expected a mapping"):
+def test_sections_that_are_null_where_they_must_not_be():
+    with pytest.raises(ConfigError, match=r"^backbone is None \(NoneType\), expected a mapping"):
         TokenizerConfig.from_dict({"backbone": None})
-
-
-@pytest.mark.parametrize("folder", ["../unet", "a/b", "", ".", "x" * 65, 3, "unet\n"], ids=repr)
-def test_a_folder_of_a_configuration_stays_beside_it(folder):
-    with pytest.raises(ConfigError, match="expected the plain name of a folder"):
-        ConditioningConfig(folder=folder)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"embed_dims": []}, {"embed_dims": [0]}, {"embed_dims": 768}, {"pooled_dim": 0}, {"num_heads": 0}],
-    ids=str,
-)
-def test_wrong_conditions(options):
-    with pytest.raises(ConfigError, match=next(iter(options))):
-        ConditioningConfig(**options)
 
 
 def test_out_dim_needs_a_head():
@@ -66,15 +38,8 @@ def test_out_dim_needs_a_head():
 
 def test_stated_leaves_defaults_out():
     assert TokenizerConfig().stated() == {}
-    config = TokenizerConfig(
-        backbone=BackboneConfig(layer=3), codebook=CodebookConfig(size=64), decoder=None, understanding_dim=5
-    )
-    assert config.stated() == {
-        "backbone": {"layer": 3},
-        "codebook": {"size": 64},
-        "decoder": None,
-        "understanding_dim": 5,
-    }
+    config = TokenizerConfig(backbone=BackboneConfig(layer=3), codebook=CodebookConfig(size=64), decoder=None)
+    assert config.stated() == {"backbone": {"layer": 3}, "codebook": {"size": 64}, "decoder": None}
 
 
 def test_sections_and_values_may_be_left_out():
@@ -89,10 +54,10 @@ def test_sections_and_values_may_be_left_out():
 @pytest.mark.parametrize(
     "values, message",
     [
-        ([], "configuration is list, expected a mapping"),
+        ([], r"the configuration is \[\] \(list\), expected a mapping"),
         ({"codebok": {}}, "unknown codebok; expected some of image, backbone"),
         ({"codebook": {"sizes": 3}}, "unknown codebook.sizes; expected some of size, dim"),
-        ({"codebook": 3}, "codebook. is int, expected a mapping"),
+        ({"codebook": 3}, r"codebook is 3 \(int\), expected a mapping"),
         ({1: {}}, "unknown 1"),
     ],
     ids=str,
@@ -158,7 +123,7 @@ def test_unknown_presets_are_named():
 )
 def test_senseless_values_are_named_whichever_door_they_come_through(section, values):
     (name,) = values
-    with pytest.raises(ConfigError, match=f"{section}.{name} "):
+    with pytest.raises(ConfigError, match=rf"^{section}\.{name}(\[\d\])? (is|has) "):
         TokenizerConfig.from_dict({section: values})
     part = type(getattr(TokenizerConfig(), section))
     with pytest.raises(ConfigError, match=f"{section}.{name} "):

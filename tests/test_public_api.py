@@ -1,5 +1,6 @@
 """What `import dyntok` gives and costs, and what a wheel holds."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -25,6 +26,8 @@ PUBLIC = {
     "KeepPolicy",
     "TokenizerConfig",
     "VisualVocab",
+    "example_image",
+    "list_models",
     "load",
 }
 OPTIONAL = [
@@ -45,6 +48,14 @@ def test_the_names_are_these():
     names = {name for name in dyntok.__all__ if not name.startswith("_")}
     assert names == PUBLIC
     assert all(getattr(dyntok, name).__doc__ for name in PUBLIC)
+
+
+def test_type_checkers_see_the_same_names():
+    """The names under TYPE_CHECKING and the table of lazy names agree, and each comes from the module that both give."""
+    tree = ast.parse((ROOT / "dyntok" / "__init__.py").read_text())
+    (block,) = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    seen = {alias.name: node.module for node in block.body for alias in node.names if alias.name == alias.asname}
+    assert seen == {name: f"dyntok.{home}" for name, home in dyntok._HOMES.items()}
 
 
 def test_every_error_is_a_dyntok_error():

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from dyntok import CodeError, ConfigError, DynamicVisualTokenizer, Encoding, FingerprintError, ImageError
+from dyntok.chunks import batched
 from dyntok.image import to_image, to_pixels
 
 N = 64  # patches of the small tokenizer
@@ -123,14 +124,6 @@ def test_sampling_follows_the_seed_and_the_place(tokenizer, photos):
     assert tokenizer.encode(photos, sample=generator) == tokenizer.encode(photos, sample=generator)
 
 
-def test_exact_keeps_the_same_patches(tokenizer, photos):
-    exact = tokenizer.encode(photos, exact=True)
-    assert [p for _, p in rows(exact)] == [p for _, p in rows(tokenizer.encode(photos))]
-    assert exact == tokenizer.encode_tensor(
-        torch.stack([to_pixels(p, tokenizer.config.image) for p in photos]), exact=True
-    )
-
-
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -138,7 +131,8 @@ def test_exact_keeps_the_same_patches(tokenizer, photos):
         ({"budget": 65}, "budget is 65 tokens, but an image has 64 patches"),
         ({"budget": 0}, "budget is 0, expected at least 1"),
         ({"threshold": 1.5}, "threshold is 1.5, expected a probability"),
-        ({"sample": 7}, "sample is int, expected a torch.Generator"),
+        ({"sample": -7}, "sample is -7, expected a seed of 0 or more, or a torch.Generator"),
+        ({"sample": "7"}, "sample is '7', expected a seed"),
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"errors": "ignore"}, "errors is 'ignore', expected 'raise' or 'skip'"),
     ],
@@ -256,7 +250,7 @@ def test_codes_alone_as_a_language_model_writes_them(tokenizer):
         (np.array([17, 42]), {}, r"for a single image pass \[\[17, 42\]\]"),
         ([[3], 17], {}, "codes of image 1: expected one dimension"),
         ([[1, 2]], {"positions": [0, 5]}, r"positions are one list of integers, .* pass \[\[0, 5\]\]"),
-        ("17 4", {}, "codes of image 0: expected a list"),
+        ("17 4", {}, "codes is the text '17 4', expected an Encoding"),
         ([[0.5]], {}, "expected integers"),
         (17, {}, "codes are int, expected an Encoding or one list of integers per image"),
         ([[1, 2]], {"positions": [[1]]}, "lengths"),
@@ -312,7 +306,7 @@ def test_the_raw_door_gives_the_same(tokenizer, photos):
     assert tokenizer.encode_tensor(pixels.to(memory_format=torch.channels_last)) == encoding
     assert tokenizer.encode_tensor(pixels.double()) == encoding
     assert tokenizer.encode_tensor(pixels, budget=9) == tokenizer.encode(photos, budget=9)
-    assert tokenizer.encode_tensor(pixels, keep=encoding.keep_mask()) == encoding
+    assert tokenizer.encode_tensor(pixels, keep_mask=encoding.keep_mask()) == encoding
 
 
 @pytest.mark.parametrize(
@@ -339,7 +333,7 @@ def test_pixels_must_be_finite(tokenizer):
 
 def test_a_mask_stands_alone_and_fits(tokenizer):
     pixels, mask = torch.zeros(2, 3, 64, 64), torch.ones(2, N, dtype=torch.bool)
-    for options in ({"keep": mask, "budget": 3}, {"keep": mask[:1]}, {"keep": mask.float()}, {"keep": mask & False}):
+    for options in ({"keep_mask": mask, "budget": 3}, {"keep_mask": mask[:1]}, {"keep_mask": mask.float()}, {"keep_mask": mask & False}):
         with pytest.raises(ConfigError, match="keep"):
             tokenizer.encode_tensor(pixels, **options)
 
@@ -370,7 +364,5 @@ def test_other_precisions_work(tokenizer, photos, dtype):
 
 
 def test_batches_end_with_what_is_left():
-    from dyntok.tokenizer import batched
-
     assert list(batched(itertools.islice(itertools.count(), 5), 2)) == [(0, 1), (2, 3), (4,)]
     assert list(batched([], 3)) == []

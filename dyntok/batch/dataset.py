@@ -18,9 +18,9 @@ from dyntok.batch.formats import ROWS_IN_GROUP
 from dyntok.batch.inputs.names import split_key
 from dyntok.batch.manifest import read_description, recorded_files
 from dyntok.batch.storage import Output, StorageOptions, redact, wrap_storage_errors
+from dyntok.chunks import batched
 from dyntok.encoding import Encoding
 from dyntok.errors import ConfigError, DataError
-from dyntok.tokenizer import batched
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from dyntok.batch.inputs.names import LeftOut
 from dyntok.batch.inputs.samples import Broken, Input, Shard
 from dyntok.batch.options import BatchOptions, differences
 from dyntok.batch.storage import RUN, Output, StorageOptions, address_key, redact, wrap_storage_errors
+from dyntok.chunks import batched
 from dyntok.errors import BatchError, DataError
-from dyntok.tokenizer import batched
 
 _VERSION = 1  # of the records
 _TOGETHER = 256  # records that are read at once

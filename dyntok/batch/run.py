@@ -22,9 +22,9 @@ from dyntok.batch.options import BatchOptions, EngineOptions
 from dyntok.batch.storage import Output, StorageOptions, locate, redact
 from dyntok.errors import BatchError, ConfigError, DyntokError
 from dyntok.loading import load
+from dyntok.precision import DTYPES
 from dyntok.tokenizer import DynamicVisualTokenizer
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _ENOUGH = 100  # rows, before a rate of errors says something
 
 

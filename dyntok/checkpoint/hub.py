@@ -46,6 +46,11 @@ class Origin:
         if os.path.isdir(path):
             object.__setattr__(self, "path", Path(path).absolute())  # decided once: the working directory may change
 
+    @property
+    def name(self) -> str:
+        """The last part of the folder's path, or the repository `org/name`."""
+        return str(self.name_or_path) if self.path is None else self.path.name
+
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"token": None}  # never into a file
 
@@ -138,18 +143,18 @@ def upload(
     folder: str | os.PathLike,
     repo_id: str,
     *,
-    painters: Sequence[str] = (),
+    subfolders: Sequence[str] = (),
     private: bool | None = None,
     token: str | bool | None = None,
     branch: str | None = None,
     create_pr: bool = False,
     commit_message: str = "Upload a dyntok checkpoint",
 ) -> str:
-    """Sends the checkpoint in `folder`, its README.md and the diffusion models beside it, in one commit, to a hub repository that is made
-    if need be.
+    """Sends the checkpoint in `folder`, its README.md and these subfolders to a hub repository, in one commit.
 
-    Takes the place of a checkpoint there; other files stay. Returns the address of the commit, or of the pull request.
-    Raises `CheckpointError`.
+    The repository is made if needed. A checkpoint there is replaced, other files stay.
+
+    Returns the address of the commit or of the pull request. Raises `CheckpointError`.
     """
     folder = Path(folder)
     names = [
@@ -159,7 +164,7 @@ def upload(
     ]
     below = [
         path
-        for name in painters
+        for name in subfolders
         for path in sorted((folder / name).rglob("*"))
         if path.suffix in (".json", ".safetensors")
     ]

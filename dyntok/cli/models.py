@@ -88,20 +88,23 @@ def _info(options: argparse.Namespace) -> int:
 def _pixel_decoder(tokenizer: "DynamicVisualTokenizer") -> str:
     if tokenizer.pixel_head is not None:
         return "yes"
-    conditions = tokenizer.config.decoder is not None and tokenizer.config.decoder.conditions is not None
-    return "with a diffusion model" if conditions or tokenizer.late_parts is not None else "no"
+    from dyntok.lavit.tokenizer import LavitTokenizer
+
+    if not isinstance(tokenizer, LavitTokenizer):
+        return "no"
+    decoder = tokenizer.config.decoder
+    conditioned = decoder is not None and decoder.conditions is not None
+    return "with a diffusion model" if conditioned or tokenizer.lazy_parts is not None else "no"
 
 
 def _import_lavit(options: argparse.Namespace) -> int:
-    import torch
-
     from dyntok.lavit.convert import convert
+    from dyntok.precision import DTYPES
 
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     tokenizer = convert(
         options.source,
         options.output,
-        dtype=dtypes[options.dtype],
+        dtype=DTYPES[options.dtype],
         parts=options.parts,
         config=options.config,
         revision=options.revision,

@@ -8,8 +8,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dyntok.config import ConditioningConfig
 from dyntok.errors import ConfigError
+from dyntok.lavit.config import ConditioningConfig
 
 
 class Conditioning(nn.Module):

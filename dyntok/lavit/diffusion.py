@@ -1,7 +1,7 @@
 """LaVIT's conditions to pictures: the U-Net, VAE and DDIM scheduler of its released folders, run by diffusers' own classes.
 
 Not here: making the conditions from codes, and image files (`image.py`). Importing this file does not import diffusers (extra
-`diffusion`); loading a painter does. Weights are read from safetensors or, as released, from a torch pickle of nothing but tensors.
+`diffusion`); loading a `DiffusionDecoder` does. Weights are read from safetensors or, as released, from a torch pickle of nothing but tensors.
 """
 
 import math
@@ -15,12 +15,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dyntok.checkpoint.pretrained import HALF
 from dyntok.errors import CheckpointError, ConfigError, MissingDependencyError
+from dyntok.precision import HALF
 
 LAVIT_SIZES = ((1024, 1024), (896, 1152), (832, 1216), (768, 1344), (1216, 832), (1152, 896))  # (height, width)
 
-FILES = ("unet/*", "vae/*", "scheduler/*", "uncond_embeddings.safetensors")  # of a saved painter, below its folder
+FILES = ("unet/*", "vae/*", "scheduler/*", "uncond_embeddings.safetensors")  # of a saved diffusion model, below its folder
 
 _WEIGHTS = "diffusion_pytorch_model"
 _INDEX = f"{_WEIGHTS}.safetensors.index.json"
@@ -86,12 +86,12 @@ class DiffusionDecoder:
         scheduler = _load_part(DDIMScheduler, folder / "scheduler")
         uncond = None if unet.config.addition_embed_type else _load_uncond(folder, uncond_file, pickles)
         try:
-            painter = cls(unet, vae, scheduler, uncond)
+            decoder = cls(unet, vae, scheduler, uncond)
         except ConfigError as error:
             raise CheckpointError(f"what is in {folder} does not fit together: {error}") from error
-        painter.unet.to(device)
-        painter.vae.to(device)
-        return painter
+        decoder.unet.to(device)
+        decoder.vae.to(device)
+        return decoder
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes what `load` reads, as safetensors only; other files in the folder stay. Raises `CheckpointError`."""
@@ -109,7 +109,7 @@ class DiffusionDecoder:
                     metadata={"format": "pt"},
                 )
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"can't write the painter to {folder}: {error}") from error
+            raise CheckpointError(f"can't write the diffusion model to {folder}: {error}") from error
 
     @property
     def wants_pooled(self) -> bool:

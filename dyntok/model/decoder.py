@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dyntok.config import DecoderConfig
-from dyntok.lavit.conditioning import Conditioning
 from dyntok.layout import lattice_positions
 from dyntok.model.merger import check_heads, scale_branches
 from dyntok_kernels import lengths_of, scatter_rows, varlen_attention
@@ -32,8 +31,6 @@ class Decoder(nn.Module):
     placement "grid": tokens are added to the patch queries at their positions; where positions are unknown they are guessed from the
     tokens' order (`guessed_positions`), and the blocks are told so. placement "rank": every block's queries attend to the tokens, which
     carry an embedding of their rank; positions are not used.
-
-    Where the configuration has conditions, `conditions` turns its features into those of a diffusion U-Net.
 
     config: with its `embed_dim` and `out_dim`, or the backbone's `width` where they are None. Raises `ConfigError` where num_heads does
     not divide the width. dithered: whether the selector has a dither.
@@ -71,9 +68,6 @@ class Decoder(nn.Module):
                 nn.Tanh(),
                 nn.Linear(embed_dim, self.out_dim),
             )
-        self.conditions = (
-            None if config.conditions is None else Conditioning(self.out_dim, self.num_patches, config.conditions)
-        )
 
     def forward(
         self, vectors: Tensor, cu_seqlens: Tensor, positions: Tensor | None = None, lengths: list[int] | None = None

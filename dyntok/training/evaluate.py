@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dyntok.chunks import batched
 from dyntok.config import ImageConfig
 from dyntok.encoding import Encoding
 from dyntok.errors import ConfigError, DataError, ImageError
 from dyntok.image import to_image, to_pixels
 from dyntok.model.codebook import perplexity
 from dyntok.policy import KeepPolicy
-from dyntok.tokenizer import DynamicVisualTokenizer, batched
+from dyntok.tokenizer import DynamicVisualTokenizer
 from dyntok.training import metrics
 from dyntok.training.classifier import Judge
 from dyntok.training.data import Sample
@@ -191,7 +192,7 @@ class _Coder:
         masks = [
             even_mask(n, grid) if self.selection == "even" else random_mask(n, grid, sample.key) for n, sample in pairs
         ]
-        return self.tokenizer.encode_tensor(pixels, keep=torch.stack(masks))
+        return self.tokenizer.encode_tensor(pixels, keep_mask=torch.stack(masks))
 
     def _draw(self, sample: Sample, pixels: Tensor) -> Encoding:
         # by the key: an image's place among the others must not matter here

@@ -10,6 +10,7 @@ import huggingface_hub
 import pytest
 import torch
 from support.loopback_hub import COMMIT, TOKEN, Hub, downloads, serve
+from support.shards import save_in_shards
 
 from dyntok.checkpoint import format as checkpoint
 from dyntok.checkpoint.hub import Origin
@@ -28,7 +29,7 @@ def contents(folder):
 def endpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
     checkpoint.save(folder / "whole", CONFIG, STATE)
-    checkpoint.save(folder / "sharded", CONFIG, STATE, max_shard_size=400)
+    save_in_shards(400, folder / "sharded", CONFIG, STATE)
     extra = {
         "README.md": b"card",
         "pytorch_model.bin": b"pickle",
@@ -169,7 +170,10 @@ def test_files_and_missing_paths_are_not_looked_up(hub, tmp_path):
 def test_it_works_with_nothing_but_the_hub_s_own_environment(endpoint, tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"}
-    code = "from dyntok import checkpoint, hub; print(len(checkpoint.load(hub.Origin('org/sharded').resolve()[0])[1]))"
+    code = """
+from dyntok.checkpoint import format, hub
+print(len(format.load(hub.Origin('org/sharded').resolve()[0])[1]))
+"""
     root = Path(checkpoint.__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, text=True, check=False

@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 import dyntok
 from dyntok import CheckpointError, DynamicVisualTokenizer, FingerprintError, loading
 from dyntok.checkpoint import format as checkpoint
+from dyntok.checkpoint import pretrained
+from dyntok.checkpoint.fingerprint import fingerprint
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -56,8 +58,7 @@ def test_the_fingerprint_follows_weights_and_configuration(tokenizer, photos):
 
 def test_the_fingerprint_is_not_worked_out_again_and_again(tokenizer, photos, monkeypatch):
     calls = []
-    original = checkpoint.fingerprint
-    monkeypatch.setattr(checkpoint, "fingerprint", lambda *args: calls.append(args) or original(*args))
+    monkeypatch.setattr(pretrained, "fingerprint", lambda *args: calls.append(args) or fingerprint(*args))
     for _ in range(3):
         tokenizer.decode(tokenizer.encode(photos[:2]))
     assert len(calls) == 1
@@ -169,7 +170,7 @@ def test_a_failed_save_leaves_the_old_checkpoint_and_a_card_stays(tokenizer, tmp
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="can't write"):
         tokenizer.save_pretrained(tmp_path / "file")
-    with pytest.raises(TypeError, match="repo, which only push_to_hub=True"):
+    with pytest.raises(TypeError, match="repo, which only push_to_hub=True uses"):
         tokenizer.save_pretrained(tmp_path, repo="org/name")
 
 

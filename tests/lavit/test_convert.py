@@ -16,10 +16,13 @@ import dyntok
 from dyntok import CheckpointError, CodeError, ConfigError
 from dyntok.cli.main import main
 from dyntok.image import to_pixels
-from dyntok.lavit import convert as lavit
+from dyntok.lavit.config import LavitConfig
+from dyntok.lavit.release import FILES
+from dyntok.lavit.sizes import Sizes, encoder_config
+from dyntok.lavit.weights import ReleasedWeights
 
 TOLERANCE = 1e-4  # relative
-ENCODER = lavit.FILES["encoder"]
+ENCODER = FILES["encoder"]
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +54,10 @@ def test_backbone_and_selector(shared, parity):
 @torch.no_grad()
 @pytest.mark.parametrize("exact", [False, True], ids=["packed", "exact"])
 def test_codes_are_equal_and_every_stage_agrees(shared, parity, exact):
-    enc = shared.encode_tensor(parity["io/pixels"], exact=exact)
+    enc = shared.encode_tensor(parity["io/pixels"], lavit_softmax=exact)
     assert torch.equal(enc.packed_codes, parity["io/codes"]) and torch.equal(enc.keep_mask(), parity["io/keep_mask"])
     assert torch.equal(enc.lengths, parity["io/token_counts"])
-    merged = shared.features_tensor(parity["io/pixels"], exact=exact).tokens
+    merged = shared.features_tensor(parity["io/pixels"], lavit_softmax=exact).tokens
     assert parity.error("io/merged_features", merged) < TOLERANCE
     assert parity.error("io/task_layer_output", shared.projection(merged)) < TOLERANCE
     assert torch.equal(shared.codebook.lookup(enc.packed_codes), parity["io/quantized"])
@@ -62,7 +65,7 @@ def test_codes_are_equal_and_every_stage_agrees(shared, parity, exact):
 
 @pytest.mark.parametrize("exact", [False, True], ids=["packed", "exact"])
 def test_understanding_path(shared, parity, exact):
-    features = shared.features_tensor(parity["io/pixels"], path="understanding", exact=exact)
+    features = shared.features_tensor(parity["io/pixels"], path="understanding", lavit_softmax=exact)
     assert parity.error("io/continuous_features", features.tokens) < TOLERANCE
     assert (
         torch.equal(features.lengths, parity["io/token_counts"])
@@ -102,11 +105,11 @@ def test_peaky_logits_need_the_exact_mode(tokenizer, parity):
 
 @pytest.mark.parametrize("exact", [False, True], ids=["packed", "exact"])
 def test_all_patches_and_one_patch(tokenizer, parity, exact):
-    everything = tokenizer.encode_tensor(parity["io/pixels"], budget=1.0, exact=exact)
+    everything = tokenizer.encode_tensor(parity["io/pixels"], budget=1.0, lavit_softmax=exact)
     assert everything.lengths.tolist() == [25] * 5
     with torch.no_grad():
         tokenizer.selector.head.bias[1] += 100  # nothing would be kept
-    one = tokenizer.encode_tensor(parity["io/pixels"], exact=exact)
+    one = tokenizer.encode_tensor(parity["io/pixels"], lavit_softmax=exact)
     assert torch.equal(one.packed_positions, parity["io/selector_log_probs"][..., 0].argmax(1))
 
 
@@ -120,13 +123,13 @@ def test_sampling_follows_the_probabilities_from_a_seed(shared, parity):
     assert float((kept - wanted).abs().mean()) < 0.05 and float((kept - wanted).abs().max()) < 0.25
 
 
-def test_the_decoder_has_no_use_for_positions(shared, parity):
+def test_the_decoder_does_not_use_positions(shared, parity):
     enc = shared.encode_tensor(parity["io/pixels"])
     without = dataclasses.replace(enc, packed_positions=None)
     assert torch.equal(shared.decode_to_features(enc), shared.decode_to_features(without))
     codes, positions = ([row.tolist() for row in rows] for rows in (enc.codes, enc.positions))
     assert torch.equal(shared.decode_to_features(codes), shared.decode_to_features(enc))
-    with pytest.raises(CodeError, match="positions were given, but this decoder knows tokens by their rank"):
+    with pytest.raises(CodeError, match="positions were given, but this decoder uses only the order of codes"):
         shared.decode_to_features(codes, positions=positions)
 
 
@@ -150,7 +153,7 @@ def test_ids_of_the_fixture_in_lavits_layout(shared, parity):
 
 
 def test_other_parts_are_read_when_needed(parity, tmp_path):
-    folder = write_release(parity, tmp_path, files={name: lavit.FILES[name] for name in ("backbone", "encoder")})
+    folder = write_release(parity, tmp_path, files={name: FILES[name] for name in ("backbone", "encoder")})
     tokenizer = dyntok.load(folder, config=parity.config)
     enc, fingerprint = tokenizer.encode_tensor(parity["io/pixels"]), tokenizer.fingerprint
     assert torch.equal(enc.packed_codes, parity["io/codes"]) and tokenizer.config.decoder is None
@@ -159,9 +162,9 @@ def test_other_parts_are_read_when_needed(parity, tmp_path):
         (lambda: tokenizer.decode_to_features(enc, highres=True), "highres_decoder"),
         (lambda: tokenizer.features_tensor(parity["io/pixels"], path="understanding"), "understanding"),
     ):
-        with pytest.raises(CheckpointError, match=f"has no {lavit.FILES[part]}"):
+        with pytest.raises(CheckpointError, match=f"has no {FILES[part]}"):
             call()
-    write_release(parity, tmp_path, files={"decoder": lavit.FILES["decoder"]})
+    write_release(parity, tmp_path, files={"decoder": FILES["decoder"]})
     assert parity.error("io/decoder_lowres", tokenizer.decode_to_conditioning(enc)[0]) < TOLERANCE
     assert tokenizer.config.decoder.depth == 2 and tokenizer.fingerprint == fingerprint
     with pytest.raises(CheckpointError, match="has no folder pixel_decoding"):
@@ -251,8 +254,10 @@ def test_the_preset_is_what_the_released_sizes_give():
     backbone |= {f"blocks.{i}.norm1.weight": torch.empty(wide, device="meta") for i in range(40)}
     encoder = {f"causal_encoder.blocks.{i}.mlp.fc1.weight": torch.empty(hidden, wide, device="meta") for i in range(12)}
     encoder["quantize.embedding.weight"] = torch.empty(16384, 32, device="meta")
-    found = lavit._encoder_config(lavit._Weights(None, backbone), lavit._Weights(None, encoder), lavit.Sizes())
-    assert found == dataclasses.replace(preset, decoder=None)
+    found = encoder_config(ReleasedWeights(None, backbone), ReleasedWeights(None, encoder), Sizes())
+    assert found.to_dict() == LavitConfig(
+        preset.image, preset.backbone, preset.selector, preset.merger, preset.codebook, decoder=None
+    ).to_dict()
 
 
 def test_a_uniform_average_where_every_patch_is_kept(shared, parity):

@@ -33,12 +33,12 @@ def copied(release, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def painter(release):
+def decoder(release):
     return load(release)
 
 
 @pytest.fixture(scope="module")
-def sdxl_painter(tmp_path_factory):
+def sdxl_decoder(tmp_path_factory):
     return load(write_release(tmp_path_factory.mktemp("highres_pixel_decoding"), sdxl=True))
 
 
@@ -55,7 +55,7 @@ def conditions(count=3):
     return torch.randn(count, ROWS, WIDTH, generator=generator), torch.randn(count, POOLED, generator=generator)
 
 
-def paint_by_hand(painter, shape, steps, predict):
+def paint_by_hand(decoder, shape, steps, predict):
     """DDIM as in the paper, without added noise, from seeded latents [B, 4, h, w]; `predict` gives the noise in them at a time."""
     generator = seeded()
     latents = torch.stack([torch.randn(shape[1:], generator=generator) for _ in range(shape[0])])
@@ -65,44 +65,44 @@ def paint_by_hand(painter, shape, steps, predict):
         noise, now, then = predict(latents, time), alphas[time], alphas[max(time - stride, 0)]
         clean = (latents - (1 - now).sqrt() * noise) / now.sqrt()
         latents = then.sqrt() * clean + (1 - then).sqrt() * noise
-    return (painter.vae.decode(latents / painter.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+    return (decoder.vae.decode(latents / decoder.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
 
 
-def calls_of(painter, *args, **options):
+def calls_of(decoder, *args, **options):
     """The keyword arguments of every call of the U-Net, beside its latents' shape."""
     calls = []
-    hook = painter.unet.register_forward_pre_hook(
+    hook = decoder.unet.register_forward_pre_hook(
         lambda _, given, named: calls.append((given[0].shape, named)), with_kwargs=True
     )
     try:
-        painter(*args, **options)
+        decoder(*args, **options)
     finally:
         hook.remove()
     return calls
 
 
-def test_the_released_layout_loads_and_paints(painter, release):
+def test_the_released_layout_loads_and_paints(decoder, release):
     assert (release / "unet" / "diffusion_pytorch_model.bin").is_file()
-    assert not painter.wants_pooled and painter.sizes == ((8, 8),)
-    pixels = painter(conditions()[0], steps=2, generator=seeded())
+    assert not decoder.wants_pooled and decoder.sizes == ((8, 8),)
+    pixels = decoder(conditions()[0], steps=2, generator=seeded())
     assert pixels.shape == (3, 3, 8, 8) and pixels.dtype == torch.float32
     assert pixels.min() >= 0 and pixels.max() <= 1 and pixels.std() > 0.01
-    assert painter(conditions()[0][:0], steps=2).shape == (0, 3, 8, 8)
+    assert decoder(conditions()[0][:0], steps=2).shape == (0, 3, 8, 8)
 
 
-def test_a_seed_gives_the_same_pictures_whatever_was_painted_before(painter):
+def test_a_seed_gives_the_same_pictures_whatever_was_painted_before(decoder):
     embeddings = conditions()[0]
-    first = painter(embeddings, steps=2, generator=seeded())
-    assert not torch.equal(first, painter(embeddings, steps=3, generator=seeded(6)))
-    assert torch.equal(first, painter(embeddings, steps=2, generator=seeded()))
+    first = decoder(embeddings, steps=2, generator=seeded())
+    assert not torch.equal(first, decoder(embeddings, steps=3, generator=seeded(6)))
+    assert torch.equal(first, decoder(embeddings, steps=2, generator=seeded()))
     torch.manual_seed(5)
-    assert torch.equal(first, painter(embeddings, steps=2))
+    assert torch.equal(first, decoder(embeddings, steps=2))
 
 
 @pytest.mark.parametrize("guidance", [1, 3.0])
-def test_the_batch_size_does_not_change_the_pictures(painter, sdxl_painter, guidance):
+def test_the_batch_size_does_not_change_the_pictures(decoder, sdxl_decoder, guidance):
     embeddings, pooled = conditions()
-    for paint, given, size in ((painter, (embeddings,), None), (sdxl_painter, (embeddings, pooled), (26, 38))):
+    for paint, given, size in ((decoder, (embeddings,), None), (sdxl_decoder, (embeddings, pooled), (26, 38))):
         options = dict(size=size, steps=2, guidance=guidance)
         one, two, three = (paint(*given, **options, generator=seeded(), batch_size=count) for count in (1, 2, 3))
         assert (one[0] - one[1]).abs().max() > 0.05
@@ -110,22 +110,22 @@ def test_the_batch_size_does_not_change_the_pictures(painter, sdxl_painter, guid
 
 
 @torch.no_grad()
-def test_without_guidance_only_the_conditions_are_computed(painter):
+def test_without_guidance_only_the_conditions_are_computed(decoder):
     embeddings, _ = conditions()
     by_hand = paint_by_hand(
-        painter, (3, 4, 4, 4), 4, lambda latents, time: painter.unet(latents, time, embeddings).sample
+        decoder, (3, 4, 4, 4), 4, lambda latents, time: decoder.unet(latents, time, embeddings).sample
     )
     for guidance in (1, 0.5):
         assert torch.allclose(
-            painter(embeddings, steps=4, guidance=guidance, generator=seeded(), batch_size=3), by_hand, atol=1e-5
+            decoder(embeddings, steps=4, guidance=guidance, generator=seeded(), batch_size=3), by_hand, atol=1e-5
         )
-    calls = calls_of(painter, embeddings, steps=4, guidance=1, batch_size=3)
+    calls = calls_of(decoder, embeddings, steps=4, guidance=1, batch_size=3)
     assert [shape[0] for shape, _ in calls] == [3] * 4
     assert all("encoder_attention_mask" not in named for _, named in calls)
 
 
 @torch.no_grad()
-def test_guidance_uses_the_padded_unconditional_embedding_and_its_mask(painter, release):
+def test_guidance_uses_the_padded_unconditional_embedding_and_its_mask(decoder, release):
     embeddings, _ = conditions()
     stored = torch.load(release / "uncond_embeddings.bin", weights_only=True)
     padded = torch.cat([stored, torch.zeros(1, ROWS - STORED, WIDTH)], dim=1).expand(3, -1, -1)
@@ -133,58 +133,58 @@ def test_guidance_uses_the_padded_unconditional_embedding_and_its_mask(painter, 
 
     def by_hand(**options):
         def predict(latents, time):
-            plain = painter.unet(latents, time, padded, **options).sample
-            wanted = painter.unet(latents, time, embeddings).sample
+            plain = decoder.unet(latents, time, padded, **options).sample
+            wanted = decoder.unet(latents, time, embeddings).sample
             return plain + 3 * (wanted - plain)
 
-        return paint_by_hand(painter, (3, 4, 4, 4), 4, predict)
+        return paint_by_hand(decoder, (3, 4, 4, 4), 4, predict)
 
-    got = painter(embeddings, steps=4, guidance=3, generator=seeded(), batch_size=3)
+    got = decoder(embeddings, steps=4, guidance=3, generator=seeded(), batch_size=3)
     assert torch.allclose(got, by_hand(encoder_attention_mask=mask), atol=1e-5)
     assert (got - by_hand()).abs().max() > 1e-3  # left out, the mask would be missed
-    (shape, named), *_ = calls_of(painter, embeddings, steps=1, batch_size=3)  # guidance is on by default
+    (shape, named), *_ = calls_of(decoder, embeddings, steps=1, batch_size=3)  # guidance is on by default
     assert shape[0] == 6 and torch.equal(named["encoder_hidden_states"], torch.cat([padded, embeddings]))
     assert torch.equal(named["encoder_attention_mask"], torch.cat([mask, torch.ones_like(mask)]))
-    (_, named), *_ = calls_of(painter, embeddings[:, :STORED], steps=1)  # no rows to pad
+    (_, named), *_ = calls_of(decoder, embeddings[:, :STORED], steps=1)  # no rows to pad
     assert named["encoder_attention_mask"].all() and torch.equal(named["encoder_hidden_states"][0], stored[0])
 
 
-def test_the_large_style_is_given_sizes_and_zeros(sdxl_painter):
+def test_the_large_style_is_given_sizes_and_zeros(sdxl_decoder):
     embeddings, pooled = conditions()
-    assert sdxl_painter.wants_pooled and sdxl_painter.uncond_embeddings is None
-    calls = calls_of(sdxl_painter, embeddings, pooled, size=(24, 42), steps=2, batch_size=2)
+    assert sdxl_decoder.wants_pooled and sdxl_decoder.uncond_embeddings is None
+    calls = calls_of(sdxl_decoder, embeddings, pooled, size=(24, 42), steps=2, batch_size=2)
     assert [shape for shape, _ in calls] == [(4, 4, 12, 21)] * 2 + [(2, 4, 12, 21)] * 2
     for rows, (_, named) in zip((embeddings[:2], embeddings[2:]), (calls[0], calls[-1]), strict=True):
         assert torch.equal(named["encoder_hidden_states"], torch.cat([torch.zeros_like(rows), rows]))
         assert named["added_cond_kwargs"]["time_ids"].tolist() == [[24, 42, 0, 0, 24, 42]] * 2 * len(rows)
         assert named.get("encoder_attention_mask") is None
     assert torch.equal(calls[0][1]["added_cond_kwargs"]["text_embeds"], torch.cat([torch.zeros(2, POOLED), pooled[:2]]))
-    (shape, named), *_ = calls_of(sdxl_painter, embeddings[:1], pooled[:1], steps=1, guidance=1)
+    (shape, named), *_ = calls_of(sdxl_decoder, embeddings[:1], pooled[:1], steps=1, guidance=1)
     assert shape == (1, 4, 16, 16) and torch.equal(named["added_cond_kwargs"]["text_embeds"], pooled[:1])
 
 
 @torch.no_grad()
-def test_the_large_style_paints_what_the_formula_says(sdxl_painter):
+def test_the_large_style_paints_what_the_formula_says(sdxl_decoder):
     embeddings, pooled = conditions(2)
     times = torch.tensor([[26.0, 38, 0, 0, 26, 38]]).expand(2, -1)
 
     def predict(latents, time):
         given = [(factor * embeddings, {"text_embeds": factor * pooled, "time_ids": times}) for factor in (0, 1)]
         plain, wanted = (
-            sdxl_painter.unet(latents, time, rows, added_cond_kwargs=added).sample for rows, added in given
+            sdxl_decoder.unet(latents, time, rows, added_cond_kwargs=added).sample for rows, added in given
         )
         return plain + 5 * (wanted - plain)
 
-    by_hand = paint_by_hand(sdxl_painter, (2, 4, 13, 19), 2, predict)
-    got = sdxl_painter(embeddings, pooled, size=(26, 38), steps=2, generator=seeded(), batch_size=2)
+    by_hand = paint_by_hand(sdxl_decoder, (2, 4, 13, 19), 2, predict)
+    got = sdxl_decoder(embeddings, pooled, size=(26, 38), steps=2, generator=seeded(), batch_size=2)
     assert torch.allclose(got, by_hand, atol=1e-5)
 
 
-def test_all_six_sizes_can_be_painted(sdxl_painter):
+def test_all_six_sizes_can_be_painted(sdxl_decoder):
     embeddings, pooled = conditions(1)
-    assert sdxl_painter.sizes == ((32, 32), (28, 36), (26, 38), (24, 42), (38, 26), (36, 28))
-    for size in sdxl_painter.sizes:
-        assert sdxl_painter(embeddings, pooled, size=size, steps=1).shape == (1, 3, *size)
+    assert sdxl_decoder.sizes == ((32, 32), (28, 36), (26, 38), (24, 42), (38, 26), (36, 28))
+    for size in sdxl_decoder.sizes:
+        assert sdxl_decoder(embeddings, pooled, size=size, steps=1).shape == (1, 3, *size)
 
 
 def test_sizes_follow_the_networks():
@@ -200,32 +200,32 @@ def test_sizes_follow_the_networks():
 
 @pytest.mark.parametrize("style", ["", "sdxl_"])
 def test_what_was_saved_paints_the_same_and_is_no_pickle(style, tmp_path, request):
-    painter = request.getfixturevalue(f"{style}painter")
-    painter.save(tmp_path / "a" / "copy")  # folders are made
+    decoder = request.getfixturevalue(f"{style}decoder")
+    decoder.save(tmp_path / "a" / "copy")  # folders are made
     files = {str(path.relative_to(tmp_path / "a" / "copy")) for path in tmp_path.rglob("*.*") if path.is_file()}
     weights = {
         f"{name}/{file}" for name in ("unet", "vae") for file in ("config.json", "diffusion_pytorch_model.safetensors")
     }
     assert files - {"uncond_embeddings.safetensors"} == {*weights, "scheduler/scheduler_config.json"}
-    assert ("uncond_embeddings.safetensors" in files) == (not painter.wants_pooled)
+    assert ("uncond_embeddings.safetensors" in files) == (not decoder.wants_pooled)
     assert json.loads((tmp_path / "a" / "copy" / "unet" / "config.json").read_text())["_name_or_path"] == ""
     embeddings, pooled = conditions()
-    given = (embeddings, pooled) if painter.wants_pooled else (embeddings,)
+    given = (embeddings, pooled) if decoder.wants_pooled else (embeddings,)
     again = load(tmp_path / "a" / "copy")
-    assert torch.equal(again(*given, steps=2, generator=seeded()), painter(*given, steps=2, generator=seeded()))
+    assert torch.equal(again(*given, steps=2, generator=seeded()), decoder(*given, steps=2, generator=seeded()))
 
 
-def test_saving_replaces_shards_and_says_where_it_can_not(painter, copied, tmp_path):
+def test_saving_replaces_shards_and_says_where_it_can_not(decoder, copied, tmp_path):
     (other := diffusers.UNet2DConditionModel(**UNET, sample_size=4)).save_pretrained(
         copied / "unet", max_shard_size="20KB"
     )
     assert (copied / "unet" / "diffusion_pytorch_model.safetensors.index.json").is_file()
     assert torch.equal(load(copied).unet.conv_in.weight, other.conv_in.weight)
-    painter.save(copied)
-    assert torch.equal(load(copied).unet.conv_in.weight, painter.unet.conv_in.weight)
+    decoder.save(copied)
+    assert torch.equal(load(copied).unet.conv_in.weight, decoder.unet.conv_in.weight)
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="can't write the painter to .*file"):
-        painter.save(tmp_path / "file")
+    with pytest.raises(CheckpointError, match="can't write the diffusion model to .*file"):
+        decoder.save(tmp_path / "file")
 
 
 def test_the_unconditional_embedding_can_be_named(release, copied, tmp_path):
@@ -247,23 +247,23 @@ def test_half_precision_networks_and_a_vae_that_must_not_be(tmp_path):
         vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae")
         vae.decoder.conv_in.weight.data.mul_(2e5)  # beyond float16; the norm after it takes the factor out again
         vae.half().save_pretrained(folder / "vae")
-        painter = load(folder, dtype=torch.float16)
-        assert painter.unet.dtype == torch.float16 and painter.vae.dtype == (torch.float32 if upcast else torch.float16)
-        pixels = painter(conditions()[0], steps=2, generator=seeded())
+        decoder = load(folder, dtype=torch.float16)
+        assert decoder.unet.dtype == torch.float16 and decoder.vae.dtype == (torch.float32 if upcast else torch.float16)
+        pixels = decoder(conditions()[0], steps=2, generator=seeded())
         assert pixels.dtype == torch.float32 and pixels.isfinite().all() == upcast
         assert (
-            DiffusionDecoder(painter.unet, vae, painter.scheduler, painter.uncond_embeddings).vae.dtype
-            == painter.vae.dtype
+            DiffusionDecoder(decoder.unet, vae, decoder.scheduler, decoder.uncond_embeddings).vae.dtype
+            == decoder.vae.dtype
         )
 
 
-def test_bfloat16_is_close_to_float32_and_does_not_round_a_vae_that_is_not_in_it(painter, copied):
+def test_bfloat16_is_close_to_float32_and_does_not_round_a_vae_that_is_not_in_it(decoder, copied):
     loaded = load(copied, dtype=torch.bfloat16)
-    assert torch.equal(loaded.vae.decoder.conv_in.weight, painter.vae.decoder.conv_in.weight)
+    assert torch.equal(loaded.vae.decoder.conv_in.weight, decoder.vae.decoder.conv_in.weight)
     edit_json(copied / "vae" / "config.json", force_upcast=False)
     brief = load(copied, dtype=torch.bfloat16)
     assert brief.unet.dtype == brief.vae.dtype == torch.bfloat16
-    one, other = (paint(conditions()[0], steps=2, generator=seeded()) for paint in (brief, painter))
+    one, other = (paint(conditions()[0], steps=2, generator=seeded()) for paint in (brief, decoder))
     assert 0 < (one - other).abs().mean() < 0.02
 
 
@@ -289,17 +289,17 @@ def test_bfloat16_is_close_to_float32_and_does_not_round_a_vae_that_is_not_in_it
         ),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused(painter, options, message):
+def test_arguments_that_do_not_fit_are_refused(decoder, options, message):
     with pytest.raises(ConfigError, match=message):
-        painter(**{"embeddings": conditions(1)[0], "steps": 1, **options})
+        decoder(**{"embeddings": conditions(1)[0], "steps": 1, **options})
 
 
-def test_every_step_of_the_schedule_may_be_asked_for(painter):
+def test_every_step_of_the_schedule_may_be_asked_for(decoder):
     assert (
-        painter(conditions(1)[0][:, :2], steps=1, guidance=1).isfinite().all()
+        decoder(conditions(1)[0][:, :2], steps=1, guidance=1).isfinite().all()
     )  # fewer rows than the unconditional embedding
     schedule = diffusers.DDIMScheduler(**SCHEDULE, num_train_timesteps=3)
-    short = DiffusionDecoder(painter.unet, painter.vae, schedule, painter.uncond_embeddings)
+    short = DiffusionDecoder(decoder.unet, decoder.vae, schedule, decoder.uncond_embeddings)
     assert short(conditions(1)[0], steps=2).isfinite().all()
     with pytest.raises(ConfigError, match="steps is 3, expected a whole number from 1 to 2"):
         short(conditions(1)[0], steps=3)
@@ -308,11 +308,11 @@ def test_every_step_of_the_schedule_may_be_asked_for(painter):
 @pytest.mark.parametrize(
     "pooled", [None, torch.zeros(3, 9), torch.zeros(2, POOLED), torch.zeros(POOLED), torch.zeros(3, POOLED).int()]
 )
-def test_a_pooled_embedding_must_fit(sdxl_painter, pooled):
+def test_a_pooled_embedding_must_fit(sdxl_decoder, pooled):
     with pytest.raises(
         ConfigError, match=r"pooled is .*, expected floats \[3, 20\] for this U-Net, a row for each image"
     ):
-        sdxl_painter(conditions()[0], pooled, steps=1)
+        sdxl_decoder(conditions()[0], pooled, steps=1)
 
 
 DAMAGE = {
@@ -416,7 +416,7 @@ def test_code_in_a_pickle_does_not_run(copied, tmp_path, name, form):
 
 
 def test_diffusers_is_loaded_late_and_its_lack_named(release, monkeypatch):
-    code = "import sys, dyntok.diffusion; sys.exit('diffusers' in sys.modules)"
+    code = "import sys, dyntok.lavit.diffusion; sys.exit('diffusers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(MissingDependencyError, match=r"diffusers is not installed.*dyntok\[diffusion\]"):

@@ -12,17 +12,17 @@ from support.loopback_hub import COMMIT, Hub, downloads, serve
 
 import dyntok
 from dyntok import CheckpointError
-from dyntok.lavit import convert as lavit
+from dyntok.lavit.release import FILES, RELEASES
 
-NAME = lavit.RELEASES[0]
-ENCODING = sorted([lavit.FILES["backbone"], lavit.FILES["encoder"]])
+NAME = RELEASES[0]
+ENCODING = sorted([FILES["backbone"], FILES["encoder"]])
 
 
 @pytest.fixture
 def hub(parity, tmp_path, monkeypatch):
     """Options of `dyntok.load` for a client that knows the loopback hub alone, with an empty cache."""
     folder = write_release(parity, tmp_path / "release")
-    files = {path: (folder / path).read_bytes() for path in lavit.FILES.values()}
+    files = {path: (folder / path).read_bytes() for path in FILES.values()}
     extra = {"language_model/model-00001.safetensors": b"gigabytes", "README.md": b"card"}
     monkeypatch.setattr(Hub, "repos", {NAME: files | extra})
     monkeypatch.setattr(Hub, "torn", set())
@@ -45,9 +45,9 @@ def test_only_what_is_needed_is_asked_for(hub, parity):
     enc = tokenizer.encode_tensor(parity["io/pixels"])
     assert torch.equal(enc.packed_codes, parity["io/codes"]) and downloads() == ENCODING
     tokenizer.decode_to_features(enc)
-    assert downloads() == sorted([*ENCODING, lavit.FILES["decoder"]])
+    assert downloads() == sorted([*ENCODING, FILES["decoder"]])
     tokenizer.features_tensor(parity["io/pixels"], path="understanding")
-    assert downloads() == sorted([*ENCODING, lavit.FILES["decoder"], lavit.FILES["understanding"]])
+    assert downloads() == sorted([*ENCODING, FILES["decoder"], FILES["understanding"]])
     Hub.requests.clear()
     again = dyntok.load(NAME, local_files_only=True, **hub)
     again.decode_to_features(enc)
@@ -68,8 +68,8 @@ def test_an_interrupted_download_goes_on_where_it_broke_off(hub, parity, monkeyp
     monkeypatch.setattr(
         "huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 4096
     )  # the file is smaller than the client's usual chunk
-    Hub.torn = {lavit.FILES["encoder"]}
-    size = len(Hub.repos[NAME][lavit.FILES["encoder"]])
+    Hub.torn = {FILES["encoder"]}
+    size = len(Hub.repos[NAME][FILES["encoder"]])
     tokenizer = dyntok.load(NAME, **hub)
     resumed = [int(request.split()[1]) for request in Hub.requests if request.startswith("RANGE")]
     assert resumed and all(0 < start < size for start in resumed)
@@ -77,13 +77,13 @@ def test_an_interrupted_download_goes_on_where_it_broke_off(hub, parity, monkeyp
 
 
 def test_a_file_that_the_repository_lacks(hub, parity):
-    del Hub.repos[NAME][lavit.FILES["encoder"]]
-    with pytest.raises(CheckpointError, match=f"{NAME} on the hub has no {lavit.FILES['encoder']}"):
+    del Hub.repos[NAME][FILES["encoder"]]
+    with pytest.raises(CheckpointError, match=f"{NAME} on the hub has no {FILES['encoder']}"):
         dyntok.load(NAME, **hub)
 
 
 def test_a_hostile_file_of_the_hub_is_refused(hub, parity):
-    Hub.repos[NAME][lavit.FILES["encoder"]] = b"cos\nsystem\n(S'exit 1'\ntR."
+    Hub.repos[NAME][FILES["encoder"]] = b"cos\nsystem\n(S'exit 1'\ntR."
     with pytest.raises(CheckpointError, match="is damaged or holds more than tensors"):
         dyntok.load(NAME, **hub)
 
@@ -120,7 +120,7 @@ def test_a_diffusion_model_is_fetched_when_pictures_are_wanted_and_nothing_else_
     enc = tokenizer.encode_tensor(parity["io/pixels"][:1])
     assert downloads() == ENCODING
     assert tokenizer.decode(enc, steps=1)[0].size == (8, 8)
-    assert downloads() == sorted([*ENCODING, lavit.FILES["decoder"], *painter])
+    assert downloads() == sorted([*ENCODING, FILES["decoder"], *painter])
 
 
 def test_the_commit_stays_the_same_for_parts_that_come_later(hub):

@@ -12,8 +12,8 @@ from support.lavit_files import write_release
 import dyntok
 from dyntok import CheckpointError, ConfigError
 from dyntok.cli.main import main
-from dyntok.cli.sheets import DEMO_PHOTO
-from dyntok.lavit import convert as lavit
+from dyntok.lavit.convert import convert
+from dyntok.loading import EXAMPLE_IMAGE
 
 pytest.importorskip("diffusers")
 from support import diffusion_files  # noqa: E402
@@ -48,7 +48,7 @@ def test_decode_gives_pictures(tokenizer, parity):
     assert len(images) == 5 and all(isinstance(image, Image.Image) and image.size == (8, 8) for image in images)
     again = tokenizer.decode([row.tolist() for row in enc.codes], steps=2, generator=seeded(), batch_size=3)
     assert [image.tobytes() for image in again] == [image.tobytes() for image in images]
-    painter, conditions = tokenizer._painter(False), tokenizer.decode_to_conditioning(enc)
+    painter, conditions = tokenizer._diffusion_decoder(False), tokenizer.decode_to_conditioning(enc)
     expected = painter(*conditions, steps=2, generator=seeded())
     assert np.array_equal(np.asarray(images[4]), (expected[4] * 255).round().permute(1, 2, 0).numpy())
     assert len(tokenizer.decode(enc[0])) == 1  # with no other argument
@@ -56,7 +56,7 @@ def test_decode_gives_pictures(tokenizer, parity):
 
 def test_decode_at_six_aspect_ratios(tokenizer, parity):
     enc = tokenizer.encode_tensor(parity["io/pixels"][:1])
-    sizes = tokenizer._painter(True).sizes
+    sizes = tokenizer._diffusion_decoder(True).sizes
     assert len(sizes) == 6
     for height, width in sizes:
         (image,) = tokenizer.decode(enc, highres=True, size=(height, width), steps=1, generator=seeded())
@@ -86,23 +86,21 @@ def test_the_import_takes_the_diffusion_models_along_without_pickles(release, to
 
 def test_through_the_command_line(release, parity, tmp_path):
     folder, codes = tmp_path / "all", tmp_path / "codes.json"
-    lavit.convert(release, folder, config=parity.config)
-    assert main(["encode", str(DEMO_PHOTO), "--model", str(folder), "-o", str(codes)]) == 0
+    convert(release, folder, config=parity.config)
+    assert main(["encode", str(EXAMPLE_IMAGE), "--model", str(folder), "-o", str(codes)]) == 0
     assert main(["decode", str(codes), "--model", str(folder), "-o", str(tmp_path / "out.png")]) == 0
     assert Image.open(tmp_path / "out.png").size == (8, 8)
 
 
-def test_a_tokenizer_of_its_own_pixels_has_no_use_for_diffusion(parity):
+def test_only_lavits_tokenizer_has_diffusion_options():
     tiny = dyntok.load()
-    for options in ({"steps": 3}, {"highres": True}, {"size": (8, 8), "guidance": 2.0}):
-        with pytest.raises(
-            ConfigError, match=f"{', '.join(options)} given, but this tokenizer paints without a diffusion model"
-        ):
+    for options in ({"steps": 3}, {"highres": True}, {"size": (8, 8)}):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{next(iter(options))}'"):
             tiny.decode([[1]], **options)
 
 
 def test_pickles_beside_an_ordinary_checkpoint_are_not_read(release, parity, tmp_path):
-    lavit.convert(release, tmp_path / "own", config=parity.config, parts=["decoder"])
+    convert(release, tmp_path / "own", config=parity.config, parts=["decoder"])
     shutil.copytree(release / "pixel_decoding", tmp_path / "own" / "pixel_decoding")
     own = dyntok.load(tmp_path / "own")
     with pytest.raises(CheckpointError, match="can't load UNet2DConditionModel"):
@@ -110,7 +108,7 @@ def test_pickles_beside_an_ordinary_checkpoint_are_not_read(release, parity, tmp
 
 
 def test_a_saved_copy_takes_its_diffusion_model_along(release, tokenizer, parity, tmp_path):
-    lavit.convert(release, tmp_path / "a", config=parity.config)
+    convert(release, tmp_path / "a", config=parity.config)
     dyntok.load(tmp_path / "a").save_pretrained(tmp_path / "b")
     again = dyntok.load(tmp_path / "b")
     enc = again.encode_tensor(parity["io/pixels"][:1])
@@ -120,6 +118,6 @@ def test_a_saved_copy_takes_its_diffusion_model_along(release, tokenizer, parity
 
 def test_painters_follow_the_tokenizer(release, parity):
     tokenizer = dyntok.load(release, config=parity.config)
-    assert tokenizer._painter(False).unet.dtype == torch.float32
-    assert tokenizer._painter(False) is tokenizer._painter(False)
-    assert tokenizer.double()._painter(False).unet.dtype == torch.float64
+    assert tokenizer._diffusion_decoder(False).unet.dtype == torch.float32
+    assert tokenizer._diffusion_decoder(False) is tokenizer._diffusion_decoder(False)
+    assert tokenizer.double()._diffusion_decoder(False).unet.dtype == torch.float64

@@ -10,9 +10,10 @@ from support.lavit_files import write_release
 
 import dyntok
 from dyntok import CheckpointError, CodeError, ConfigError
-from dyntok.lavit import convert as lavit
+from dyntok.lavit.convert import convert
+from dyntok.lavit.release import FILES
 
-ENCODER = lavit.FILES["encoder"]
+ENCODER = FILES["encoder"]
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def test_hostile_and_damaged_pickles_are_refused(release, parity, tmp_path):
 
 
 def test_a_folder_that_is_neither(tmp_path):
-    with pytest.raises(CheckpointError, match=f"has no {lavit.FILES['backbone']}"):
+    with pytest.raises(CheckpointError, match=f"has no {FILES['backbone']}"):
         dyntok.load(tmp_path, config={"heads": 4})
     with pytest.raises(CheckpointError, match="has no config.json"):
         dyntok.load(tmp_path)
@@ -106,11 +107,11 @@ def test_unknown_path_and_part(shared, parity):
     with pytest.raises(ConfigError, match="path is 'llm', expected 'codes' or 'understanding'"):
         shared.features_tensor(parity["io/pixels"], path="llm")
     with pytest.raises(ConfigError, match="there is no part unet"):
-        lavit.convert("nowhere", "nowhere", parts=["unet"])
+        convert("nowhere", "nowhere", parts=["unet"])
 
 
 def test_positions_are_refused_by_decode_too(shared):
-    with pytest.raises(CodeError, match="this decoder knows tokens by their rank"):
+    with pytest.raises(CodeError, match="this decoder uses only the order of codes"):
         shared.decode([[1, 2]], positions=[[0, 3]])
 
 
@@ -156,9 +157,9 @@ def test_the_file_that_is_wrong_is_named(parity, tmp_path):
 
 
 def test_imports_that_make_no_sense(release, parity, tmp_path):
-    with pytest.raises(ConfigError, match="pixels were asked for without a decoder; add decoder or highres_decoder"):
-        lavit.convert(release, tmp_path, parts=["pixels"], config=parity.config)
-    with pytest.raises(ConfigError, match="holds released files, which would shadow the new checkpoint"):
-        lavit.convert(release, release, config=parity.config)
+    with pytest.raises(ConfigError, match="pixels were requested without a decoder; add decoder or highres_decoder"):
+        convert(release, tmp_path, parts=["pixels"], config=parity.config)
+    with pytest.raises(ConfigError, match="holds released files, which would hide the new checkpoint"):
+        convert(release, release, config=parity.config)
     with pytest.raises(ConfigError, match="name their folder or repository"):
         dyntok.load(config=parity.config)

@@ -1,4 +1,4 @@
-"""Keep masks that are given instead of chosen: random and evenly spread ones, and `encode_tensor(keep=)`."""
+"""Keep masks that are given instead of chosen: random and evenly spread ones, and `encode_tensor(keep_mask=)`."""
 
 import numpy as np
 import pytest
@@ -47,7 +47,7 @@ def pixels(tokenizer, photos):
 def test_keep_says_which_patches_are_encoded(tokenizer, pixels):
     keep = torch.zeros(3, 64, dtype=torch.bool)
     keep[0, 5], keep[1], keep[2, ::3] = True, True, True
-    encoding = tokenizer.encode_tensor(pixels, keep=keep)
+    encoding = tokenizer.encode_tensor(pixels, keep_mask=keep)
     assert torch.equal(encoding.keep_mask(), keep)
     assert encoding.lengths.tolist() == [1, 64, 22]
     assert encoding[1] == tokenizer.encode_tensor(pixels[1:2], budget=64)
@@ -56,7 +56,7 @@ def test_keep_says_which_patches_are_encoded(tokenizer, pixels):
 def test_keep_of_the_learned_choice_changes_nothing(tokenizer, pixels):
     learned = tokenizer.encode_tensor(pixels)
     assert 0 < learned.num_tokens < 192
-    assert tokenizer.encode_tensor(pixels, keep=learned.keep_mask()) == learned
+    assert tokenizer.encode_tensor(pixels, keep_mask=learned.keep_mask()) == learned
 
 
 OTHER_CHOICES = [{"budget": 4}, {"threshold": 0.5}, {"sample": torch.Generator()}, {"max_tokens": 3}]
@@ -65,7 +65,7 @@ OTHER_CHOICES = [{"budget": 4}, {"threshold": 0.5}, {"sample": torch.Generator()
 @pytest.mark.parametrize("option", OTHER_CHOICES, ids=lambda option: next(iter(option)))
 def test_keep_and_another_choice_contradict(tokenizer, pixels, option):
     with pytest.raises(ConfigError, match="the mask alone"):
-        tokenizer.encode_tensor(pixels, keep=torch.ones(3, 64, dtype=torch.bool), **option)
+        tokenizer.encode_tensor(pixels, keep_mask=torch.ones(3, 64, dtype=torch.bool), **option)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_keep_and_another_choice_contradict(tokenizer, pixels, option):
 )
 def test_keep_that_does_not_fit_is_refused(tokenizer, pixels, keep, message):
     with pytest.raises(ConfigError, match=message):
-        tokenizer.encode_tensor(pixels, keep=keep)
+        tokenizer.encode_tensor(pixels, keep_mask=keep)
 
 
 def test_no_pixels_give_an_empty_encoding(tokenizer):

@@ -397,7 +397,7 @@ def test_a_merger_without_parameters(small_config, photos, tmp_path):
         expected = reference.merge_similar(patches.double(), keep, torch.ones(1, 64).double())[0]
     assert_close(features.tokens.double(), expected, atol=1e-5, rtol=0)
     with pytest.raises(ConfigError, match="merger of kind 'similar' has no attention"):
-        tokenizer.encode(photos[0], exact=True)
+        tokenizer.merger(patches, keep, exact=True)
 
 
 def test_the_gate_of_a_merger_without_parameters_has_a_gradient(small_config):

@@ -2,10 +2,10 @@
 
 import torch
 
-from dyntok.lavit import convert as lavit
+from dyntok.lavit.release import FILES
 
 
-def write_release(parity, folder, change=None, files=lavit.FILES, **save_options):
+def write_release(parity, folder, change=None, files=FILES, **save_options):
     """The fixture's tensors in files as the repository has them. change: a function of (part, tensors)."""
     for part, path in files.items():
         name = path.rpartition("/")[2]

@@ -12,8 +12,9 @@ from typing import Any
 from dyntok.batch.engines.stages import End, Item, Work, batches, decode, encode, read
 from dyntok.batch.inputs.samples import Input
 from dyntok.batch.options import BatchOptions, EngineOptions
+from dyntok.chunks import batched
 from dyntok.errors import BatchError, ConfigError, DyntokError, MissingDependencyError
-from dyntok.tokenizer import DynamicVisualTokenizer, batched
+from dyntok.tokenizer import DynamicVisualTokenizer
 
 try:
     import ray

@@ -32,9 +32,9 @@ from dyntok.batch.storage import (
     version_stamp,
     wrap_storage_errors,
 )
+from dyntok.chunks import batched
 from dyntok.errors import ConfigError
 from dyntok.image import MAX_FILE_BYTES
-from dyntok.tokenizer import batched
 
 _NAMES = 100_000  # names of a folder that are sorted in memory
 

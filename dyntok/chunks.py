@@ -1,0 +1,137 @@
+"""Inputs of a call in chunks for the network, and its results image by image.
+
+Not here: the network itself, and the way the results become an `Encoding` or `Features` (`tokenizer.py`).
+"""
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dyntok.config import ImageConfig
+from dyntok.errors import ImageError
+from dyntok.image import ImageSource, is_single, to_pixels
+
+Failures = list[tuple[int, ImageError]]  # input index and error
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Images that go through the network together.
+
+    input_indices: the index of each among all inputs of the call. pixels: normalized, float [B, 3, S, S].
+    """
+
+    input_indices: Sequence[int]
+    pixels: Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the network made of a chunk.
+
+    values: one row per kept patch, codes [T] or tokens [T, D]. keep: keep mask, bool [B, N]. finite: bool [B], False where a number on
+    the way to an image's rows was NaN or infinite.
+    """
+
+    input_indices: Sequence[int]
+    values: Tensor
+    keep: Tensor
+    finite: Tensor
+
+
+def load_chunks(
+    images: ImageSource | Iterable[ImageSource],
+    config: ImageConfig,
+    size: int,
+    *,
+    max_pixels: int,
+    failures: Failures | None = None,
+) -> Iterator[Chunk]:
+    """Yields chunks of at most `size` readable images. Errors are added to `failures`, or raised where that is None."""
+    single = is_single(images)
+
+    def readable() -> Iterator[tuple[int, Tensor]]:
+        for index, image in enumerate([images] if single else images):
+            try:
+                yield index, to_pixels(image, config, max_pixels=max_pixels)
+            except ImageError as error:
+                if failures is not None:
+                    failures.append((index, error))
+                elif single or isinstance(image, str | os.PathLike):  # the message names the file already
+                    raise
+                else:
+                    raise ImageError(f"input {index}: {error}") from error
+
+    for chunk in batched(readable(), size):
+        indices, pixels = zip(*chunk, strict=True)
+        yield Chunk(indices, torch.stack(pixels))
+
+
+def split_chunks(pixels: Tensor, size: int) -> Iterator[Chunk]:
+    """Yields chunks of at most `size` images of normalized pixels [B, 3, S, S]."""
+    for start in range(0, len(pixels), size):
+        part = pixels[start : start + size]
+        # a copy with one layout and alignment: both may change how a kernel rounds
+        yield Chunk(range(start, start + len(part)), part.clone(memory_format=torch.contiguous_format))
+
+
+def finite_images(features: Tensor, log_probs: Tensor, vectors: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Returns bool [B]: whether every number of an image is finite. The host does not wait for the device.
+
+    features: [B, N, D]. log_probs: [B, N, 2]. vectors: [T, C] with cu_seqlens int32 [B+1].
+    """
+    # a sum is not finite where one of its terms is not; float32 holds the sums of half-precision numbers
+    sums = features.flatten(1).sum(1, dtype=torch.float32) + log_probs.flatten(1).sum(1, dtype=torch.float32)
+    bad = ~vectors.flatten(1).sum(1, dtype=torch.float32).isfinite()  # [T]
+    bad_before = torch.nn.functional.pad(bad.long().cumsum(0), (1, 0))  # [T + 1]
+    return sums.isfinite() & (bad_before[cu_seqlens.long()].diff() == 0)
+
+
+def without_failures(rows: Iterable[Rows], dtype: torch.dtype, failures: Failures | None = None) -> Iterator[Rows]:
+    """Yields the rows of images whose numbers are finite. The others are added to `failures`, or raised where that is None.
+
+    Reads the result of a chunk after the next one was given to the device, so that the device never waits for the host.
+    """
+    previous = None
+    for current in rows:
+        if previous is not None:
+            yield _checked(previous, dtype, failures)
+        previous = current
+    if previous is not None:
+        yield _checked(previous, dtype, failures)
+
+
+def _checked(rows: Rows, dtype: torch.dtype, failures: Failures | None) -> Rows:
+    finite = rows.finite.tolist()
+    if all(finite):
+        return rows
+    for index, fine in zip(rows.input_indices, finite, strict=True):
+        if not fine:
+            error = ImageError(f"input {index}: {_not_finite(dtype)}")
+            if failures is None:
+                raise error
+            failures.append((index, error))
+    indices = [index for index, fine in zip(rows.input_indices, finite, strict=True) if fine]
+    kept_tokens = rows.finite[:, None].expand_as(rows.keep)[rows.keep]  # bool [T]
+    return Rows(indices, rows.values[kept_tokens], rows.keep[rows.finite], rows.finite[rows.finite])
+
+
+def _not_finite(dtype: torch.dtype) -> str:
+    name = str(dtype).removeprefix("torch.")
+    advice = "check the weights and the pixels"
+    if dtype == torch.float16:
+        advice = "load the tokenizer in bf16 or fp32 (dtype=torch.bfloat16 or torch.float32, --dtype bf16 or fp32)"
+    elif dtype == torch.bfloat16:
+        advice = "load the tokenizer in fp32 (dtype=torch.float32, --dtype fp32)"
+    return f"the network computed NaN or infinite values in {name}, expected finite ones; {advice}"
+
+
+def batched(items: Iterable, size: int) -> Iterator[tuple]:
+    """Yields tuples of `size` items; the last one may be shorter."""
+    items = iter(items)
+    while chunk := tuple(itertools.islice(items, size)):
+        yield chunk

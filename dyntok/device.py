@@ -1,0 +1,24 @@
+"""Checks that a device exists before anything is moved to it."""
+
+import torch
+
+from dyntok.errors import ConfigError
+
+
+def check_device(device: torch.device | str | int) -> torch.device:
+    """Returns the device. Raises `ConfigError`, which says what to use instead, where PyTorch has no such device."""
+    try:
+        torch.zeros(1, device=device).item()
+    # the type depends on what is missing: a name, a build of PyTorch, a driver or a package
+    except (RuntimeError, AssertionError, ImportError, TypeError) as error:
+        hint = "; a GPU of NVIDIA or AMD is 'cuda', one of Apple 'mps'" if str(device) == "gpu" else ""
+        raise ConfigError(
+            f"PyTorch {torch.__version__} has no device {str(device)!r} on this machine, expected {_available()}{hint}"
+        ) from error
+    return torch.device(device)
+
+
+def _available() -> str:
+    gpus = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    names = [repr(name) for name, available in gpus.items() if available]
+    return " or ".join(["'cpu'", *names]) if names else "'cpu', because PyTorch found no GPU"
