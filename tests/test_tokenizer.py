@@ -333,7 +333,12 @@ def test_pixels_must_be_finite(tokenizer):
 
 def test_a_mask_stands_alone_and_fits(tokenizer):
     pixels, mask = torch.zeros(2, 3, 64, 64), torch.ones(2, N, dtype=torch.bool)
-    for options in ({"keep_mask": mask, "budget": 3}, {"keep_mask": mask[:1]}, {"keep_mask": mask.float()}, {"keep_mask": mask & False}):
+    for options in (
+        {"keep_mask": mask, "budget": 3},
+        {"keep_mask": mask[:1]},
+        {"keep_mask": mask.float()},
+        {"keep_mask": mask & False},
+    ):
         with pytest.raises(ConfigError, match="keep"):
             tokenizer.encode_tensor(pixels, **options)
 

@@ -189,4 +189,3 @@ class PretrainedModule(nn.Module):
 
     def _save_subfolders(self, folder: Path) -> Sequence[str]:
         return ()
-

@@ -1,7 +1,6 @@
 """The commands `demo` and `show`, which draw contact sheets."""
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dyntok.cli.arguments import (
@@ -22,7 +21,6 @@ from dyntok.cli.files import image_sources, save_picture
 if TYPE_CHECKING:
     from dyntok.cli.arguments import Commands
 
-DEMO_PHOTO = Path(__file__).parents[1] / "assets" / "astronaut.jpg"
 _PICTURE = "the contact sheet to write; - is stdout"
 
 
@@ -66,11 +64,12 @@ def add_show(commands: "Commands") -> None:
 
 def _demo(options: argparse.Namespace) -> int:
     from dyntok import load
+    from dyntok.loading import EXAMPLE_IMAGE
     from dyntok.visualize import contact_sheet
 
     tokenizer = load(options.model, device=options.device)
-    encoding = tokenizer.encode(DEMO_PHOTO, **keep_options(options))
-    save_picture(contact_sheet(tokenizer, [DEMO_PHOTO], encoding), options.output)
+    encoding = tokenizer.encode(EXAMPLE_IMAGE, **keep_options(options))
+    save_picture(contact_sheet(tokenizer, [EXAMPLE_IMAGE], encoding), options.output)
     codes, patches = encoding.codes[0].tolist(), tokenizer.grid[0] * tokenizer.grid[1]
     bits = len(codes) * (tokenizer.config.codebook.size - 1).bit_length()
     if options.output == "-":
@@ -78,7 +77,7 @@ def _demo(options: argparse.Namespace) -> int:
     if options.json:
         print_json({**encoding.to_dict(), "picture": options.output})
     else:
-        print(f"{DEMO_PHOTO.name}: {patches} patches became {len(codes)} integers ({-(-bits // 8)} bytes)")
+        print(f"{EXAMPLE_IMAGE.name}: {patches} patches became {len(codes)} integers ({-(-bits // 8)} bytes)")
         print(*codes)
     what = "original, kept patches and reconstruction"
     report(f"wrote {options.output} ({what}); next: dyntok encode YOUR.jpg", to_stderr=options.json)

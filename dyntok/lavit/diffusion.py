@@ -20,7 +20,12 @@ from dyntok.precision import HALF
 
 LAVIT_SIZES = ((1024, 1024), (896, 1152), (832, 1216), (768, 1344), (1216, 832), (1152, 896))  # (height, width)
 
-FILES = ("unet/*", "vae/*", "scheduler/*", "uncond_embeddings.safetensors")  # of a saved diffusion model, below its folder
+FILES = (
+    "unet/*",
+    "vae/*",
+    "scheduler/*",
+    "uncond_embeddings.safetensors",
+)  # of a saved diffusion model, below its folder
 
 _WEIGHTS = "diffusion_pytorch_model"
 _INDEX = f"{_WEIGHTS}.safetensors.index.json"

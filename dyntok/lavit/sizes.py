@@ -53,7 +53,9 @@ class Sizes:
         for name, value in found.items():
             given = getattr(self, name)
             if given not in (None, value):
-                raise ConfigError(f"config says {name}: {given}, but {file} has {value}; leave {name} out or correct it")
+                raise ConfigError(
+                    f"config says {name}: {given}, but {file} has {value}; leave {name} out or correct it"
+                )
 
 
 def encoder_config(backbone: ReleasedWeights, encoder: ReleasedWeights, sizes: Sizes) -> LavitConfig:

@@ -47,13 +47,8 @@ def test_fingerprint_does_not_depend_on_storage_order_or_chunks(monkeypatch):
     state = weights()
     stated = fingerprint(CONFIG, state)
     assert fingerprint(CONFIG, dict(reversed(state.items()))) == stated
-    assert (
-        fingerprint(CONFIG, {name: t.float() if t.is_floating_point() else t for name, t in state.items()})
-        == stated
-    )
-    assert (
-        fingerprint(CONFIG, state | {"backbone.weight": state["backbone.weight"].t().contiguous().t()}) == stated
-    )
+    assert fingerprint(CONFIG, {name: t.float() if t.is_floating_point() else t for name, t in state.items()}) == stated
+    assert fingerprint(CONFIG, state | {"backbone.weight": state["backbone.weight"].t().contiguous().t()}) == stated
     assert fingerprint(TokenizerConfig.from_dict(json.loads(json.dumps(CONFIG.to_dict()))), state) == stated
     monkeypatch.setattr("dyntok.checkpoint.fingerprint._PIECE", 7)
     assert fingerprint(CONFIG, state) == stated

@@ -240,7 +240,10 @@ BROKEN = {
     "no version": (lambda f: edit(f, format_version=True), "format_version 'True', expected a positive integer"),
     "no configuration": (lambda f: edit(f, config=None), "the configuration is None"),
     "unknown key": (lambda f: edit(f, config={"codebook": {"sise": 3}}), "unknown codebook.sise"),
-    "absurd number": (lambda f: edit(f, config={"image": {"mean": [10**400, 0, 0]}}), r"image.mean\[0\] is 1000.*expected a finite number"),
+    "absurd number": (
+        lambda f: edit(f, config={"image": {"mean": [10**400, 0, 0]}}),
+        r"image.mean\[0\] is 1000.*expected a finite number",
+    ),
     "no weights": (
         lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
         "holds no weights; expected model.safetensors",

@@ -255,9 +255,12 @@ def test_the_preset_is_what_the_released_sizes_give():
     encoder = {f"causal_encoder.blocks.{i}.mlp.fc1.weight": torch.empty(hidden, wide, device="meta") for i in range(12)}
     encoder["quantize.embedding.weight"] = torch.empty(16384, 32, device="meta")
     found = encoder_config(ReleasedWeights(None, backbone), ReleasedWeights(None, encoder), Sizes())
-    assert found.to_dict() == LavitConfig(
-        preset.image, preset.backbone, preset.selector, preset.merger, preset.codebook, decoder=None
-    ).to_dict()
+    assert (
+        found.to_dict()
+        == LavitConfig(
+            preset.image, preset.backbone, preset.selector, preset.merger, preset.codebook, decoder=None
+        ).to_dict()
+    )
 
 
 def test_a_uniform_average_where_every_patch_is_kept(shared, parity):

@@ -51,7 +51,9 @@ def test_saved_again_it_says_what_it_is(earlier, tmp_path):
     header = json.loads((tmp_path / "config.json").read_text())
     assert header["kind"] == "lavit" and header["fingerprint"] == FINGERPRINT
     assert isinstance(dyntok.load(tmp_path), LavitTokenizer)
-    with pytest.raises(CheckpointError, match="a tokenizer of the kind 'lavit', expected 'dynamic'; load it with dyntok"):
+    with pytest.raises(
+        CheckpointError, match="a tokenizer of the kind 'lavit', expected 'dynamic'; load it with dyntok"
+    ):
         DynamicVisualTokenizer.from_pretrained(tmp_path)
 
 
