@@ -35,10 +35,12 @@ class ImageConfig:
     resize: Literal["crop", "squash"] = "crop"  # keep the aspect ratio and cut the centre, or stretch to the square
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    color: Literal["ignore", "srgb"] = "ignore"  # of embedded ICC profiles: ignore them, or convert to sRGB by them
 
     def __post_init__(self) -> None:
         require_whole("image.img_size", self.img_size, 1, _MAX_SIDE)
         require(self.resize in ("crop", "squash"), f"image.resize is {self.resize!r}, expected 'crop' or 'squash'")
+        require(self.color in ("ignore", "srgb"), f"image.color is {brief(self.color)}, expected 'ignore' or 'srgb'")
         for name in ("mean", "std"):
             value = getattr(self, name)
             wanted = f"image.{name} is {brief(value)}, expected three numbers, one for each of R, G, B"

@@ -17,6 +17,10 @@ class ImageError(DyntokError, ValueError):
     """An image can't be read, is unsafe, or is not an image. The message names its source."""
 
 
+class MissingImageError(ImageError, FileNotFoundError):
+    """The file of an image does not exist."""
+
+
 class CodeError(DyntokError, ValueError):
     """Codes, positions or ids are out of range, of the wrong type, or do not fit together."""
 

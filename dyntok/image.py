@@ -1,44 +1,52 @@
 """Any kind of picture to normalized pixels and back, safely: path, bytes, PIL image, ndarray or tensor in, float tensor out.
 
-Does: read, check against limits before decoding, decode, turn upright, bring to 8-bit RGB, resize, normalise. Every source takes this one
+Does: read, check against limits before decoding, decode, turn upright, bring to 8-bit RGB, resize, normalize. Every source takes this one
 path, so the same picture gives the same pixels however it came. Whatever goes wrong is an `ImageError` that names the source.
-Does not: fetch URLs, read formats outside `ACCEPTED_FORMATS`, apply ICC profiles, or read more than one frame.
+Does not: fetch URLs, read formats outside `ACCEPTED_FORMATS`, or read more than one frame.
 """
 
-import io
-import logging
 import os
-import stat
-import threading
-import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from typing import Any, TypeAlias
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile
 
 from dyntok.config import ImageConfig
 from dyntok.errors import ImageError
+from dyntok.imaging import jpeg
+from dyntok.imaging.color import to_srgb
+from dyntok.imaging.container import orientation
+from dyntok.imaging.decode import Picture, decode, load
 from dyntok.imaging.formats import ACCEPTED_FORMATS as ACCEPTED_FORMATS
 from dyntok.imaging.formats import IMAGE_SUFFIXES as IMAGE_SUFFIXES
 from dyntok.imaging.formats import UNREADABLE_SUFFIXES as UNREADABLE_SUFFIXES
 from dyntok.imaging.formats import sniff as sniff
+from dyntok.imaging.samples import gray_8bit
+from dyntok.imaging.source import MAX_FILE_BYTES as MAX_FILE_BYTES
+from dyntok.imaging.source import describe as describe
+from dyntok.imaging.source import from_array, from_tensor, read_bytes
+from dyntok.imaging.source import is_single as is_single
 
-ImageSource: TypeAlias = str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tensor
+
+class BinaryFile(Protocol):
+    """An open file or anything else whose `read` returns bytes."""
+
+    def read(self, size: int = -1, /) -> bytes: ...
+
+
+ImageSource: TypeAlias = (
+    str | os.PathLike | bytes | bytearray | memoryview | BinaryFile | Image.Image | np.ndarray | torch.Tensor
+)
 
 # Reading takes up to 16 bytes per pixel (WebP, AVIF), so these limits keep one file below 2 GB, the half of one for PyTorch included.
-# 2**26 lets 61-megapixel cameras in and lies below the size at which Pillow itself begins to warn.
+# 2**26 lets 61-megapixel cameras in.
 DEFAULT_MAX_PIXELS = 2**26
-MAX_FILE_BYTES = 2**28
 MAX_SIDE = 2**20  # Pillow's resize needs 32 bytes of filter weights per pixel of a side
 
-_LAZY_FORMATS = (
-    *ACCEPTED_FORMATS,
-    "MPO",
-)  # a JPEG with further pictures behind the first; Pillow's JPEG reader gives it this name
-_PHOTOMETRIC_TAG, _WHITE_IS_ZERO = 262, 0  # TIFF
+_LAZY_FORMATS = (*ACCEPTED_FORMATS, "MPO", "HEIF", "JXL")  # names that plugins give to the same formats
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -49,31 +57,35 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-logging.getLogger("PIL").addHandler(
-    logging.NullHandler()
-)  # else what Pillow logs about broken files lands on a bare stderr
 
+def load_image(
+    source: ImageSource, *, max_pixels: int = DEFAULT_MAX_PIXELS, color: Literal["ignore", "srgb"] = "ignore"
+) -> Image.Image:
+    """Return a new, upright 8-bit RGB image.
 
-def load_image(source: ImageSource, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
-    """A new, upright 8-bit RGB image.
-
-    * path: a regular file of at most `MAX_FILE_BYTES`; bytes: the content of such a file, in one of `ACCEPTED_FORMATS`
+    * path: a regular file of at most `MAX_FILE_BYTES`; bytes, bytearray, memoryview or file object: the content of such a file, in one of
+      `ACCEPTED_FORMATS`
     * PIL image: any mode, its current frame; one that is not decoded yet meets the same limits as a file
-    * ndarray: uint8 [H, W], [H, W, 1], [H, W, 3] (RGB) or [H, W, 4] (RGBA)
-    * tensor: [3, H, W], uint8 or floating point in [0, 1] (rounded to 8 bits), on any device
+    * ndarray: [H, W], [H, W, 1], [H, W, 3] (RGB) or [H, W, 4] (RGBA), uint8 or floating point in [0, 1]
+    * tensor: [3, H, W] or [1, H, W], uint8 or floating point in [0, 1], on any device
 
-    The EXIF orientation is applied, transparency composited on white, and of an animation the first frame is taken. Mode I;16 is scaled
-    from 0..65535. Modes I and F do not say what white is: up to 1 (F only), 255 or 65535, the first that holds every value, is taken
-    for it; other values are refused. `max_pixels` is checked before decoding (Pillow has a limit of its own on files,
-    twice `PIL.Image.MAX_IMAGE_PIXELS`). Raises `ImageError`.
+    Floating point is rounded to 8 bits. The EXIF orientation is applied, transparency composited on white, and of an animation the first
+    frame is taken. `color="srgb"` converts colors by the embedded ICC profile; PNG's cICP, gAMA and cHRM chunks and EXIF's ColorSpace are
+    ignored.
+
+    White is what the file states: TIFF's BitsPerSample, SMaxSampleValue and MaxSampleValue (rounded up to whole bits), and PNG's sBIT
+    where no sample exceeds it. Where nothing states it, or a sample exceeds it, 16-bit samples are scaled from 0..65535, and for modes I
+    and F the first of 1 (F only), 255 and 65535 that holds every value is white; other values are refused.
+
+    `max_pixels` is checked before decoding. Settings of Pillow such as `LOAD_TRUNCATED_IMAGES` have no effect. Raises `ImageError`.
     """
     with _failures_named(source) as name:
-        image = _load(source, name, max_pixels)
+        image = _load(source, name, max_pixels, color)
         return image.copy() if image is source else image
 
 
 def to_pixels(source: ImageSource, config: ImageConfig, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> torch.Tensor:
-    """Normalised pixels [3, S, S], float32: (value / 255 - mean) / std. Sources and errors as in `load_image`.
+    """Return normalized pixels [3, S, S], float32: (value / 255 - mean) / std. Sources and errors as in `load_image`.
 
     Resized in 8 bits with Pillow's antialiased bicubic filter: `crop` scales the central square, `squash` the whole picture.
     """
@@ -83,14 +95,14 @@ def to_pixels(source: ImageSource, config: ImageConfig, *, max_pixels: int = DEF
 def to_array(
     source: ImageSource, config: ImageConfig, *, max_pixels: int = DEFAULT_MAX_PIXELS
 ) -> tuple[np.ndarray, tuple[int, int]]:
-    """The first half of `to_pixels`: the resized picture, uint8 [S, S, 3]; and (width, height) of the upright original."""
+    """Return the resized picture, uint8 [S, S, 3], and (width, height) of the upright original: the first half of `to_pixels`."""
     with _failures_named(source) as name:
-        image = _load(source, name, max_pixels)
+        image = _load(source, name, max_pixels, config.color)
         return np.asarray(_resize(image, config)), image.size
 
 
 def normalized(array: np.ndarray, config: ImageConfig) -> torch.Tensor:
-    """The second half of `to_pixels`: uint8 [..., S, S, 3] to float32 [..., 3, S, S]."""
+    """Return float32 [..., 3, S, S] for uint8 [..., S, S, 3]: the second half of `to_pixels`."""
     pixels = np.moveaxis(array, -1, -3).astype(np.float32, order="C")  # NumPy, since torch would start threads
     pixels /= 255
     pixels -= _per_channel(config.mean).numpy()
@@ -99,7 +111,7 @@ def normalized(array: np.ndarray, config: ImageConfig) -> torch.Tensor:
 
 
 def to_image(pixels: torch.Tensor, config: ImageConfig) -> Image.Image:
-    """The RGB image of normalized pixels [3, H, W], clamped and rounded to 8 bits; undoes the normalisation of `to_pixels`."""
+    """Return the RGB image of normalized pixels [3, H, W], clamped and rounded to 8 bits; undoes the normalization of `to_pixels`."""
     name = describe(pixels)
     if pixels.ndim != 3 or pixels.shape[0] != 3 or not pixels.is_floating_point() or 0 in pixels.shape:
         raise ImageError(f"{name}: expected normalized floating-point pixels [3, H, W]")
@@ -110,125 +122,43 @@ def to_image(pixels: torch.Tensor, config: ImageConfig) -> Image.Image:
     return Image.fromarray(values.clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
 
 
-def is_single(images: object) -> bool:
-    """Whether it is one source, and not an iterable of several."""
-    if isinstance(images, torch.Tensor | np.ndarray):
-        return images.ndim < 4
-    # strings, bytes and open files can be iterated over, but not image by image
-    return (
-        isinstance(images, str | bytes | os.PathLike | Image.Image)
-        or hasattr(images, "read")
-        or not isinstance(images, Iterable)
-    )
-
-
-def describe(source: Any) -> str:
-    """A short printable name for error messages: the path, or the kind and size of what was passed."""
-    if isinstance(source, (str, os.PathLike)):
-        return _printable(os.fsdecode(source))
-    if isinstance(source, bytes):
-        return f"<bytes, {len(source):,} bytes>"
-    if isinstance(source, Image.Image):
-        file = getattr(source, "filename", None)  # only images from Image.open have one, and those from streams have ""
-        return (
-            f"<PIL {source.mode} {source.width}x{source.height}{' ' + _printable(os.fsdecode(file)) if file else ''}>"
-        )
-    if isinstance(source, np.ndarray):
-        return f"<ndarray {source.dtype} {_printable(str(source.shape))}>"
-    if isinstance(source, torch.Tensor):
-        return f"<tensor {str(source.dtype).removeprefix('torch.')} {_printable(str(tuple(source.shape)))}>"
-    return f"<{type(source).__name__}>"
-
-
-def _printable(text: str, longest: int = 120) -> str:
-    if len(text) > longest:
-        text = "..." + text[3 - longest :]
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
 @contextmanager
 def _failures_named(source: ImageSource) -> Iterator[str]:
     name = describe(source)
-    _thread.decoding = True
-    if warnings.filters[:1] != [
-        _WARNINGS_HERE
-    ]:  # elsewhere or nowhere: others put theirs in front, catch_warnings makes new lists
-        with suppress(ValueError):
-            warnings.filters.remove(_WARNINGS_HERE)
-        warnings.filters.insert(0, _WARNINGS_HERE)
     try:
         yield name
     except ImageError:
         raise
-    except UnidentifiedImageError as error:
-        raise ImageError(
-            f"{name}: not a readable image; expected one of {', '.join(ACCEPTED_FORMATS)}, intact"
-        ) from error
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"{name}: too large ({error}); scale it down first") from error
     except Exception as error:  # on broken files Pillow raises almost anything: SyntaxError, struct.error, IndexError, MemoryError, ...
         raise ImageError(
             f"{name}: can't be read as an image; expected an intact one ({type(error).__name__}: {error})"
         ) from error
-    finally:
-        _thread.decoding = False
 
 
-class _WhileDecoding:
-    """Stands in a warnings filter for the pattern of the message and fits every message of a thread that is decoding.
+def _load(source: ImageSource, name: str, max_pixels: int, color: str) -> Image.Image:
+    """The upright RGB image, which may be `source` itself."""
 
-    Pillow warns about odd metadata, of which nobody can do anything here. `warnings.catch_warnings` would swap the filters of all
-    threads; this changes nothing outside this module.
-    """
+    def check_size(width: int, height: int) -> None:
+        _check_size(width, height, name, max_pixels)
 
-    def match(self, message: str, /) -> bool:
-        return getattr(_thread, "decoding", False)
-
-
-_thread = threading.local()
-_WARNINGS_HERE = ("ignore", _WhileDecoding(), Warning, None, 0)
-
-
-def _load(source: ImageSource, name: str, max_pixels: int) -> Image.Image:
-    """May return `source` itself."""
-    if isinstance(source, (str, os.PathLike)):
-        source = _read_file(source, name)
-    if isinstance(source, bytes):
-        return _upright_rgb(_open(source, name, max_pixels), name)
     if isinstance(source, Image.Image):
-        if isinstance(source, ImageFile.ImageFile) and source.format not in _LAZY_FORMATS:
-            formats = ", ".join(ACCEPTED_FORMATS)
-            raise ImageError(
-                f"{name}: format {source.format}, expected one of {formats}; if you trust it, pass image.copy()"
-            )
-        _check_size(*source.size, name, max_pixels)
-        return _upright_rgb(source, name)
-    if isinstance(source, torch.Tensor):
-        source = _tensor_to_array(source, name, max_pixels)
-    if isinstance(source, np.ndarray):
-        return _upright_rgb(_array_to_image(source, name, max_pixels), name)
-    raise ImageError(f"{name}: expected a path, bytes, a PIL image, a uint8 ndarray or a tensor")
-
-
-def _read_file(path: str | os.PathLike, name: str) -> bytes:
-    def open_without_waiting(path: str, flags: int) -> int:
-        return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # a FIFO without a writer would block for ever
-
-    try:
-        with open(path, "rb", opener=open_without_waiting) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ImageError(f"{name}: not a regular file; read it yourself and pass the bytes")
-            return file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise ImageError(f"{name}: can't read the file: {error.strerror or error}") from error
-
-
-def _open(data: bytes, name: str, max_pixels: int) -> ImageFile.ImageFile:
-    if not 0 < len(data) <= MAX_FILE_BYTES:
-        raise ImageError(f"{name}: has {len(data):,} bytes, expected 1 to {MAX_FILE_BYTES:,}")
-    image = Image.open(io.BytesIO(data), formats=[name for name in ACCEPTED_FORMATS if name not in ("HEIC", "JPEG XL")])
-    _check_size(*image.size, name, max_pixels)
-    return image
+        check_size(*source.size)
+        picture = _decoded(source, name)
+    elif isinstance(source, torch.Tensor):
+        if source.ndim != 3 or source.shape[0] not in (1, 3):
+            raise ImageError(f"{name}: expected the shape [3, H, W] or [1, H, W]; one image at a time, channels first")
+        check_size(source.shape[2], source.shape[1])
+        picture = Picture(from_tensor(source, name))
+    elif isinstance(source, np.ndarray):
+        if source.ndim in (2, 3):
+            check_size(source.shape[1], source.shape[0])
+        picture = Picture(from_array(source, name))
+    else:
+        data = read_bytes(source, name)
+        if data is None:
+            raise ImageError(f"{name}: expected a path, bytes, a file object, a PIL image, an ndarray or a tensor")
+        picture = decode(data, name, check_size)
+    return _upright_rgb(picture, name, color)
 
 
 def _check_size(width: int, height: int, name: str, max_pixels: int) -> None:
@@ -243,87 +173,60 @@ def _check_size(width: int, height: int, name: str, max_pixels: int) -> None:
         raise ImageError(f"{name}: {width} x {height} pixels, the limit for a side is {MAX_SIDE:,}; cut it up first")
 
 
-def _array_to_image(array: np.ndarray, name: str, max_pixels: int) -> Image.Image:
-    if array.dtype != np.uint8:
-        raise ImageError(
-            f"{name}: expected uint8 with values 0 to 255; for floats in [0, 1] pass (array * 255).round().astype('uint8')"
-        )
-    if not (array.ndim == 2 or array.ndim == 3 and array.shape[2] in (1, 3, 4)):
-        raise ImageError(
-            f"{name}: expected the shape [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]; one image at a time, channels last"
-        )
-    _check_size(array.shape[1], array.shape[0], name, max_pixels)
-    return Image.fromarray(np.ascontiguousarray(array[:, :, 0] if array.shape[2:] == (1,) else array))
-
-
-def _tensor_to_array(tensor: torch.Tensor, name: str, max_pixels: int) -> np.ndarray:
-    """[3, H, W] to uint8 [H, W, 3]."""
-    if tensor.ndim != 3 or tensor.shape[0] != 3:
-        raise ImageError(f"{name}: expected the shape [3, H, W]; one image at a time, channels first")
-    if tensor.dtype != torch.uint8 and not tensor.is_floating_point():
-        raise ImageError(f"{name}: expected uint8 with values 0 to 255 or floating point in [0, 1]")
-    _check_size(tensor.shape[2], tensor.shape[1], name, max_pixels)
-    tensor = tensor.detach().cpu()
-    if tensor.dtype != torch.uint8:
-        low, high = tensor.aminmax()  # NaN if any value is
-        if not (low >= 0 and high <= 1):
+def _decoded(image: Image.Image, name: str) -> Picture:
+    """A PIL image of the caller's, decoded in place if it was not yet."""
+    if isinstance(image, ImageFile.ImageFile):
+        if image.format not in _LAZY_FORMATS:
+            formats = ", ".join(ACCEPTED_FORMATS)
             raise ImageError(
-                f"{name}: values from {low:.4g} to {high:.4g}, expected [0, 1]; scale or clamp them (not normalized pixels)"
+                f"{name}: format {image.format}, expected one of {formats}; if you trust it, pass image.copy()"
             )
-        tensor = tensor.to(torch.float32).mul(255).round().to(torch.uint8)
-    return tensor.permute(1, 2, 0).numpy()
+        if image.format in ("JPEG", "MPO") and image.tile and image.fp is not None:
+            position = image.fp.tell()
+            image.fp.seek(0)
+            jpeg.read(image.fp.read(), name)  # refuses too many scans
+            image.fp.seek(position)
+        load(image)
+    else:
+        image.load()
+    exif = image.info.get("exif")
+    state = orientation(exif if isinstance(exif, bytes) else None, None) if exif else _stated_orientation(image)
+    return Picture(image, state, image.info.get("icc_profile"))
 
 
-def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
-    image.load()  # before the orientation is read: TIFF turns itself
-    turn = _TURNS.get(_orientation(image))
-    image = _rgb(image, name)
+def _stated_orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(274, 1)
+    except Exception:  # damaged metadata do no harm to the pixels; every viewer shows such a file as it lies
+        return 1
+
+
+def _upright_rgb(picture: Picture, name: str, color: str) -> Image.Image:
+    profile = picture.profile if color == "srgb" else None
+    image = _rgb(picture.image, name, picture.white, profile)
+    turn = _TURNS.get(picture.orientation)
     if turn is not None:
         image = image.transpose(turn)
-        image.info = {}  # it still tells the orientation
+        image.info = {key: value for key, value in image.info.items() if key == "icc_profile"}  # not the orientation
+    if color == "ignore" and picture.profile:
+        image.info["icc_profile"] = picture.profile
     return image
 
 
-def _orientation(image: Image.Image) -> Any:
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # damaged metadata do no harm to the pixels; every viewer shows such a file as it lies
-        return None
-
-
-def _rgb(image: Image.Image, name: str) -> Image.Image:
-    """Transparency goes onto white."""
+def _rgb(image: Image.Image, name: str, white: float | None, profile: bytes | None) -> Image.Image:
+    """The image in RGB; transparency goes onto white."""
     if image.mode[0] in "IF":
-        return Image.fromarray(_grey_8bit(image, name)).convert("RGB")
+        return to_srgb(Image.fromarray(gray_8bit(image, name, white)), profile).convert("RGB")
     if not image.has_transparency_data:
-        return image if image.mode == "RGB" else image.convert("RGB")
+        fitting = image if image.mode in ("RGB", "L", "CMYK") else image.convert("RGB")
+        return to_srgb(fitting, profile).convert("RGB")
     rgba = image if image.mode == "RGBA" else image.convert("RGBA")
+    colors = (
+        rgba if profile is None else to_srgb(rgba.convert("L" if image.mode in ("L", "LA", "La") else "RGB"), profile)
+    )
     opaque = Image.new("RGB", rgba.size, "white")
-    opaque.paste(rgba, mask=rgba)
+    opaque.paste(colors, mask=rgba)
     return opaque
-
-
-def _grey_8bit(image: Image.Image, name: str) -> np.ndarray:
-    """Modes I;16 (all byte orders), I and F to uint8 [H, W]. Pillow's own conversion clips them at 255."""
-    values = np.asarray(image)  # [H, W]
-    low, high = values.min(), values.max()
-    whites = {"I": (255, 65535), "F": (1, 255, 65535)}.get(image.mode, (65535,))
-    white = next((white for white in whites if high <= white), None)
-    if white is None or not low >= 0:  # not: NaN
-        raise ImageError(
-            f"{name}: values from {low} to {high}, expected 0 to one of {', '.join(map(str, whites))}; scale them first"
-        )
-    transparent = image.info.get("transparency")
-    clear = values == transparent if isinstance(transparent, int) else None
-    scaled = values.astype(np.float32)
-    scaled *= 255 / white
-    if image.mode.startswith("I;16") and getattr(image, "tag_v2", {}).get(_PHOTOMETRIC_TAG) == _WHITE_IS_ZERO:
-        np.subtract(255, scaled, out=scaled)  # Pillow heeds this tag at 8 bits only
-    scaled += 0.5
-    grey = scaled.astype(np.uint8)
-    if clear is not None:
-        grey[clear] = 255
-    return grey
 
 
 def _resize(image: Image.Image, config: ImageConfig) -> Image.Image:
@@ -333,7 +236,7 @@ def _resize(image: Image.Image, config: ImageConfig) -> Image.Image:
         left, top = (
             (width - side) // 2,
             (height - side) // 2,
-        )  # whole pixels, so that a picture of the right size is not blurred
+        )  # whole pixels: a picture of the right size is not blurred
         return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
     if height > 64 * width:  # Pillow scales the width first, which would blow up a tall sliver before it shrinks
         image = image.resize((width, size), Image.Resampling.BICUBIC)

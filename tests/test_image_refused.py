@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from skimage import data
 
-from dyntok import image as image_module
+import dyntok.imaging.source
 from dyntok.config import ImageConfig
 from dyntok.errors import DyntokError, ImageError
 from dyntok.image import ACCEPTED_FORMATS, describe, load_image, to_pixels
@@ -55,21 +55,25 @@ def test_what_is_not_an_image(content):
     refused(content)
 
 
-@pytest.mark.parametrize("format", ["EPS", "PPM", "ICO", "PCX", "TGA", "PDF"])
-def test_formats_outside_the_list(format):
-    refused(encoded(PHOTO, format), "expected one of JPEG, PNG")
+@pytest.mark.parametrize("format", ["EPS", "ICO", "PCX", "DDS", "PDF"])
+def test_formats_that_are_recognized_but_not_read(format):
+    refused(encoded(PHOTO, format), f"{format} can't be read; convert it to PNG or JPEG first")
+
+
+def test_tga_has_no_signature():
+    refused(encoded(PHOTO, "TGA"), "expected one of JPEG, PNG")
 
 
 def test_lazy_pil_image_of_another_format_is_not_decoded():
     lazy = Image.open(io.BytesIO(encoded(PHOTO, "EPS")))
     refused(lazy, "format EPS")
     assert lazy.tile
-    ppm = Image.open(io.BytesIO(encoded(PHOTO, "PPM")))
-    refused(ppm, r"pass image\.copy\(\)")
-    assert np.array_equal(np.asarray(load_image(ppm.copy())), PHOTO)
+    tga = Image.open(io.BytesIO(encoded(PHOTO, "TGA")))
+    refused(tga, r"pass image\.copy\(\)")
+    assert np.array_equal(np.asarray(load_image(tga.copy())), PHOTO)
 
 
-@pytest.mark.parametrize("format", ACCEPTED_FORMATS)
+@pytest.mark.parametrize("format", [name for name in ACCEPTED_FORMATS if name not in ("HEIC", "JPEG XL")])
 def test_truncated_and_damaged_files(format):
     whole = encoded(PHOTO[:48, :64], format)
     for length in np.linspace(1, len(whole) * 0.9, 25).astype(int):
@@ -133,7 +137,7 @@ def test_too_long_a_side():
 def test_too_large_a_file(tmp_path, monkeypatch):
     path = tmp_path / "photo.png"
     path.write_bytes(encoded(PHOTO, "PNG"))
-    monkeypatch.setattr(image_module, "MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(dyntok.imaging.source, "MAX_FILE_BYTES", 1000)
     refused(path, "1,001 bytes, expected 1 to 1,000")
     refused(path.read_bytes(), "expected 1 to 1,000")
 
@@ -165,7 +169,7 @@ def test_pipes_and_devices_do_not_hang(path, tmp_path):
 @pytest.mark.parametrize(
     "source, match",
     [
-        (PHOTO / 255.0, r"\(array \* 255\)"),
+        (PHOTO / 254.0, r"expected \[0, 1\]"),
         (PHOTO.astype(np.uint16), "expected uint8"),
         (GREY > 3, "expected uint8"),
         (PHOTO.transpose(2, 0, 1), "channels last"),

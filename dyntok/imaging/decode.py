@@ -1,0 +1,217 @@
+"""The bytes of an image file to a decoded Pillow image, with results that depend on the bytes alone.
+
+Pillow reads `ImageFile.LOAD_TRUNCATED_IMAGES`, `Image.MAX_IMAGE_PIXELS` and its table of plugins from module globals, which other
+libraries change. So its plugins are called without `Image.open`, files reach them without metadata (of which Pillow warns), and each
+decoder runs inside a `_StrictDecoder` that insists on a complete picture.
+"""
+
+import io
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from PIL import BmpImagePlugin, GifImagePlugin, Image, ImageFile, Jpeg2KImagePlugin, JpegImagePlugin, PngImagePlugin
+from PIL import PpmImagePlugin, TiffImagePlugin, WebPImagePlugin
+
+from dyntok.errors import ImageError
+from dyntok.imaging import gif, jpeg, png, tiff, webp
+from dyntok.imaging.container import Container, Packing, orientation
+from dyntok.imaging.formats import ACCEPTED_FORMATS, BY_NAME, sniff
+from dyntok.imaging.samples import rgb_8bit, scaled, unpacked
+
+CheckSize = Callable[[int, int], None]  # (width, height): raises `ImageError` for a picture that is too large
+
+_STRICT = "dyntok_strict"
+_BLOCK = 65536  # bytes that a decoder gets at a time
+logging.getLogger("PIL").addHandler(
+    logging.NullHandler()
+)  # else what Pillow logs about broken files lands on a bare stderr
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded image and what its file says about it."""
+
+    image: Image.Image
+    orientation: int = 1
+    profile: bytes | None = None  # ICC
+    white: float | None = None
+
+
+def decode(data: bytes, name: str, check_size: CheckSize) -> Picture:
+    """Returns the first picture of a file, decoded. Raises `ImageError`, and whatever Pillow raises on broken files."""
+    format = sniff(data)
+    if format is None:
+        raise ImageError(f"{name}: not a readable image; expected one of {', '.join(ACCEPTED_FORMATS)}, intact")
+    if BY_NAME[format].advice:
+        raise ImageError(f"{name}: {format} can't be read; {BY_NAME[format].advice}")
+    container = _container(data, format, name)
+    for packing in container.packings:
+        try:
+            return replace(_unpacked(container, packing, check_size), orientation=container.orientation)
+        except (OSError, ValueError) as error:
+            if isinstance(error, ImageError) or packing == container.packings[-1]:
+                raise
+    image = _open(container.data, format)
+    check_size(*image.size)
+    if format in ("AVIF", "HEIC"):  # their decoders turn the picture, or say in EXIF how to
+        container = replace(container, orientation=orientation(image.info.get("exif"), None))
+    elif format == "PPM" and image.mode == "I":
+        container = replace(container, white=65535)
+    rawmode = _rawmode(image)
+    load(image)
+    if format == "PNG" and container.white:
+        image = _by_significant_bits(image, container, rawmode)
+    return Picture(image, container.orientation, container.profile or image.info.get("icc_profile"), container.white)
+
+
+def _container(data: bytes, format: str, name: str) -> Container:
+    match format:
+        case "JPEG":
+            return jpeg.read(data, name)
+        case "PNG":
+            return png.read(data)
+        case "GIF":
+            return gif.read(data)
+        case "WEBP":
+            return webp.read(data)
+        case "TIFF":
+            return tiff.read(data, name)
+    return Container(data)
+
+
+def _open(data: bytes, format: str) -> ImageFile.ImageFile:
+    """The image of Pillow's plugin, not yet decoded."""
+    match format:
+        case "JPEG":
+            return JpegImagePlugin.JpegImageFile(io.BytesIO(data))
+        case "PNG":
+            return PngImagePlugin.PngImageFile(io.BytesIO(data))
+        case "GIF":
+            return GifImagePlugin.GifImageFile(io.BytesIO(data))
+        case "WEBP":
+            return WebPImagePlugin.WebPImageFile(_ShortFirstRead(data))
+        case "TIFF":
+            return TiffImagePlugin.TiffImageFile(io.BytesIO(data))
+        case "BMP":
+            return BmpImagePlugin.BmpImageFile(io.BytesIO(data))
+        case "JPEG2000":
+            return Jpeg2KImagePlugin.Jpeg2KImageFile(io.BytesIO(data))
+        case "PPM":
+            return PpmImagePlugin.PpmImageFile(io.BytesIO(data))
+        case "AVIF":
+            from PIL import AvifImagePlugin
+
+            return AvifImagePlugin.AvifImageFile(io.BytesIO(data))
+        case "HEIC":
+            import pillow_heif
+
+            return pillow_heif.HeifImageFile(io.BytesIO(data))
+    from pillow_jxl import JXLImagePlugin
+
+    return JXLImagePlugin.JXLImageFile(io.BytesIO(data))
+
+
+class _ShortFirstRead(io.BytesIO):
+    """Gives 16 bytes at first, as a pipe might.
+
+    Pillow's WebP plugin compares the size in bytes 24 to 29 of its first read with `Image.MAX_IMAGE_PIXELS`, if they came.
+    """
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return super().read(16 if self.tell() == 0 and size is not None and size > 0 else size)
+
+
+def load(image: ImageFile.ImageFile) -> None:
+    """Decode a Pillow image in place. Raises an error unless every pixel was in the file."""
+    progress = _Progress()
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tile:
+        image.im = Image.new(
+            image.mode, image._tile_size, None
+        ).im  # else Pillow compares the size with MAX_IMAGE_PIXELS
+    image.tile = [_strict(tile, progress) for tile in image.tile]
+    image.decodermaxblock = _BLOCK
+    if isinstance(image, JpegImagePlugin.JpegImageFile) and image.fp is not None:
+        image.load_read = image.fp.read  # Pillow's own adds an end where there is none, if LOAD_TRUNCATED_IMAGES is set
+    image.load()
+    if progress.started != progress.finished:
+        raise OSError("image file is truncated")
+
+
+def _strict(tile: tuple, progress: "_Progress") -> tuple:
+    decoder, extents, offset, args = tile
+    if decoder == "libtiff":  # Pillow runs it in another way, which is strict
+        return tile
+    args = args if isinstance(args, tuple) else () if args is None else (args,)
+    make = getattr(type(tile), "_make", tuple)  # a named tuple since Pillow 11
+    return make((_STRICT, extents, offset, (progress, decoder, *args)))
+
+
+class _Progress:
+    """How many decoders of one picture have started and come to their end."""
+
+    def __init__(self) -> None:
+        self.started = self.finished = 0
+
+
+class _StrictDecoder:
+    """One of Pillow's decoders whose errors are raised whatever `ImageFile.LOAD_TRUNCATED_IMAGES` says."""
+
+    def __init__(self, mode: str, progress: _Progress, name: str, *args: Any) -> None:
+        self._decoder, self._progress = Image._getdecoder(mode, name, args), progress
+        self.setimage, self.setfd, self.cleanup = self._decoder.setimage, self._decoder.setfd, self._decoder.cleanup
+        self.pulls_fd = self._decoder.pulls_fd
+        progress.started += 1
+
+    def decode(self, data: bytes) -> tuple[int, int]:
+        consumed, error = self._decoder.decode(data)
+        if error < 0:
+            raise OSError(f"broken data stream (decoder error {error})")
+        self._progress.finished += consumed < 0 or self.pulls_fd
+        return consumed, error
+
+
+Image.register_decoder(_STRICT, _StrictDecoder)
+
+
+def _rawmode(image: ImageFile.ImageFile) -> str:
+    args = image.tile[0][3] if image.tile else ""
+    return args[0] if isinstance(args, tuple) else args or ""
+
+
+def _by_significant_bits(image: Image.Image, container: Container, rawmode: str) -> Image.Image:
+    """A PNG whose samples are as small as its sBIT chunk says, instead of filling their bits, with white as 255."""
+    white = int(container.white or 0)
+    if image.mode not in ("RGB", "RGBA", "L"):  # I;16 is scaled later; a palette holds full colors
+        return image
+    colors = np.asarray(image)[..., :3]
+    if rawmode.endswith(";16B"):
+        if colors.max() > white >> 8:
+            return image
+        low_bytes = _open(container.data, "PNG")
+        decoder, extents, offset, _ = low_bytes.tile[0]
+        low_bytes.tile = [type(low_bytes.tile[0])(decoder, extents, offset, rawmode[:-1] + "L")]
+        load(low_bytes)
+        bright = rgb_8bit(colors, np.asarray(low_bytes)[..., :3], white)
+    else:
+        bright = scaled(colors, white) if colors.max() <= white else None
+    if bright is None:
+        return image
+    result = Image.fromarray(bright)
+    if image.mode == "RGBA":
+        result.putalpha(image.getchannel("A"))
+    return result
+
+
+def _unpacked(container: Container, packing: Packing, check_size: CheckSize) -> Picture:
+    image = _open(tiff.as_bytes(container.data, packing), "TIFF")
+    check_size(packing.width, image.height)
+    load(image)
+    values = unpacked(np.asarray(image), packing)
+    full = (1 << packing.bits) - 1
+    stated = container.white if container.white and values.max() <= container.white else full
+    gray_or_rgb = scaled(values[:, :, 0] if packing.channels == 1 else values, stated)
+    result = Image.fromarray(255 - gray_or_rgb if packing.white_is_zero else gray_or_rgb)
+    return Picture(result, profile=container.profile)
