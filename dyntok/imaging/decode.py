@@ -12,8 +12,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from PIL import BmpImagePlugin, GifImagePlugin, Image, ImageFile, Jpeg2KImagePlugin, JpegImagePlugin, PngImagePlugin
-from PIL import PpmImagePlugin, TiffImagePlugin, WebPImagePlugin
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    Jpeg2KImagePlugin,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 
 from dyntok.errors import ImageError
 from dyntok.imaging import gif, jpeg, png, tiff, webp

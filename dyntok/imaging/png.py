@@ -3,6 +3,7 @@
 import struct
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 
 from dyntok.imaging.container import Container, expand, orientation
 
@@ -60,10 +61,8 @@ def _keep_text(kind: bytes, content: bytes, found: dict[bytes, bytes]) -> None:
     elif keyword == b"Raw profile type exif":
         text = (expand(rest[1:]) if kind == b"zTXt" else rest) or b""
         digits = b"".join(text.split()[2:])  # after the name and the length
-        try:
+        with suppress(ValueError):
             found.setdefault(b"exif text", bytes.fromhex(digits.decode("ascii")))
-        except ValueError:
-            pass
 
 
 def _profile(content: bytes) -> bytes | None:
