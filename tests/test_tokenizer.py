@@ -163,7 +163,7 @@ def test_bad_images_raise_or_are_left_out(tokenizer, photos, tmp_path):
 def test_which_of_many_is_bad_is_told(tokenizer, photos):
     for bad, name in (
         (JUNK, "<bytes, 12 bytes>"),
-        (photos[0] / 255, "<ndarray float64"),
+        (photos[0] / 100, "<ndarray float64"),
         (Image.new("I", (4, 4), -3), "<PIL I 4x4>"),
     ):
         for encode in (tokenizer.encode, tokenizer.features):
