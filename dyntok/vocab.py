@@ -1,40 +1,63 @@
-"""`VisualVocab`: the ids and the spelling of codes in an LLM's vocabulary, and the conversion in both directions.
+"""`VisualVocab`: images as ids and text of a language model, and back.
 
-Not here: tolerant parsing of generated output (`dyntok/llm/parsing.py`). An id that does not fit raises an error.
+Strict: ids that do not make an image raise an error. For what a model wrote, see `dyntok/llm/parsing.py`, which accepts anything.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from dyntok.encoding import Encoding
-from dyntok.errors import CodeError
-from dyntok.validation import counted, integers, refuse
+from dyntok.errors import CodeError, FingerprintError
+from dyntok.ids import END_TOKEN as END_TOKEN
+from dyntok.ids import START_TOKEN as START_TOKEN
+from dyntok.ids import IdRange, IdRanges, Layout
+from dyntok.layout import (
+    counts_to_map,
+    counts_to_mask,
+    lattice_positions,
+    map_to_counts,
+    mask_to_counts,
+    num_blocks,
+)
+from dyntok.validation import brief, counted, integer_rows, integers, refuse
 
-LAVIT_IMAGE_START, LAVIT_IMAGE_END = 32000, 32001  # ids in LaVIT's LLM
-LAVIT_OFFSET = 32002  # id of code 0
+if TYPE_CHECKING:
+    from dyntok.tokenizer import DynamicVisualTokenizer
+
+VOCAB_FILE = "dyntok.json"
+MAX_SIDE = 64  # patches; the tokens for rows, and for columns, where images have different grids
+LAVIT_IMAGE_START, LAVIT_IMAGE_END, LAVIT_OFFSET = 32000, 32001, 32002  # ids in LaVIT's LLM: code k is LAVIT_OFFSET + k
 LAVIT_CODES = 16384
-START_TOKEN, END_TOKEN = "<|image|>", "<|/image|>"
+_LAYOUT_OF_PLACES: dict[str, Layout] = {"map": "map", "lattice": "lattice", "free": "positions"}
+_Integers = Tensor | Sequence[int]
+_Grid = tuple[int, int]
 
-_LARGEST = {
-    "uint8": 2**8 - 1,
-    "int16": 2**15 - 1,
-    "uint16": 2**16 - 1,
-    "int32": 2**31 - 1,
-    "uint32": 2**32 - 1,
-    "int64": 2**63 - 1,
-    "uint64": 2**64 - 1,
-}
+
+class _Image(NamedTuple):
+    codes: Tensor
+    positions: Tensor | None
+    grid: _Grid | None
 
 
 @dataclass(frozen=True)
-class VisualVocab:
-    """A layout of visual tokens in an LLM's vocabulary.
+class VisualVocab(IdRanges):
+    """The ids of images in a language model's vocabulary. Code k has id offset + k; an image stands between image_start and image_end.
 
-    Code k has id offset + k. An image's codes stand between the ids image_start and image_end. With `patches`, every
-    code follows its position: position p has id offset + size + p.
+    The layout says how an image tells where its codes belong:
+
+    map        a map token for each block of 4 x 4 patches, with the four counts of its 2 x 2 cells (`layout.py`); then the codes
+    positions  before each code a position token
+    lattice    the codes alone; their number gives all places
+    none       the codes alone; places are unknown (LaVIT)
+
+    With `sides`, every image begins with a token for its rows and one for its columns. `VisualVocab.of(tok, after=len(tokenizer))` chooses
+    the layout that fits a tokenizer. Codes are in raster order in every layout.
 
     >>> VisualVocab.lavit().to_ids([0, 16383])
     tensor([32000, 32002, 48385, 32001])
@@ -42,102 +65,109 @@ class VisualVocab:
     '<|image|><|v:00000|><|v:16383|><|/image|>'
     """
 
-    size: int  # K, the number of codes
-    offset: int  # id of code 0
-    image_start: int
-    image_end: int
-    patches: int = 0  # N, the number of position tokens; 0 if positions are not written
+    @classmethod
+    def of(
+        cls, tok: "DynamicVisualTokenizer", after: int, *, layout: Layout | None = None, any_grid: bool = False
+    ) -> "VisualVocab":
+        """Returns the vocabulary of a tokenizer, appended to the `after` entries of a language model's vocabulary.
 
-    def __post_init__(self) -> None:
-        for name in ("size", "offset", "image_start", "image_end", "patches"):
-            value, low = getattr(self, name), int(name == "size")
-            if type(value) is not int or value < low:
-                raise CodeError(f"{name} of the vocabulary is {value!r}, expected an integer of {low} or more")
-        if self.vocab_size > 2**32:
-            raise CodeError(f"the highest id would be {self.vocab_size - 1}, expected at most {2**32 - 1} (uint32)")
-        for name in ("image_start", "image_end"):
-            if self.offset <= getattr(self, name) < self.position_offset + self.patches:
-                taken = f"the codes' {self._range}" + (" and the positions after them" if self.patches else "")
-                raise CodeError(f"{name} is {getattr(self, name)}, expected an id outside {taken}")
-        if self.image_start == self.image_end:
-            raise CodeError(f"image_start and image_end are both {self.image_start}, expected two different ids")
+        In this order: image start, image end, codes, 64 rows and 64 columns (with `any_grid`), map tokens or position tokens.
+
+        layout: by default what the tokenizer needs: "map" or "lattice" where it keeps only such patches, "none" where its decoder knows no
+            places (LaVIT), otherwise "positions"
+        any_grid: images say their grid, of 1 to 64 rows and columns; otherwise all images have the tokenizer's grid
+
+        >>> vocab = dyntok.VisualVocab.of(tok, after=len(tokenizer))
+        >>> vocab.to_encoding(vocab.to_ids(tok.encode(photos)))
+        """
+        if layout is None:
+            places = _LAYOUT_OF_PLACES[getattr(tok.config.selector, "places", "free")]
+            layout = places if tok.config.decoder.placement == "grid" else "none"
+        grid, sides = (None, MAX_SIDE) if any_grid else (tok.grid, 0)
+        patches = (MAX_SIDE**2 if grid is None else grid[0] * grid[1]) if layout == "positions" else 0
+        return cls.after(
+            after, tok.config.codebook.size, patches, layout=layout, grid=grid, sides=sides, fingerprint=tok.fingerprint
+        )
 
     @classmethod
-    def after(cls, vocab_size: int, size: int, patches: int = 0) -> "VisualVocab":
-        """Append visual tokens to a vocabulary of `vocab_size` entries.
-
-        The order is LaVIT's: start, end, `size` codes; then `patches` positions.
-        """
+    def after(
+        cls,
+        vocab_size: int,
+        size: int,
+        patches: int = 0,
+        *,
+        layout: Layout | None = None,
+        grid: _Grid | None = None,
+        sides: int = 0,
+        fingerprint: str | None = None,
+    ) -> "VisualVocab":
+        """Returns a vocabulary appended to `vocab_size` entries: start, end, then `size` codes, as LaVIT does; then the rest of the layout."""
         if type(vocab_size) is not int or vocab_size < 0:
             raise CodeError(f"vocab_size is {vocab_size!r}, expected an integer of 0 or more")
-        return cls(size=size, offset=vocab_size + 2, image_start=vocab_size, image_end=vocab_size + 1, patches=patches)
+        return cls(size, vocab_size + 2, vocab_size, vocab_size + 1, patches, layout, grid, sides, fingerprint)
 
     @classmethod
     def lavit(cls) -> "VisualVocab":
-        """Returns LaVIT's layout after LLaMA's 32,000 entries: start 32000, end 32001, 16,384 codes from 32002."""
+        """Returns LaVIT's vocabulary after LLaMA's 32,000 entries: start 32000, end 32001, code k = 32002 + k, K = 16,384."""
         return cls(LAVIT_CODES, LAVIT_OFFSET, LAVIT_IMAGE_START, LAVIT_IMAGE_END)
 
-    @property
-    def vocab_size(self) -> int:
-        """The highest id + 1: the number of rows that the LLM's embedding needs."""
-        return max(self.position_offset + self.patches, self.image_start + 1, self.image_end + 1)
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "VisualVocab":
+        """Returns the vocabulary that `save_pretrained` wrote into a model's folder (`dyntok.json`). Raises `CodeError`."""
+        path = Path(folder) / VOCAB_FILE
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise CodeError(
+                f"{path} does not exist; vocab.save_pretrained(folder) writes it beside the model"
+            ) from error
+        except (OSError, ValueError) as error:
+            raise CodeError(f"can't read {path}: {error}") from error
+        known = {field.name for field in fields(cls)}
+        if not isinstance(values, dict) or not {"size", "offset", "image_start", "image_end"} <= set(values) <= known:
+            got = brief(sorted(values)) if isinstance(values, dict) else type(values).__name__
+            raise CodeError(f"{path} holds {got}, expected a mapping with some of {', '.join(sorted(known))}")
+        return cls(**values)
 
-    @property
-    def position_offset(self) -> int:
-        """The id of position 0."""
-        return self.offset + self.size
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes `dyntok.json`, with ids, layout and fingerprint, into the folder of a language model or its tokenizer."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        text = json.dumps(asdict(self), indent=2) + "\n"
+        (Path(folder) / VOCAB_FILE).write_text(text, encoding="utf-8")
 
-    @property
-    def tokens(self) -> dict[str, int]:
-        """Every token's text and id, in order of ids. Numbers are padded with zeros to the width of the largest."""
-        tokens = {START_TOKEN: self.image_start, END_TOKEN: self.image_end}
-        tokens |= {self._spelled("v", k, self.size): self.offset + k for k in range(self.size)}
-        tokens |= {self._spelled("p", p, self.patches): self.position_offset + p for p in range(self.patches)}
-        return dict(sorted(tokens.items(), key=lambda item: item[1]))
+    @overload
+    def to_ids(self, codes: Encoding, wrap: bool = True) -> list[Tensor]: ...
 
-    @property
-    def dtype(self) -> str:
-        """The NumPy name of the narrowest of uint16 and uint32 that holds every id."""
-        return "uint16" if self.vocab_size - 1 <= _LARGEST["uint16"] else "uint32"
-
-    def check_dtype(self, dtype: str) -> None:
-        """Raise `CodeError` if an id would overflow `dtype`, a name such as "uint16" or a dtype of NumPy or torch."""
-        name = str(dtype).removeprefix("torch.")
-        if name not in _LARGEST:
-            raise CodeError(f"ids can't be stored as {name}; expected one of {', '.join(_LARGEST)}")
-        if self.vocab_size - 1 > _LARGEST[name]:
-            highest = f"ids up to {self.vocab_size - 1} overflow {name} (at most {_LARGEST[name]})"
-            raise CodeError(f"{highest}; store them as {self.dtype}")
-
-    def is_visual(self, id: int) -> bool:
-        """Returns whether this is the id of a start, an end, a code or a position."""
-        return id in (self.image_start, self.image_end) or self.offset <= id < self.position_offset + self.patches
+    @overload
+    def to_ids(
+        self,
+        codes: _Integers,
+        wrap: bool = True,
+        *,
+        positions: _Integers | None = None,
+        grid: _Grid | None = None,
+    ) -> Tensor: ...
 
     def to_ids(
         self,
-        codes: Tensor | Sequence[int] | Encoding,
+        codes: _Integers | Encoding,
         wrap: bool = True,
         *,
-        positions: Tensor | Sequence[int] | None = None,
+        positions: _Integers | None = None,
+        grid: _Grid | None = None,
     ) -> Tensor | list[Tensor]:
-        """Returns one image's codes [T] as ids between start and end, int64 [T + 2].
+        """Returns the ids of one image's codes, int64 [L], between start and end (without them where `wrap` is False).
 
-        codes: one image's, or an Encoding, which gives a list with one tensor per image.
-        wrap: add start and end.
-        positions: [T], required if the vocabulary has tokens for them. Each code then follows its position, 2 T ids in
-        all.
+        An `Encoding` gives a list of such tensors, one for each image.
 
-        Raises `CodeError` on a code outside 0 to K - 1, on an empty row, and on positions that are missing, unexpected,
-        out of range or not increasing.
+        positions: [T] in raster order; needed by the layouts "map" and "positions"
+        grid: (rows, columns) of the image, where the vocabulary does not fix it
+
+        Raises `CodeError` on codes out of range, on no codes, and on positions that are missing or do not fit the layout;
+        `FingerprintError` where the Encoding is another tokenizer's.
         """
         if isinstance(codes, Encoding):
-            known = codes.positions if self.patches else None
-            if known is None:
-                return [self._ids(row, wrap, None) for row in codes.codes]
-            return [self._ids(row, wrap, place) for row, place in zip(codes.codes, known, strict=True)]
-        return self._ids(codes, wrap, positions)
-
-    def _ids(self, codes: Tensor | Sequence[int], wrap: bool, positions: Tensor | Sequence[int] | None) -> Tensor:
+            return [self.to_ids(row, wrap, positions=places, grid=grid) for row, places, grid in self._images(codes)]
         row = integers(codes, "codes")
         if not len(row):
             raise CodeError("no codes; an image has at least one")
@@ -146,81 +176,143 @@ class VisualVocab:
             lambda i: f"code {row[i]} at place {i} is out of range, expected 0 to {self.size - 1}",
         )
         ids = row + self.offset
-        if (positions is None) != (self.patches == 0):
-            problem = "positions were not given; give one for each code"
-            if positions is not None:
-                problem = "positions were given; leave them out"
-            raise CodeError(f"this vocabulary has {counted(self.patches, 'position token')}, and {problem}")
-        if positions is not None:
-            place = integers(positions, "positions").to(ids.device)
-            self._check_positions(place, len(row))
-            ids = torch.stack([place + self.position_offset, ids], 1).flatten()
+        places = None if positions is None else integers(positions, "positions").to(row.device)
+        grid = self._known_grid(grid)
+        if places is not None:
+            self._check_positions(places, len(row), grid)
+        head = [self._side_ids(grid, row)] if self.sides else []
+        if self.layout == "lattice":
+            self._check_lattice(places, len(row), grid)
+        elif (places is None) != (self.layout == "none"):
+            way = "give one for each code" if places is None else "leave them out"
+            raise CodeError(
+                f"the vocabulary's layout is {self.layout!r}, and positions were {'not ' * (places is None)}given; {way}"
+            )
+        elif self.layout == "positions":
+            ids = torch.stack([places + self.positions.offset, ids], 1).flatten()
+        elif self.layout == "map":
+            mask = torch.zeros(grid[0] * grid[1], dtype=torch.bool, device=row.device).index_fill(0, places, True)
+            head.append(counts_to_map(mask_to_counts(mask, grid), grid) + self.map.offset)
+        ids = torch.cat([*head, ids]) if head else ids
         return torch.cat([ids.new_tensor([self.image_start]), ids, ids.new_tensor([self.image_end])]) if wrap else ids
 
-    def to_codes(self, ids: Tensor | Sequence[int]) -> Tensor:
-        """Returns the codes of one image's ids, int64 [T]: the inverse of `to_ids`, with or without start and end.
+    def to_text(self, codes: _Integers, *, positions: _Integers | None = None, grid: _Grid | None = None) -> str:
+        """Returns one image as text, between start and end. Arguments and errors are those of `to_ids`."""
+        ids = self.to_ids(codes, wrap=False, positions=positions, grid=grid).tolist()
+        ranges = self.ranges
+        pieces = [next(part.spell(id - part.offset + part.first) for part in ranges if id < part.stop) for id in ids]
+        return START_TOKEN + "".join(pieces) + END_TOKEN
 
-        Raises `CodeError` on any other id, on a misplaced or single start or end, and if there are no codes.
+    def to_encoding(self, rows: Iterable[_Integers], *, grid: _Grid | None = None) -> Encoding:
+        """Returns the images of rows of ids, one image each, with positions and grids: the inverse of `to_ids`.
+
+        grid: (rows, columns), where neither the vocabulary nor the ids say it
+
+        Raises `CodeError` on ids that are no image in this layout. For text and images mixed, see `dyntok.llm.parse_ids`.
         """
-        return self._codes_and_positions(ids)[0]
+        images = [self._image(row, grid) for row in integer_rows(rows, "ids")]
+        if any(image.grid is None for image in images):
+            raise CodeError("the vocabulary does not say the grid of its images; give grid=(rows, columns)")
+        positions = None if self.layout == "none" else [image.positions for image in images]
+        grids = torch.tensor([image.grid for image in images], dtype=torch.long).view(-1, 2)
+        return Encoding.pack([image.codes for image in images], positions, grids, self.fingerprint)
 
-    def to_positions(self, ids: Tensor | Sequence[int]) -> Tensor | None:
-        """Returns the positions in one image's ids, int64 [T], or None if the vocabulary has none.
+    def to_codes(self, ids: _Integers) -> Tensor:
+        """Returns the codes in one image's ids, int64 [T]: with start and end around them, or with neither.
 
-        Errors are those of `to_codes`.
+        Raises `CodeError` on any other id, on start or end in the wrong place or without the other, and on no codes at all.
         """
-        return self._codes_and_positions(ids)[1]
+        return self._image(integers(ids, "ids")).codes
 
-    def to_text(self, codes: Tensor | Sequence[int], *, positions: Tensor | Sequence[int] | None = None) -> str:
-        """Returns one image as text between start and end. Arguments and errors: see `to_ids`."""
-        ids = self._ids(codes, False, positions).tolist()
-        return START_TOKEN + "".join(map(self._text_of, ids)) + END_TOKEN
+    def to_positions(self, ids: _Integers) -> Tensor | None:
+        """Returns the positions in one image's ids, int64 [T]; None where the layout is "none". Errors are those of `to_codes`."""
+        return self._image(integers(ids, "ids")).positions
 
-    def _text_of(self, id: int) -> str:
-        if id < self.position_offset:
-            return self._spelled("v", id - self.offset, self.size)
-        return self._spelled("p", id - self.position_offset, self.patches)
+    def _images(self, encoding: Encoding) -> Iterable[tuple[Tensor, Tensor | None, _Grid]]:
+        if None not in (self.fingerprint, encoding.fingerprint) and self.fingerprint != encoding.fingerprint:
+            raise FingerprintError(
+                f"the vocabulary belongs to the tokenizer {self.fingerprint}, the codes come from {encoding.fingerprint}"
+            )
+        positions = encoding.positions if self.layout != "none" else None
+        for i, (codes, grid) in enumerate(zip(encoding.codes, encoding.grids.tolist(), strict=True)):
+            yield codes, None if positions is None else positions[i], tuple(grid)
 
-    def _codes_and_positions(self, ids: Tensor | Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        row = integers(ids, "ids")
+    def _image(self, row: Tensor, grid: _Grid | None = None) -> _Image:
         starts, ends = ((row == marker).nonzero().flatten().tolist() for marker in (self.image_start, self.image_end))
         if starts or ends:
             if starts != [0] or ends != [len(row) - 1]:
-                found = f"start ({self.image_start}) at {starts} and end ({self.image_end}) at {ends}"
-                expected = "expected one image: start first, end last, or neither of them"
-                raise CodeError(f"{counted(len(row), 'id')} with {found}; {expected}")
+                raise CodeError(
+                    f"{counted(len(row), 'id')} with start ({self.image_start}) at {starts} and end ({self.image_end}) "
+                    f"at {ends}; expected one image: start first, end last, or neither of them"
+                )
             row = row[1:-1]
+        if self.sides:
+            (rows,), (columns,) = _numbers(row[:1], self.rows, 1), _numbers(row[1:2], self.columns, 1)
+            grid, row = (rows, columns), row[2:]
+        grid = self._known_grid(grid)
         positions = None
-        if self.patches:
+        if self.layout == "map":
+            values = _numbers(row[: num_blocks(grid)], self.map, num_blocks(grid))
+            mask = counts_to_mask(map_to_counts(torch.tensor(values), grid), grid)
+            positions, row = mask.nonzero()[:, 0].to(row.device), row[num_blocks(grid) :]
+        elif self.layout == "positions":
             if len(row) % 2:
                 raise CodeError(f"{counted(len(row), 'id')} in an image, expected pairs of position and code")
-            positions, row = row[::2] - self.position_offset, row[1::2]
+            positions, row = row[::2] - self.positions.offset, row[1::2]
         if not len(row):
             raise CodeError("no codes among these ids; an image has at least one")
         codes = row - self.offset
         refuse(
-            (codes < 0) | (codes >= self.size), lambda i: f"id {row[i]} is not the id of a code, expected {self._range}"
+            (codes < 0) | (codes >= self.size),
+            lambda i: f"id {row[i]} is not the id of a code, expected {self.codes}",
         )
+        if self.layout == "lattice":
+            positions = lattice_positions(len(codes), grid)
         if positions is not None:
-            self._check_positions(positions, len(codes))
-        return codes, positions
+            self._check_positions(positions, len(codes), grid)
+        return _Image(codes, positions, grid)
 
-    def _check_positions(self, positions: Tensor, codes: int) -> None:
+    def _known_grid(self, grid: _Grid | None) -> _Grid | None:
+        if grid is not None and self.grid not in (None, tuple(grid)):
+            raise CodeError(
+                f"an image has the grid {tuple(grid)}, expected {self.grid}; VisualVocab.of(..., any_grid=True) writes any"
+            )
+        grid = self.grid if grid is None else tuple(grid)
+        if grid is None and self.sides:
+            raise CodeError("this vocabulary writes each image's grid; give grid=(rows, columns)")
+        return grid
+
+    def _side_ids(self, grid: _Grid, like: Tensor) -> Tensor:
+        if max(grid) > self.sides or min(grid) < 1:
+            raise CodeError(f"a grid of {grid[0]} x {grid[1]} can't be written, expected sides of 1 to {self.sides}")
+        return like.new_tensor([self.rows.offset + grid[0] - 1, self.columns.offset + grid[1] - 1])
+
+    def _check_lattice(self, places: Tensor | None, tokens: int, grid: _Grid) -> None:
+        expected = lattice_positions(tokens, grid)
+        if places is not None and not torch.equal(places.cpu(), expected):
+            raise CodeError(
+                f"the {tokens} positions are not those of the lattice, which layout 'lattice' can't write; "
+                'encode with places="lattice"'
+            )
+
+    def _check_positions(self, positions: Tensor, codes: int, grid: _Grid | None) -> None:
         if len(positions) != codes:
             raise CodeError(
                 f"{counted(codes, 'code')} with {counted(len(positions), 'position')}, expected one for each"
             )
-        outside = (positions < 0) | (positions >= self.patches)
-        refuse(
-            outside, lambda i: f"position {positions[i]} at place {i} is out of range, expected 0 to {self.patches - 1}"
-        )
+        patches = min(n for n in (self.patches, grid[0] * grid[1] if grid else 0, 2**62) if n)
+        outside = (positions < 0) | (positions >= patches)
+        refuse(outside, lambda i: f"position {positions[i]} at place {i} is out of range, expected 0 to {patches - 1}")
         unordered = positions.diff() <= 0
         refuse(unordered, lambda i: f"position {positions[i + 1]} comes after {positions[i]}; expected raster order")
 
-    @staticmethod
-    def _spelled(letter: str, number: int, count: int) -> str:
-        return f"<|{letter}:{number:0{len(str(count - 1))}d}|>"
 
-    @property
-    def _range(self) -> str:
-        return f"{self.offset} to {self.offset + self.size - 1}"
+def _numbers(ids: Tensor, part: IdRange, count: int) -> list[int]:
+    """Returns the numbers that these ids stand for. Raises `CodeError` unless there are `count`, all in the range."""
+    if len(ids) < count:
+        raise CodeError(f"{counted(len(ids), 'id')} where {count} of kind {part.kind} begin an image, expected {part}")
+    refuse(
+        (ids < part.offset) | (ids >= part.stop),
+        lambda i: f"id {ids[i]} at place {i} of the header is not of kind {part.kind}, expected {part}",
+    )
+    return (ids - part.offset + part.first).tolist()

@@ -8,8 +8,8 @@ from dyntok.llm.extend import extend_model as extend_model
 from dyntok.llm.extend import extend_tokenizer as extend_tokenizer
 from dyntok.llm.grammar import GrammarState as GrammarState
 from dyntok.llm.grammar import ImageGrammar as ImageGrammar
+from dyntok.llm.logits_processor import ImageLogitsProcessor as ImageLogitsProcessor
 from dyntok.llm.mask import GrammarMask as GrammarMask
-from dyntok.llm.mask import ImageLogitsProcessor as ImageLogitsProcessor
 from dyntok.llm.packing import PackedDataset as PackedDataset
 from dyntok.llm.packing import PackedRow as PackedRow
 from dyntok.llm.packing import Packer as Packer

@@ -1,7 +1,4 @@
-"""`GrammarMask`: `ImageGrammar` for batches, as tensor operations without a read back from the device, and as a logits processor.
-
-Nothing here imports transformers; its `generate` takes any callable.
-"""
+"""`GrammarMask`: `ImageGrammar` for batches, as tensor operations that never wait for the device."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,17 +7,34 @@ import torch
 from torch import Tensor
 
 from dyntok.errors import ConfigError
+from dyntok.layout import map_digits
 from dyntok.llm.grammar import UNLIMITED, ImageGrammar
 
 
 class MaskState(NamedTuple):
-    """`GrammarState` of R rows."""
+    """`GrammarState` of R rows: bool [R] or int64 [R] each."""
 
-    inside: Tensor  # bool [R]
-    count: Tensor  # int64 [R]
-    images: Tensor  # int64 [R]
-    position: Tensor  # int64 [R]
-    waiting: Tensor  # bool [R]
+    inside: Tensor
+    count: Tensor
+    images: Tensor
+    position: Tensor
+    waiting: Tensor
+    rows: Tensor
+    columns: Tensor
+    blocks: Tensor
+    total: Tensor
+
+
+class _Next(NamedTuple):
+    """What may come next in R rows: bool [R], or [R, size of the range]; None where the vocabulary has no such ids."""
+
+    codes: Tensor
+    end: Tensor
+    full: Tensor  # the end alone
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+    map: Tensor | None = None
+    positions: Tensor | None = None
 
 
 class GrammarMask:
@@ -33,70 +47,101 @@ class GrammarMask:
         grammars = [grammars] if isinstance(grammars, ImageGrammar) else list(grammars)
         if not grammars or len({(g.vocab, g.eos, g.vocab_size) for g in grammars}) > 1:
             raise ConfigError(
-                f"{len(grammars)} grammars, expected at least one, all with equal vocab, eos and vocab_size"
+                f"got {len(grammars)} grammars, expected at least one, all with equal vocab, eos and vocab_size"
             )
         self.grammar, self.device = grammars[0], torch.device(device)
-        images = max(len(limit) for g in grammars for limit in (g.min_tokens, g.max_tokens))
-        limits = torch.tensor([[g.limits(i) for i in range(images)] for g in grammars], device=device)  # [G, images, 2]
-        self._least, self._most = limits.unbind(-1)
-        self._min_images = torch.tensor([g.min_images for g in grammars], device=device)
-        self._max_images = torch.tensor([g.max_images for g in grammars], device=device)
-        self._text = torch.tensor([g.text for g in grammars], device=device)
+        vocab = self.grammar.vocab
+        self._text_ranges, self._width = self.grammar.text_ranges, self.grammar.ids_per_code
+        self._codes, self._rows, self._columns = vocab.codes, vocab.rows, vocab.columns
+        self._map, self._positions, self._visual = vocab.map, vocab.positions, (vocab.offset, vocab.ranges[-1].stop)
+        images = range(max(len(limit) for g in grammars for limit in (g.min_tokens, g.max_tokens)))
+
+        def table(make) -> Tensor:
+            return torch.tensor([make(g) for g in grammars], device=device)
+
+        self._least = table(lambda g: [g.limits(i)[0] for i in images])  # [G, images]
+        self._most = table(lambda g: [g.limits(i)[1] for i in images])
+        self._shortest = table(lambda g: [g.shortest(g.limits(i)[0]) for i in images])
+        self._min_images, self._max_images = table(lambda g: g.min_images), table(lambda g: g.max_images)
+        self._text = table(lambda g: g.text)
+        self._digits = map_digits().to(device)  # [625, 4]
+        sides = range(1, vocab.sides + 1)
+        self._headers = torch.tensor([[self.grammar.header((r, c)) for c in sides] for r in sides], device=device)
+        self._patches = torch.tensor([[r * c for c in sides] for r in sides], device=device)  # [sides, sides]
+        self._grids = table(lambda g: [[g.grid in (None, (r, c)) for c in sides] for r in sides])  # [G, sides, sides]
 
     def start(self, rows: int) -> MaskState:
-        """R rows at the beginning."""
-        flags, numbers = (
-            torch.zeros(2, rows, dtype=torch.bool, device=self.device),
-            torch.zeros(3, rows, dtype=torch.long, device=self.device),
-        )
-        return MaskState(flags[0], numbers[0], numbers[1], numbers[2] - 1, flags[1])
+        """Returns the state of R rows at the beginning."""
+        no, zero = (torch.zeros(rows, dtype=dtype, device=self.device) for dtype in (torch.bool, torch.long))
+        return MaskState(no, zero, zero, zero - 1, no, zero, zero, zero, zero)
 
     def scan(self, ids: Tensor, prompt_length: int = 0) -> MaskState:
-        """The state behind ids, int64 [R, L]; images that ended before `prompt_length` do not count."""
+        """Returns the state after ids, int64 [R, L]; images that ended before `prompt_length` do not count."""
         vocab, length = self.grammar.vocab, ids.shape[1]
         if not length:
             return self.start(len(ids))
         place = torch.arange(1, length + 1, device=ids.device)
-        starts, codes = ids == vocab.image_start, (ids >= vocab.offset) & (ids < vocab.position_offset)
-        positions = (ids >= vocab.position_offset) & (ids < vocab.position_offset + vocab.patches)
+        starts, visual = ids == vocab.image_start, (ids >= self._visual[0]) & (ids < self._visual[1])
         last_start = (starts * place).amax(1)  # counted from 1; 0: there is none
-        last_break = (~(starts | codes | positions) * place).amax(1)
+        last_break = (~(starts | visual) * place).amax(1)
         inside = last_start > last_break
-        since = place > last_start[:, None]  # [R, L]
-        last_position = (positions & since).mul(place).amax(1)
-        position = ids.gather(1, (last_position[:, None] - 1).clamp(min=0))[:, 0] - vocab.position_offset
+        since = (place > last_start[:, None]) & inside[:, None]  # [R, L]
+
+        def last(part, nothing: int) -> tuple[Tensor, Tensor]:
+            """The number of the last id of a kind, and its place."""
+            found = ((ids >= part.offset) & (ids < part.stop) & since).mul(place).amax(1)
+            id = ids.gather(1, (found[:, None] - 1).clamp(min=0))[:, 0]
+            return torch.where(found > 0, id - part.offset + part.first, nothing), found
+
+        codes = (ids >= self._codes.offset) & (ids < self._codes.stop) & since
+        maps = (ids >= self._map.offset) & (ids < self._map.stop) & since
+        position, written = last(self._positions, -1)
         return MaskState(
             inside,
-            (codes & since).sum(1) * inside,
+            codes.sum(1),
             (ids[:, prompt_length:] == vocab.image_end).sum(1),
-            torch.where(inside & (last_position > 0), position, -1),
-            inside & (last_position == length),
+            position,
+            inside & (written > (codes * place).amax(1)),
+            last(self._rows, 0)[0],
+            last(self._columns, 0)[0],
+            maps.sum(1),
+            self._total(ids, maps).sum(1),
         )
 
     def step(self, state: MaskState, ids: Tensor) -> MaskState:
-        """The state after one more id per row, int64 [R]."""
+        """Returns the state after one more id per row, int64 [R]."""
         vocab = self.grammar.vocab
         start, end = ids == vocab.image_start, ids == vocab.image_end
-        code = (ids >= vocab.offset) & (ids < vocab.position_offset)
-        place = (ids >= vocab.position_offset) & (ids < vocab.position_offset + vocab.patches)
-        stays = state.inside & (code | place)
+        stays = state.inside & (ids >= self._visual[0]) & (ids < self._visual[1])
+        code, position, rows, columns, maps = (
+            stays & (ids >= part.offset) & (ids < part.stop)
+            for part in (self._codes, self._positions, self._rows, self._columns, self._map)
+        )
         return MaskState(
             start | stays,
             (state.count + code) * stays,
             state.images + end,
-            torch.where(stays, torch.where(place, ids - vocab.position_offset, state.position), -1),
-            stays & place,
+            torch.where(position, ids - self._positions.offset, torch.where(stays, state.position, -1)),
+            position | state.waiting & stays & ~code,
+            torch.where(rows, ids - self._rows.offset + 1, state.rows * stays),
+            torch.where(columns, ids - self._columns.offset + 1, state.columns * stays),
+            (state.blocks + maps) * stays,
+            state.total * stays + self._total(ids, maps),
         )
 
+    def _total(self, ids: Tensor, maps: Tensor) -> Tensor:
+        """The sums of counts of map tokens, 0 elsewhere; of the shape of ids."""
+        return self._digits.sum(1)[(ids - self._map.offset).clamp(0, len(self._digits) - 1)] * maps
+
     def forbidden(self, state: MaskState, width: int, room: int = UNLIMITED) -> Tensor:
-        """bool [R, width]: True where an id may not come next. width: of the logits; room: as in `ImageGrammar.allowed`."""
+        """Returns where an id may not come next, bool [R, width]. width: of the logits; room: as in `ImageGrammar.allowed`."""
         return self._decide(state, width, room)[0]
 
     def constrain(self, scores: Tensor, state: MaskState, room: int = UNLIMITED) -> Tensor:
-        """Scores [R, V] with -inf where an id may not come next; a new tensor.
+        """Returns scores [R, V] with -inf where an id may not come next; a new tensor.
 
-        Where start or end of an image is all that may come, its score becomes 0, so that it can be chosen even if another rule had ruled
-        it out.
+        Where the start or end of an image is the only id allowed, its score becomes 0, so that it can be chosen even if another rule had
+        excluded it.
         """
         forbidden, start, end = self._decide(state, scores.shape[1], room)
         scores = scores.masked_fill(forbidden, float("-inf"))
@@ -105,42 +150,111 @@ class GrammarMask:
         return scores
 
     def _decide(self, state: MaskState, width: int, room: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What is forbidden, bool [R, V], and where start and end are all that may come, bool [R]."""
+        """What is forbidden, bool [R, V], and where start and end are the only ids allowed, bool [R]."""
         grammar, vocab = self.grammar, self.grammar.vocab
         if width < grammar.vocab_size:
             raise ConfigError(
-                f"logits for {width} ids, but the grammar's vocabulary has {grammar.vocab_size}; extend_model() makes room"
+                f"logits for {width} ids, but the grammar's vocabulary has {grammar.vocab_size}; call extend_model() first"
             )
-        rows, per_code = len(state.inside), 2 if vocab.patches else 1
+        rows = len(state.inside)
         image = state.images.clamp(max=self._least.shape[1] - 1)[:, None]
-        least, most = (self._rows(table, rows).gather(1, image)[:, 0] for table in (self._least, self._most))
-        text, min_images, max_images = (self._rows(t, rows) for t in (self._text, self._min_images, self._max_images))
-        free = state.inside & ~state.waiting
-        full = free & ((state.count >= most) | (state.position + 1 >= (vocab.patches or 1)))
-        full = full | free if room <= per_code else full
-        end = free & (full | (state.count >= least))
-        codes = state.waiting | (free & ~full) if not vocab.patches else state.waiting
-        start = ~state.inside & (state.images < max_images) & (per_code * least + 2 <= room)
+        least, most, shortest = (
+            self._each(table, rows).gather(1, image)[:, 0] for table in (self._least, self._most, self._shortest)
+        )
+        text, min_images, max_images = (self._each(t, rows) for t in (self._text, self._min_images, self._max_images))
+        start = ~state.inside & (state.images < max_images) & (shortest <= room)
         text = text & ~state.inside
-        eos = ~state.inside & ((state.images >= min_images) | ~(start | (text if grammar.text_ranges else False)))
+        eos = ~state.inside & ((state.images >= min_images) | ~(start | (text if self._text_ranges else False)))
+        following = self._inside(state, least, most, room)
 
         forbidden = torch.empty(rows, width, dtype=torch.bool, device=state.inside.device)
         forbidden[:, grammar.vocab_size :] = True
-        for low, high in grammar.text_ranges:
+        for low, high in self._text_ranges:
             forbidden[:, low:high] = ~text[:, None]
         for id in grammar.eos:
             forbidden[:, id] = ~eos
-        forbidden[:, vocab.image_start], forbidden[:, vocab.image_end] = ~start, ~end
-        forbidden[:, vocab.offset : vocab.position_offset] = ~codes[:, None]
-        if vocab.patches:
-            place = torch.arange(vocab.patches, device=forbidden.device)
-            low = state.position + 1
-            high = torch.maximum(vocab.patches - (least - state.count).clamp(min=1), low)
-            fits = (place >= low[:, None]) & (place <= high[:, None]) & (free & ~full)[:, None]
-            forbidden[:, vocab.position_offset : vocab.position_offset + vocab.patches] = ~fits
-        return forbidden, start & ~(text | eos), full
+        forbidden[:, vocab.image_start], forbidden[:, vocab.image_end] = ~start, ~following.end
+        forbidden[:, self._codes.offset : self._codes.stop] = ~following.codes[:, None]
+        for part, allowed in (
+            (self._rows, following.rows),
+            (self._columns, following.columns),
+            (self._map, following.map),
+            (self._positions, following.positions),
+        ):
+            if allowed is not None:
+                forbidden[:, part.offset : part.stop] = ~allowed
+        return forbidden, start & ~(text | eos), following.full
 
-    def _rows(self, table: Tensor, rows: int) -> Tensor:
+    def _inside(self, state: MaskState, least: Tensor, most: Tensor, room: int) -> _Next:
+        """What may come next in an image."""
+        vocab, free, side_rows, side_columns = self.grammar.vocab, state.inside, None, None
+        if vocab.sides:
+            unsized, half = free & (state.rows == 0), free & (state.rows > 0) & (state.columns == 0)
+            side_rows, side_columns = self._sides(state, least, room)
+            side_rows, side_columns = side_rows & unsized[:, None], side_columns & half[:, None]
+            free = free & ~unsized & ~half
+        grid = self._grid(state)
+        patches = vocab.patches or UNLIMITED if grid is None else grid[0] * grid[1]
+        if grid is not None:
+            least, most = least.clamp(max=patches), most.clamp(max=patches)
+        if vocab.layout == "map":
+            values, planning = self._map_values(state, grid, least, most, room)
+            values, free = values & (free & planning)[:, None], free & ~planning
+            codes, full = free & (state.count < state.total), free & (state.count >= state.total)
+            return _Next(codes, full, full, side_rows, side_columns, values)
+        waiting, free = free & state.waiting, free & ~state.waiting
+        full = free & ((state.count >= most) | (state.position + 1 >= patches))
+        full = full | free if room <= self._width else full
+        end = free & (full | (state.count >= least))
+        if not vocab.patches:
+            return _Next(waiting | free & ~full, end, full, side_rows, side_columns)
+        place = torch.arange(vocab.patches, device=free.device)
+        low = state.position + 1
+        high = torch.maximum(patches - (least - state.count).clamp(min=1), low)
+        fits = (place >= low[:, None]) & (place <= high[:, None]) & (free & ~full)[:, None]
+        return _Next(waiting, end, full, side_rows, side_columns, None, fits)
+
+    def _grid(self, state: MaskState) -> tuple[Tensor, Tensor] | None:
+        """Rows and columns, int64 [R] each (1 where they are not written yet); None where nothing says them."""
+        vocab = self.grammar.vocab
+        if vocab.sides:
+            return state.rows.clamp(min=1), state.columns.clamp(min=1)
+        ones = torch.ones_like(state.count)
+        return None if vocab.grid is None else (vocab.grid[0] * ones, vocab.grid[1] * ones)
+
+    def _sides(self, state: MaskState, least: Tensor, room: int) -> tuple[Tensor, Tensor]:
+        """Numbers of rows that some columns go with, and of columns that go with the rows: bool [R, sides] each."""
+        known = self._each(self._grids, len(least)) & (self._patches >= least[:, None, None])  # [R, sides, sides]
+        needed = self._headers + (self._width * least + 1)[:, None, None]
+        rows = _or_else((known & (needed <= room)).any(2), known.any(2))
+        row = (state.rows - 1).clamp(min=0)[:, None, None].expand(-1, 1, known.shape[2])
+        known, needed = known.gather(1, row)[:, 0], needed.gather(1, row)[:, 0]
+        columns = _or_else(known & (needed <= room + 1), known)
+        return rows, _or_else(columns, torch.ones_like(columns))
+
+    def _map_values(
+        self, state: MaskState, grid: tuple[Tensor, Tensor], least: Tensor, most: Tensor, room: int
+    ) -> tuple[Tensor, Tensor]:
+        """The map values with which the total can still reach `least` and does not exceed `most`, bool [R, 625]; and where map tokens
+        are still to come, bool [R].
+        """
+        rows, columns = grid
+        across = (columns + 3) // 4
+        left = (rows + 3) // 4 * across - state.blocks
+        top, edge = state.blocks // across * 4, state.blocks % across * 4
+        cells = torch.tensor([0, 2], device=rows.device)
+        heights = ((rows - top)[:, None] - cells).clamp(0, 2)  # of the two rows of cells, [R, 2]
+        widths = ((columns - edge)[:, None] - cells).clamp(0, 2)
+        capacities = (heights[:, :, None] * widths[:, None]).flatten(1)  # [R, 4]
+        own = capacities.sum(1)
+        before = top * columns + heights.sum(1) * torch.minimum(edge + 4, columns)  # patches up to this block
+        low = torch.minimum((least - state.total - (rows * columns - before)).clamp(min=0), own)
+        high = torch.maximum(torch.minimum(most, room - left - 1) - state.total, low)
+        sums = self._digits.sum(1)
+        fits = (sums >= low[:, None]) & (sums <= high[:, None])
+        return fits & (self._digits <= capacities[:, None]).all(2), left > 0
+
+    def _each(self, table: Tensor, rows: int) -> Tensor:
         """[G, ...] -> [R, ...]"""
         prompts = len(table)
         if rows % prompts:
@@ -150,30 +264,6 @@ class GrammarMask:
         return table.repeat_interleave(rows // prompts, 0, output_size=rows)
 
 
-class ImageLogitsProcessor:
-    """For `generate(logits_processor=[...])` of transformers: greedy, sampling, beams, guidance, left padding, several prompts.
-
-    >>> inputs = tokenizer(["A dog: "], return_tensors="pt")
-    >>> only_pictures = ImageLogitsProcessor(grammar, prompt_length=inputs["input_ids"].shape[1], max_new_tokens=300)
-    >>> model.generate(**inputs, max_new_tokens=300, logits_processor=[only_pictures])
-
-    prompt_length: where generation begins; images that the prompt finished do not count
-    max_new_tokens: where given, an image is ended in time and not begun where it would not fit
-
-    It keeps nothing from step to step, so beams may be reordered and a processor may be used again for prompts of the same length.
-    """
-
-    def __init__(
-        self, grammars: ImageGrammar | Sequence[ImageGrammar], prompt_length: int, max_new_tokens: int | None = None
-    ) -> None:
-        self._mask = GrammarMask(grammars)
-        self._grammars, self.prompt_length, self.max_new_tokens = grammars, prompt_length, max_new_tokens
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Ids so far [R, L] and scores [R, V] to scores [R, V]."""
-        if self._mask.device != scores.device:
-            self._mask = GrammarMask(self._grammars, scores.device)
-        room = (
-            UNLIMITED if self.max_new_tokens is None else self.prompt_length + self.max_new_tokens - input_ids.shape[1]
-        )
-        return self._mask.constrain(scores, self._mask.scan(input_ids, self.prompt_length), room)
+def _or_else(some: Tensor, others: Tensor) -> Tensor:
+    """Rows of `some`, or of `others` where a row has nothing: bool [R, n]."""
+    return torch.where(some.any(1, keepdim=True), some, others)

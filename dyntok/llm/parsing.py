@@ -1,110 +1,129 @@
-"""What a language model wrote, ids or text, taken apart: text, images, an image cut off at the end, stray codes.
+"""What a language model wrote, ids or text, taken apart: text, images, a truncated image at the end, malformed pieces.
 
-Nothing that comes in is an error here; what does not make a picture is told as what it is. The strict way is `VisualVocab.to_codes`.
+Accepts anything: malformed input is returned as labelled segments. The strict way is `VisualVocab.to_encoding`.
 """
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
+from dyntok.encoding import Encoding
+from dyntok.errors import CodeError
+from dyntok.ids import END_TOKEN, START_TOKEN, Kind
+from dyntok.layout import counts_to_mask, lattice_positions, map_to_counts, num_blocks
 from dyntok.validation import integers
-from dyntok.vocab import END_TOKEN, START_TOKEN, VisualVocab
+from dyntok.vocab import VisualVocab
 
-_TOKEN = re.compile(rf"{re.escape(START_TOKEN)}|{re.escape(END_TOKEN)}|<\|([vp]):([0-9]{{1,10}})\|>")
-_Lexeme: TypeAlias = tuple[str, int, int, int]  # kind, value, and where it begins and ends
+_TOKEN = re.compile(rf"{re.escape(START_TOKEN)}|{re.escape(END_TOKEN)}|<\|([vpmrc]):([0-9]{{1,10}})\|>")
+
+
+class _Lexeme(NamedTuple):
+    kind: Kind | Literal["space"]
+    value: int
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of what was parsed, from `start` to `stop`; all segments together are the whole of it, in order.
+    """A piece of what was parsed, from `start` to `stop`. All segments together are the whole of it, in order.
 
-    kind       "text"; "image", complete; "cut", an image that the end of the input cut off; "stray", codes, positions or markers
-               that make no image: outside of one, or of one broken off by text or by the next
+    kind       "text"; "image", with start, codes and end; "truncated", an image that the end of the input cut off; "malformed", other tokens
+               of the vocabulary: outside an image, in one interrupted by text or by the next, or without any code
     codes      codebook indices, empty for text
-    positions  the patch of each code, where they are written, whole and rising; otherwise None
+    positions  the patch of each code; None where the layout has none, or where the image does not keep to its layout
+    grid       rows and columns of the image, None where neither the vocabulary nor the image says them
     """
 
-    kind: Literal["text", "image", "cut", "stray"]
+    kind: Literal["text", "image", "truncated", "malformed"]
     start: int
     stop: int
     codes: tuple[int, ...] = ()
     positions: tuple[int, ...] | None = None
+    grid: tuple[int, int] | None = None
+
+    @property
+    def encoding(self) -> Encoding:
+        """The image as `tok.decode` takes it. Raises `CodeError` where it has no codes, more than patches, or no known grid."""
+        if self.grid is None:
+            raise CodeError("the grid of this image is not known; VisualVocab.of(tok, ...) knows it")
+        return Encoding.pack([self.codes], None if self.positions is None else [self.positions], self.grid)
 
 
 def parse_ids(ids: Tensor | Sequence[int], vocab: VisualVocab) -> list[Segment]:
-    """Segments of any ids, negative and unknown ones included (they count as text). Raises `CodeError` only on what are no integers."""
-    kinds = {vocab.image_start: "start", vocab.image_end: "end"}
-    positions = vocab.position_offset
+    """Returns the segments of any ids; negative and unknown ids count as text. Raises `CodeError` only where these are no integers."""
+    ranges, low, high = vocab.ranges, vocab.offset, vocab.ranges[-1].stop
 
     def lexemes() -> Iterator[_Lexeme]:
         for i, id in enumerate(integers(ids, "ids").tolist()):
-            if id in kinds:
-                yield kinds[id], 0, i, i + 1
-            elif vocab.offset <= id < positions:
-                yield "code", id - vocab.offset, i, i + 1
-            elif positions <= id < positions + vocab.patches:
-                yield "position", id - positions, i, i + 1
-            else:
-                yield "text", 0, i, i + 1
+            kind: Kind = "text"
+            if low <= id < high:
+                part = next(part for part in ranges if id < part.stop)
+                yield _Lexeme(part.kind, id - part.offset + part.first, i, i + 1)
+                continue
+            if id in (vocab.image_start, vocab.image_end):
+                kind = "start" if id == vocab.image_start else "end"
+            yield _Lexeme(kind, 0, i, i + 1)
 
-    return _segments(lexemes())
+    return _segments(lexemes(), vocab)
 
 
 def parse_text(text: str, vocab: VisualVocab) -> list[Segment]:
-    """Segments of any text. White space between the tokens of an image, which some tokenizers put there, belongs to the image.
+    """Returns the segments of any text. White space between the tokens of an image, as some tokenizers add, belongs to the image.
 
-    Numbers may have fewer or more digits than they should; a number too large for the vocabulary is text.
+    Numbers may have fewer or more digits than usual; a number too large for the vocabulary is text.
     """
+    ranges = {part.letter: part for part in vocab.ranges}
 
     def lexemes() -> Iterator[_Lexeme]:
         done = 0
         for match in _TOKEN.finditer(text):
             letter, digits = match.groups()
-            number = int(digits or 0)
-            if letter is None:
-                kind = "start" if match[0] == START_TOKEN else "end"
-            elif number < (vocab.size if letter == "v" else vocab.patches):
-                kind = "code" if letter == "v" else "position"
-            else:
-                continue
+            number, kind = int(digits or 0), "start" if match[0] == START_TOKEN else "end"
+            if letter is not None:
+                part = ranges.get(letter)
+                if part is None or not part.first <= number < part.first + part.size:
+                    continue
+                kind = part.kind
             if done < match.start():
                 yield _text(text, done, match.start())
-            yield kind, number, match.start(), match.end()
+            yield _Lexeme(kind, number, match.start(), match.end())
             done = match.end()
         if done < len(text):
             yield _text(text, done, len(text))
 
-    return _segments(lexemes())
+    return _segments(lexemes(), vocab)
 
 
 def _text(text: str, start: int, stop: int) -> _Lexeme:
-    return "space" if text[start:stop].isspace() else "text", 0, start, stop
+    return _Lexeme("space" if text[start:stop].isspace() else "text", 0, start, stop)
 
 
-def _segments(lexemes: Iterable[_Lexeme]) -> list[Segment]:
+def _segments(lexemes: Iterable[_Lexeme], vocab: VisualVocab) -> list[Segment]:
     pieces: list[tuple[str, list[_Lexeme]]] = []
     image: list[_Lexeme] | None = None  # that is open, start included
     for lexeme in lexemes:
-        kind = lexeme[0]
+        kind = lexeme.kind
         if kind == "start" or (kind == "text" and image is not None):
             if image is not None:
-                _add(pieces, "stray", image)
+                _add(pieces, "malformed", image)
             image = None
         if kind == "start":
             image = [lexeme]
         elif image is not None:
             image.append(lexeme)
             if kind == "end":
-                _add(pieces, "image" if any(k == "code" for k, *_ in image) else "stray", image)
+                _add(pieces, "image" if any(part.kind == "code" for part in image) else "malformed", image)
                 image = None
         else:
-            _add(pieces, "text" if kind in ("text", "space") else "stray", [lexeme])
+            _add(pieces, "text" if kind in ("text", "space") else "malformed", [lexeme])
     if image is not None:
-        _add(pieces, "cut", image)
-    return [_segment(kind, piece) for kind, piece in pieces]
+        _add(pieces, "truncated", image)
+    return [_segment(kind, piece, vocab) for kind, piece in pieces]
 
 
 def _add(pieces: list[tuple[str, list[_Lexeme]]], kind: str, lexemes: list[_Lexeme]) -> None:
@@ -114,17 +133,47 @@ def _add(pieces: list[tuple[str, list[_Lexeme]]], kind: str, lexemes: list[_Lexe
         pieces.append((kind, lexemes))
 
 
-def _segment(kind: str, lexemes: list[_Lexeme]) -> Segment:
-    codes = tuple(value for k, value, *_ in lexemes if k == "code")
-    positions = tuple(value for k, value, *_ in lexemes if k == "position")
-    order = [k for k, *_ in lexemes if k in ("code", "position")]
-    if kind == "cut" and order[-1:] == ["position"]:
-        order, positions = order[:-1], positions[:-1]
-    whole = (
-        bool(codes)
-        and order == ["position", "code"] * len(codes)
-        and all(a < b for a, b in zip(positions, positions[1:], strict=False))
-    )
+def _segment(kind: str, lexemes: list[_Lexeme], vocab: VisualVocab) -> Segment:
+    start, stop = lexemes[0].start, lexemes[-1].stop
+    codes = tuple(lexeme.value for lexeme in lexemes if lexeme.kind == "code")
+    if kind not in ("image", "truncated"):
+        return Segment(kind, start, stop, codes)
+    tokens = [(part.kind, part.value) for part in lexemes if part.kind not in ("start", "end", "space")]
+    grid = vocab.grid
+    if vocab.sides:
+        grid = (tokens[0][1], tokens[1][1]) if [k for k, _ in tokens[:2]] == ["rows", "columns"] else None
+        tokens = tokens[2:]
+        if grid is None:
+            return Segment(kind, start, stop, codes)
     return Segment(
-        kind, lexemes[0][2], lexemes[-1][3], codes, positions if whole and kind in ("image", "cut") else None
+        kind, start, stop, codes, _positions(tokens, grid, vocab, kind == "truncated") if codes else None, grid
     )
+
+
+def _positions(
+    tokens: list[tuple[str, int]], grid: tuple[int, int] | None, vocab: VisualVocab, truncated: bool
+) -> tuple[int, ...] | None:
+    """The patch of each code, where these tokens (start, sides and end left out) keep to the layout."""
+    kinds, values = [kind for kind, _ in tokens], [value for _, value in tokens]
+    if vocab.layout == "positions":
+        if truncated and kinds[-1] == "position":
+            kinds, values = kinds[:-1], values[:-1]
+        positions = tuple(values[::2])
+        rising = all(a < b for a, b in zip(positions, positions[1:], strict=False))
+        fits = grid is None or positions[-1] < grid[0] * grid[1]
+        return positions if kinds == ["position", "code"] * len(positions) and rising and fits else None
+    if vocab.layout == "lattice":
+        fits = not truncated and kinds == ["code"] * len(kinds) and len(kinds) <= grid[0] * grid[1]
+        return tuple(lattice_positions(len(kinds), grid).tolist()) if fits else None
+    if vocab.layout == "map":
+        blocks = num_blocks(grid)
+        codes = len(kinds) - blocks
+        if kinds != ["map"] * blocks + ["code"] * codes:
+            return None
+        try:
+            counts = map_to_counts(torch.tensor(values[:blocks]), grid)
+        except CodeError:
+            return None
+        positions = tuple(counts_to_mask(counts, grid).nonzero()[:, 0].tolist())
+        return positions[:codes] if codes == len(positions) or truncated and codes < len(positions) else None
+    return None

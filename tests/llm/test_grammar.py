@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dyntok import ConfigError, VisualVocab
+from dyntok import CodeError, ConfigError, VisualVocab
+from dyntok.layout import mask_to_counts
 from dyntok.llm import GrammarMask, ImageGrammar, ImageLogitsProcessor, parse_ids
 from dyntok.llm.grammar import UNLIMITED
 
@@ -18,38 +19,62 @@ VOCABS = [
     VisualVocab.after(4, size=2, patches=3),
     VisualVocab(size=2, offset=6, image_start=1, image_end=9),
     VisualVocab(size=2, offset=0, image_start=8, image_end=5),
+    VisualVocab.after(4, size=2, layout="map", grid=(1, 5)),  # two blocks, the second with one patch
+    VisualVocab.after(4, size=2, layout="map", grid=(3, 2)),
+    VisualVocab.after(4, size=2, layout="map", sides=2),
+    VisualVocab.after(4, size=2, layout="lattice", grid=(2, 2)),
+    VisualVocab.after(4, size=2, layout="lattice", sides=2),
+    VisualVocab.after(4, size=2, patches=4, sides=2),
+    VisualVocab.after(4, size=2, layout="none", grid=(2, 2)),
 ]
+LAYOUTS = [f"{vocab.layout}-{vocab.grid or vocab.sides}-{vocab.offset}" for vocab in VOCABS]
+
+
+def legal_masks(vocab, grid, count):
+    """Positions that an image of so many codes may have in this layout."""
+    if vocab.layout in ("lattice", "none"):
+        yield None
+        return
+    patches = grid[0] * grid[1] if grid else vocab.patches
+    for positions in itertools.combinations(range(patches), count):
+        mask = torch.zeros(patches, dtype=torch.bool).index_fill(0, torch.tensor(positions), True)
+        try:
+            yield positions if vocab.layout != "map" or mask_to_counts(mask, grid) is not None else None
+        except CodeError:  # not canonical
+            continue
 
 
 @functools.cache
-def legal_images(vocab, least, most):
-    """All of them, as ids."""
-    images = []
-    for count in range(least, most + 1):
-        for codes in itertools.product(range(vocab.size), repeat=count):
-            for places in itertools.combinations(range(vocab.patches), count) if vocab.patches else [None]:
-                images.append(tuple(vocab.to_ids(list(codes), positions=places).tolist()))
-    return images
+def legal_prefixes(vocab, least, most, only):
+    """Every beginning of every legal image, as ids, with the fewest ids that are missing to its end."""
+    sides = range(1, vocab.sides + 1)
+    grids = [grid for grid in itertools.product(sides, sides) if only in (None, grid)] if vocab.sides else [vocab.grid]
+    missing = {}
+    for grid in grids:
+        for count in range(least, min(most, grid[0] * grid[1] if grid else most) + 1):
+            for positions in legal_masks(vocab, grid, count):
+                for codes in itertools.product(range(vocab.size), repeat=count):
+                    ids = tuple(vocab.to_ids(list(codes), positions=positions, grid=grid).tolist())
+                    for i in range(1, len(ids) + 1):
+                        missing[ids[:i]] = min(missing.get(ids[:i], len(ids)), len(ids) - i)
+    return missing
 
 
 def is_legal(ids, room, grammar):
-    """Whether these ids are legal so far and an open image can be ended with `room` more; end of sequence not looked at."""
-    images, i = 0, 0
+    """Whether these ids are legal so far and an open image can be ended with `room` more; the end of sequence is not checked."""
+    vocab, images, i = grammar.vocab, 0, 0
     while i < len(ids):
-        if ids[i] == grammar.vocab.image_start:
-            known = legal_images(grammar.vocab, *grammar.limits(images))
-            rest = tuple(ids[i:])
-            whole = [image for image in known if rest[: len(image)] == image]
+        if ids[i] == vocab.image_start:
             if images == grammar.max_images:
                 return False
-            if not whole:
-                return any(image[: len(rest)] == rest and len(image) - len(rest) <= room for image in known)
-            images, i = images + 1, i + len(whole[0])
-        elif (
-            grammar.vocab.is_visual(ids[i])
-            or ids[i] >= grammar.vocab_size
-            or not (grammar.text or ids[i] in grammar.eos)
-        ):
+            known = legal_prefixes(vocab, *grammar.limits(images), grammar.grid)
+            if vocab.image_end not in ids[i:]:
+                return known.get(tuple(ids[i:]), UNLIMITED) <= room
+            stop = ids.index(vocab.image_end, i) + 1
+            if known.get(tuple(ids[i:stop])) != 0:
+                return False
+            images, i = images + 1, stop
+        elif vocab.is_visual(ids[i]) or ids[i] >= grammar.vocab_size or not (grammar.text or ids[i] in grammar.eos):
             return False
         else:
             i += 1
@@ -72,14 +97,18 @@ def grammars(draw, vocab=None):
     high = draw(st.sampled_from([UNLIMITED, low, low + 1]))
     text = draw(st.booleans())
     eos = EOS if EOS not in vocab.tokens.values() else 4
-    return ImageGrammar(
-        vocab, tuple(most), tuple(least), low, high, text, eos, draw(st.sampled_from([None, vocab.vocab_size + 2]))
-    )
+    size = draw(st.sampled_from([None, vocab.vocab_size + 2]))
+    grid = draw(st.sampled_from([None, (2, 2)])) if vocab.sides else None
+    return ImageGrammar(vocab, tuple(most), tuple(least), low, high, text, eos, size, grid)
 
 
-@given(grammars(), st.one_of(st.just(UNLIMITED), st.integers(1, 25)), st.randoms(use_true_random=False))
-@settings(deadline=None, max_examples=200)
-def test_every_walk_agrees_with_the_checker(grammar, room, random):
+@pytest.mark.parametrize("vocab", VOCABS, ids=LAYOUTS)
+@given(st.data())
+@settings(deadline=None, max_examples=40)
+def test_every_walk_agrees_with_the_checker(vocab, data):
+    grammar = data.draw(grammars(vocab))
+    room = data.draw(st.one_of(st.just(UNLIMITED), st.integers(1, 25)))
+    random = data.draw(st.randoms(use_true_random=False))
     mask, width = GrammarMask(grammar), grammar.vocab_size + 2
     ids, state, tensors = [], grammar.start(), mask.start(1)
     for left in range(room, max(0, room - 14), -1):
@@ -94,13 +123,12 @@ def test_every_walk_agrees_with_the_checker(grammar, room, random):
         assert {s.kind for s in parse_ids(ids, grammar.vocab)} <= {"text", "image"}
 
 
-@given(
-    st.sampled_from(VOCABS),
-    st.lists(st.lists(st.integers(-2, 14), min_size=12, max_size=12), min_size=1, max_size=4),
-    st.integers(0, 12),
-)
-@settings(deadline=None, max_examples=200)
-def test_the_state_behind_anything_is_the_same_three_ways(vocab, rows, prompt):
+@pytest.mark.parametrize("vocab", VOCABS, ids=LAYOUTS)
+@given(st.data(), st.integers(0, 12), st.integers(1, 40))
+@settings(deadline=None, max_examples=40)
+def test_the_state_after_anything_is_the_same_three_ways(vocab, data, prompt, room):
+    ids = st.sampled_from([*range(-2, 15), *(part.offset + part.size * 2 // 3 for part in vocab.ranges)])
+    rows = data.draw(st.lists(st.lists(ids, min_size=12, max_size=12), min_size=1, max_size=4))
     grammar = ImageGrammar(vocab, 3)
     mask = GrammarMask(grammar)
     scanned, stepped = mask.scan(torch.tensor(rows), prompt), mask.scan(torch.tensor(rows)[:, :prompt], prompt)
@@ -113,8 +141,11 @@ def test_the_state_behind_anything_is_the_same_three_ways(vocab, rows, prompt):
         == list(zip(*(t.tolist() for t in scanned), strict=True))
         == list(zip(*(t.tolist() for t in stepped), strict=True))
     )
-    for row, state in zip(rows, states, strict=True):  # something is always allowed
-        assert grammar.allowed(state), row
+    allowed = ~mask.forbidden(scanned, vocab.vocab_size, room)
+    for row, state, found in zip(rows, states, allowed, strict=True):  # something is always allowed
+        ranges = grammar.allowed(state, room)
+        assert ranges, row
+        assert found.nonzero()[:, 0].tolist() == sorted(i for low, high in ranges for i in range(low, high))
 
 
 @given(st.data())
@@ -196,9 +227,10 @@ def test_the_room_that_is_left_ends_an_image_in_time():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("vocab", VOCABS[:2], ids=["codes", "positions"])
+@pytest.mark.parametrize("vocab", VOCABS, ids=LAYOUTS)
 def test_a_step_compiles_as_one_graph(vocab):
     """Fullgraph: no value is read back, so nothing waits for the device."""
+    torch._dynamo.reset()  # or it counts the compilations of the other layouts
     mask = GrammarMask([ImageGrammar(vocab, 3, eos=EOS), ImageGrammar(vocab, 2, text=False, eos=EOS)])
 
     def step(scores, state, ids):
@@ -208,7 +240,7 @@ def test_a_step_compiles_as_one_graph(vocab):
     compiled = torch.compile(step, fullgraph=True, backend="eager")
     state = mask.start(4)
     scores = torch.randn(4, vocab.vocab_size)
-    for id in (vocab.image_start, vocab.offset, vocab.image_end, 0):
+    for id in (vocab.image_start, *(part.offset for part in vocab.ranges), vocab.image_end, 3):
         ids = torch.full((4,), id)
         for got, expected in zip(compiled(scores, state, ids), step(scores, state, ids), strict=True):
             assert all(map(torch.equal, got, expected)) if isinstance(got, tuple) else torch.equal(got, expected)
@@ -218,16 +250,21 @@ def test_a_step_compiles_as_one_graph(vocab):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"max_tokens": 0}, "image 0 is to have 1 to 0 tokens"),
-        ({"max_tokens": (2, 1), "min_tokens": 2}, "image 1 is to have 2 to 1 tokens"),
-        ({"max_tokens": ()}, "image 0 is to have"),
-        ({"max_tokens": 2.0}, "image 0 is to have 1 to 2.0 tokens"),
+        ({"max_tokens": 0}, "image 0 must have 1 to 0 tokens"),
+        ({"max_tokens": (2, 1), "min_tokens": 2}, "image 1 must have 2 to 1 tokens"),
+        ({"max_tokens": ()}, "image 0 must have"),
+        ({"max_tokens": 2.0}, "image 0 must have 1 to 2.0 tokens"),
         ({"max_tokens": 4, "vocab": VOCABS[1]}, "<= 3"),
+        ({"max_tokens": 6, "vocab": VOCABS[4]}, "<= 5"),
+        ({"max_tokens": None}, "max_tokens is needed"),
+        ({"vocab": VOCABS[4], "grid": (1, 5)}, "any_grid=True leaves the choice"),
+        ({"vocab": VOCABS[6], "grid": (1, 3)}, "grid is .1, 3., expected rows and columns of 1 to 2"),
+        ({"vocab": VOCABS[6], "grid": (1, 2)}, "image 0 must have 1 to 3 tokens, .* <= 2"),
         ({"min_images": 2, "max_images": 1}, "2 to 1 images"),
         ({"eos": 5}, "eos is 5, expected ids of text below 8"),
         ({"eos": -1}, "eos is -1"),
         ({"text": False}, "without text, eos= is needed"),
-        ({"vocab_size": 7}, "vocab_size is 7, expected an integer of 8 or more"),
+        ({"vocab_size": 7}, "vocab_size is 7, expected an integer of at least 8"),
     ],
     ids=str,
 )

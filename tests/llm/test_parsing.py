@@ -50,8 +50,8 @@ def test_positions_in_ids():
 @pytest.mark.parametrize(
     "vocab, positions, message",
     [
-        (PLACED, None, "9 position tokens, and positions were not given; give one for each code"),
-        (PLAIN, [0, 1], "0 position tokens, and positions were given; leave them out"),
+        (PLACED, None, "layout is 'positions', and positions were not given; give one for each code"),
+        (PLAIN, [0, 1], "layout is 'none', and positions were given; leave them out"),
         (PLACED, [0], "2 codes with 1 position,"),
         (PLACED, [0, 9], "position 9 at place 1 is out of range, expected 0 to 8"),
         (PLACED, [4, 4], "position 4 comes after 4"),
@@ -72,7 +72,7 @@ def test_ids_that_are_no_pairs_are_refused(ids):
 
 def test_markers_lie_outside_the_positions():
     with pytest.raises(
-        CodeError, match="image_end is 115, expected an id outside the codes' 102 to 113 and the positions after them"
+        CodeError, match="image_end is 115, expected an id outside 102 to 122, the range of codes and positions"
     ):
         VisualVocab(size=12, offset=102, image_start=100, image_end=115, patches=9)
 
@@ -131,7 +131,7 @@ def _check(segments, length, vocab):
     assert [s.start for s in segments] == [0, *[s.stop for s in segments]][: len(segments)]
     assert (segments[-1].stop if segments else 0) == length and all(s.start < s.stop for s in segments)
     for i, segment in enumerate(segments):
-        assert segment.kind != "cut" or i == len(segments) - 1
+        assert segment.kind != "truncated" or i == len(segments) - 1
         assert (segment.kind == "image") <= bool(segment.codes)
         if segment.positions is not None:
             assert vocab.to_ids(segment.codes, positions=segment.positions) is not None
@@ -144,12 +144,12 @@ def _check(segments, length, vocab):
     [
         ([], []),
         ([1, START, 102, END, 2], [("text", 0, 1, ()), ("image", 1, 4, (0,)), ("text", 4, 5, ())]),
-        ([START, 102, 103], [("cut", 0, 3, (0, 1))]),
-        ([START], [("cut", 0, 1, ())]),
-        ([102, END], [("stray", 0, 2, (0,))]),
-        ([START, END], [("stray", 0, 2, ())]),
-        ([START, 102, 5, 103, END], [("stray", 0, 2, (0,)), ("text", 2, 3, ()), ("stray", 3, 5, (1,))]),
-        ([START, 102, START, 103, END], [("stray", 0, 2, (0,)), ("image", 2, 5, (1,))]),
+        ([START, 102, 103], [("truncated", 0, 3, (0, 1))]),
+        ([START], [("truncated", 0, 1, ())]),
+        ([102, END], [("malformed", 0, 2, (0,))]),
+        ([START, END], [("malformed", 0, 2, ())]),
+        ([START, 102, 5, 103, END], [("malformed", 0, 2, (0,)), ("text", 2, 3, ()), ("malformed", 3, 5, (1,))]),
+        ([START, 102, START, 103, END], [("malformed", 0, 2, (0,)), ("image", 2, 5, (1,))]),
         ([START, 102, END, START, 103, END], [("image", 0, 3, (0,)), ("image", 3, 6, (1,))]),
         ([-1, 2**40], [("text", 0, 2, ())]),
     ],
@@ -172,11 +172,11 @@ def test_what_the_parser_says(ids, expected):
     ],
     ids=str,
 )
-def test_positions_are_told_where_they_are_whole(pairs, positions):
+def test_positions_are_given_where_the_layout_is_kept(pairs, positions):
     (segment,) = parse_ids([START, *pairs, END], PLACED)
     assert segment.kind == "image" and segment.positions == positions
     (segment,) = parse_ids([START, 114, 102, 116], PLACED)
-    assert (segment.kind, segment.codes, segment.positions) == ("cut", (0,), (0,))
+    assert (segment.kind, segment.codes, segment.positions) == ("truncated", (0,), (0,))
 
 
 def test_white_space_between_tokens_belongs_to_the_image():
