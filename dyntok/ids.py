@@ -1,4 +1,4 @@
-"""`IdRanges`: which id of a language model stands for which code, map value, position or side of a grid, and how it is spelled.
+"""`IdRanges`: which ids of a language model stand for codes, map values, positions and sides, and their spelling.
 
 Not here: whole images (`vocab.py`).
 """
@@ -48,7 +48,7 @@ class IdRange(NamedTuple):
 
 @dataclass(frozen=True)
 class IdRanges:
-    """The ids of a vocabulary, in this order: image start and end (anywhere), codes, rows, columns, map values or positions.
+    """The ids of a vocabulary: codes, rows, columns, map values or positions, in this order; start and end anywhere.
 
     Raises `CodeError` on ranges that overlap and on a layout that lacks what it needs.
     """
@@ -148,7 +148,7 @@ class IdRanges:
 
     @property
     def tokens(self) -> dict[str, int]:
-        """Every token as text with its id, in the order of ids. Numbers have as many digits as the largest of their kind."""
+        """Every token as text with its id, in order of ids. Numbers have the number of digits of the largest one."""
         tokens = {START_TOKEN: self.image_start, END_TOKEN: self.image_end}
         for part in self.ranges:
             tokens |= {part.spell(part.first + i): part.offset + i for i in range(part.size)}
@@ -166,11 +166,12 @@ class IdRanges:
             raise CodeError(f"ids can't be stored as {name}; expected one of {', '.join(_LARGEST)}")
         if self.vocab_size - 1 > _LARGEST[name]:
             raise CodeError(
-                f"ids up to {self.vocab_size - 1} overflow {name} (at most {_LARGEST[name]}); store them as {self.dtype}"
+                f"ids up to {self.vocab_size - 1} overflow {name} (at most {_LARGEST[name]}); "
+                f"store them as {self.dtype}"
             )
 
     def meaning(self, id: int) -> tuple[Kind, int]:
-        """Returns what an id is and its number: ("code", 17), ("rows", 16), ...; ("text", 0) for ids of other tokens."""
+        """Returns the kind of an id and its number: ("code", 17), ("rows", 16), ...; ("text", 0) for other tokens."""
         if id in (self.image_start, self.image_end):
             return ("start" if id == self.image_start else "end"), 0
         for part in self.ranges:
@@ -179,5 +180,5 @@ class IdRanges:
         return "text", 0
 
     def is_visual(self, id: int) -> bool:
-        """Returns whether this is an id of the vocabulary: start, end, code, map value, position or side of a grid."""
+        """Returns whether this is the id of a start, an end, a code, a map value, a position or a side."""
         return id in (self.image_start, self.image_end) or self.offset <= id < self.ranges[-1].stop

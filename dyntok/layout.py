@@ -1,10 +1,14 @@
-"""Which patches of a grid may be kept, and how little says so: counts per cell, map values per block, or the length alone.
+"""Canonical masks and the lattice: choices of patches that a few numbers describe, or the number of tokens alone.
 
-Canonical masks: the grid is cut into cells of 2 x 2 patches, and a cell that keeps n patches keeps the first n of a fixed order. One count
-per cell then says it all. A map value packs the four counts of a block of 4 x 4 patches into one number, 0 to 624.
-The lattice: a fixed order over all patches of the grid, of which an image of T tokens keeps the first T. It is canonical, too.
+Canonical masks: the grid is cut into cells of 2 x 2 patches, and a cell that keeps n patches keeps the first n of a
+fixed order. One count per cell then describes the mask. A map value packs the four counts of a block of 4 x 4 patches
+into one number, 0 to 624.
 
-Both orders are that of `bayer_pattern`, highest threshold first. Not here: ids of an LLM (`vocab.py`), scores (`model/selector.py`).
+The lattice: a fixed order over all patches of the grid, of which an image of T tokens keeps the first T. Its masks are
+canonical, too.
+
+Both orders are that of `bayer_pattern`, highest threshold first. Not here: ids of an LLM (`vocab.py`), scores
+(`model/selector.py`).
 """
 
 from collections.abc import Callable
@@ -34,7 +38,7 @@ def _table(make: _Table) -> _Table:
 
 
 def bayer_pattern(grid: tuple[int, int]) -> Tensor:
-    """Returns the thresholds of an ordered dither (Bayer 1973) for (rows, columns): float [N], evenly spaced within -1 to 1."""
+    """Returns the thresholds of an ordered dither (Bayer 1973) for a grid: float [N], evenly spaced within -1 to 1."""
     matrix = torch.zeros(1, 1)
     for _ in range(3):
         matrix = torch.cat([torch.cat([4 * matrix, 4 * matrix + 2], 1), torch.cat([4 * matrix + 3, 4 * matrix + 1], 1)])
@@ -65,7 +69,7 @@ def num_blocks(grid: tuple[int, int]) -> int:
 
 
 def counts_to_mask(counts: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Returns the keep mask, bool [..., N], of the number of patches that each cell keeps, int64 [..., cells] in raster order.
+    """Returns the keep mask, bool [..., N], for the counts of kept patches of all cells, int64 [..., cells].
 
     Raises `CodeError` where a count exceeds the patches of its cell.
     """
@@ -138,14 +142,14 @@ def map_digits() -> Tensor:
 
 @_table
 def block_capacities(grid: tuple[int, int]) -> Tensor:
-    """Returns the number of patches in the four cells of every block, int64 [blocks, 4]; 0 for cells beyond the border."""
+    """Returns the number of patches in the four cells of each block, int64 [blocks, 4]; 0 beyond the border."""
     slot, _ = _slots(grid)
     return torch.cat([_cells(grid)[2], torch.zeros(1, dtype=torch.long)])[slot]
 
 
 @_table
 def _cells(grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Of every patch its cell and its rank in there, int64 [N] each; of every cell its number of patches, int64 [cells]."""
+    """Returns each patch's cell and its rank in that cell, int64 [N] each, and each cell's size, int64 [cells]."""
     columns = -(-grid[1] // 2)
     y, x = (axis.flatten() for axis in torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij"))
     cell = y // 2 * columns + x // 2
@@ -157,7 +161,10 @@ def _cells(grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
 
 @_table
 def _slots(grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The cells of every block, int64 [blocks, 4], number `cells` where there is none; and each cell's place in those, int64 [cells]."""
+    """Returns the cells of each block, int64 [blocks, 4], and each cell's index among those, int64 [cells].
+
+    A missing cell has the number `cells`.
+    """
     rows, columns = -(-grid[0] // 2), -(-grid[1] // 2)
     numbers = torch.full((-(-rows // 2) * 2, -(-columns // 2) * 2), rows * columns)
     numbers[:rows, :columns] = torch.arange(rows * columns).view(rows, columns)

@@ -1,6 +1,6 @@
 """`VisualVocab`: images as ids and text of a language model, and back.
 
-Strict: ids that do not make an image raise an error. For what a model wrote, see `dyntok/llm/parsing.py`, which accepts anything.
+Strict: ids that do not make an image raise an error. `dyntok/llm/parsing.py` accepts anything that a model wrote.
 """
 
 import json
@@ -47,17 +47,18 @@ class _Image(NamedTuple):
 
 @dataclass(frozen=True)
 class VisualVocab(IdRanges):
-    """The ids of images in a language model's vocabulary. Code k has id offset + k; an image stands between image_start and image_end.
+    """The ids of images in a language model's vocabulary.
 
-    The layout says how an image tells where its codes belong:
+    Code k has id offset + k. An image stands between image_start and image_end. The layout says how an image carries
+    the positions of its codes:
 
-    map        a map token for each block of 4 x 4 patches, with the four counts of its 2 x 2 cells (`layout.py`); then the codes
+    map        first a map token for each block of 4 x 4 patches, with the counts of its four cells (`layout.py`)
     positions  before each code a position token
     lattice    the codes alone; their number gives all places
     none       the codes alone; places are unknown (LaVIT)
 
-    With `sides`, every image begins with a token for its rows and one for its columns. `VisualVocab.of(tok, after=len(tokenizer))` chooses
-    the layout that fits a tokenizer. Codes are in raster order in every layout.
+    Codes are in raster order in every layout. With `sides`, every image begins with a token for its rows and one for
+    its columns. `VisualVocab.of(tok, after=len(tokenizer))` chooses the layout that fits a tokenizer.
 
     >>> VisualVocab.lavit().to_ids([0, 16383])
     tensor([32000, 32002, 48385, 32001])
@@ -71,10 +72,11 @@ class VisualVocab(IdRanges):
     ) -> "VisualVocab":
         """Returns the vocabulary of a tokenizer, appended to the `after` entries of a language model's vocabulary.
 
-        In this order: image start, image end, codes, 64 rows and 64 columns (with `any_grid`), map tokens or position tokens.
+        In this order: image start, image end, codes, 64 rows and 64 columns (with `any_grid`), map tokens or position
+        tokens.
 
-        layout: by default what the tokenizer needs: "map" or "lattice" where it keeps only such patches, "none" where its decoder knows no
-            places (LaVIT), otherwise "positions"
+        layout: by default what the tokenizer needs: "map" or "lattice" where it keeps only such patches, "none" where
+            its decoder knows no places (LaVIT), otherwise "positions"
         any_grid: images say their grid, of 1 to 64 rows and columns; otherwise all images have the tokenizer's grid
 
         >>> vocab = dyntok.VisualVocab.of(tok, after=len(tokenizer))
@@ -101,19 +103,26 @@ class VisualVocab(IdRanges):
         sides: int = 0,
         fingerprint: str | None = None,
     ) -> "VisualVocab":
-        """Returns a vocabulary appended to `vocab_size` entries: start, end, then `size` codes, as LaVIT does; then the rest of the layout."""
+        """Returns a vocabulary appended to `vocab_size` entries.
+
+        The order is LaVIT's: start, end, `size` codes; then rows, columns, and map tokens or positions.
+        """
         if type(vocab_size) is not int or vocab_size < 0:
             raise CodeError(f"vocab_size is {vocab_size!r}, expected an integer of 0 or more")
         return cls(size, vocab_size + 2, vocab_size, vocab_size + 1, patches, layout, grid, sides, fingerprint)
 
     @classmethod
     def lavit(cls) -> "VisualVocab":
-        """Returns LaVIT's vocabulary after LLaMA's 32,000 entries: start 32000, end 32001, code k = 32002 + k, K = 16,384."""
+        """Returns LaVIT's vocabulary after LLaMA's 32,000 entries: start 32000, end 32001, code k = 32002 + k, K =
+        16,384.
+        """
         return cls(LAVIT_CODES, LAVIT_OFFSET, LAVIT_IMAGE_START, LAVIT_IMAGE_END)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "VisualVocab":
-        """Returns the vocabulary that `save_pretrained` wrote into a model's folder (`dyntok.json`). Raises `CodeError`."""
+        """Returns the vocabulary that `save_pretrained` wrote into a model's folder (`dyntok.json`). Raises
+        `CodeError`.
+        """
         path = Path(folder) / VOCAB_FILE
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -130,7 +139,9 @@ class VisualVocab(IdRanges):
         return cls(**values)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes `dyntok.json`, with ids, layout and fingerprint, into the folder of a language model or its tokenizer."""
+        """Writes `dyntok.json`, with ids, layout and fingerprint, into the folder of a language model or its
+        tokenizer.
+        """
         Path(folder).mkdir(parents=True, exist_ok=True)
         text = json.dumps(asdict(self), indent=2) + "\n"
         (Path(folder) / VOCAB_FILE).write_text(text, encoding="utf-8")
@@ -163,8 +174,8 @@ class VisualVocab(IdRanges):
         positions: [T] in raster order; needed by the layouts "map" and "positions"
         grid: (rows, columns) of the image, where the vocabulary does not fix it
 
-        Raises `CodeError` on codes out of range, on no codes, and on positions that are missing or do not fit the layout;
-        `FingerprintError` where the Encoding is another tokenizer's.
+        Raises `CodeError` on codes out of range, on no codes, and on positions that are missing or do not fit the
+        layout; `FingerprintError` where the Encoding is another tokenizer's.
         """
         if isinstance(codes, Encoding):
             return [self.to_ids(row, wrap, positions=places, grid=grid) for row, places, grid in self._images(codes)]
@@ -208,7 +219,8 @@ class VisualVocab(IdRanges):
 
         grid: (rows, columns), where neither the vocabulary nor the ids say it
 
-        Raises `CodeError` on ids that are no image in this layout. For text and images mixed, see `dyntok.llm.parse_ids`.
+        Raises `CodeError` on ids that are no image in this layout. For text and images mixed, see
+        `dyntok.llm.parse_ids`.
         """
         images = [self._image(row, grid) for row in integer_rows(rows, "ids")]
         if any(image.grid is None for image in images):
@@ -220,12 +232,15 @@ class VisualVocab(IdRanges):
     def to_codes(self, ids: _Integers) -> Tensor:
         """Returns the codes in one image's ids, int64 [T]: with start and end around them, or with neither.
 
-        Raises `CodeError` on any other id, on start or end in the wrong place or without the other, and on no codes at all.
+        Raises `CodeError` on any other id, on start or end in the wrong place or without the other, and on no codes at
+        all.
         """
         return self._image(integers(ids, "ids")).codes
 
     def to_positions(self, ids: _Integers) -> Tensor | None:
-        """Returns the positions in one image's ids, int64 [T]; None where the layout is "none". Errors are those of `to_codes`."""
+        """Returns the positions in one image's ids, int64 [T]; None where the layout is "none". Errors are those of
+        `to_codes`.
+        """
         return self._image(integers(ids, "ids")).positions
 
     def _images(self, encoding: Encoding) -> Iterable[tuple[Tensor, Tensor | None, _Grid]]:

@@ -1,4 +1,6 @@
-"""Images as a foreign language: codes that any causal language model reads and writes. Needs torch; transformers only where it is used."""
+"""Images as a foreign language: codes that any causal language model reads and writes. Needs torch; transformers only
+where it is used.
+"""
 
 from dyntok.llm.documents import Document as Document
 from dyntok.llm.documents import ImageCodes as ImageCodes

@@ -1,4 +1,6 @@
-"""Documents of text and image segments in any order, and the way there from Parquet: a row is a document of a text and its images."""
+"""Documents of text and image segments in any order, and the way there from Parquet: a row is a document of a text and
+its images.
+"""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -21,7 +23,9 @@ class ImageCodes:
 
 @dataclass(frozen=True)
 class Document:
-    """Text and images, one after another. `key` names it: what is drawn for a document depends on that, not on its place."""
+    """Text and images, one after another. `key` names it: what is drawn for a document depends on that, not on its
+    place.
+    """
 
     key: str
     segments: tuple[str | ImageCodes, ...]
@@ -30,16 +34,18 @@ class Document:
 def read_documents(
     source: str | Path, *, text: str | None = "caption", positions: bool = False, epoch: int = 0, seed: int = 0
 ) -> Iterator[Document]:
-    """Documents from a Parquet file, or from all in a folder that have `key` and `codes`, in the order of their names; streamed.
+    """Documents from a Parquet file, or from all in a folder that have `key` and `codes`, in the order of their names;
+    streamed.
 
-    text: the column whose text goes with the images of a row; of a list of texts one is drawn for each epoch; None: images alone
+    text: the column whose text goes with the images of a row; of a list of texts one is drawn for each epoch; None:
+    images alone
     positions: whether to read them
 
-    A row may hold one image (`codes` is a list) or several (a list of lists). Where it holds as many texts as images, nulls included, they
-    stand at the same places of an interleaved document. A row without codes and text is left out.
+    A row may hold one image (`codes` is a list) or several (a list of lists). Where it holds as many texts as images,
+    nulls included, they stand at the same places of an interleaved document. A row without codes and text is left out.
 
-    Raises `DataError` where there are no such files, where a column is missing or of the wrong type, `MissingDependencyError` without
-    pyarrow.
+    Raises `DataError` where there are no such files, where a column is missing or of the wrong type,
+    `MissingDependencyError` without pyarrow.
     """
     try:
         import pyarrow

@@ -1,6 +1,7 @@
 """Room for pictures in a language model: tokens in its tokenizer, rows in its embedding and head.
 
-Works with tokenizers and models of transformers as they are passed in; `tokenizers` is imported when a tokenizer is extended.
+Works with tokenizers and models of transformers as they are passed in; `tokenizers` is imported when a tokenizer is
+extended.
 """
 
 import math
@@ -22,8 +23,9 @@ def extend_tokenizer(tokenizer: Any, vocab: VisualVocab) -> int:
 
     The tokenizer saves, reloads and pushes as before. Adding the same tokens again does nothing.
 
-    Raises `CodeError` where a token would get another id than `vocab` says, or a token of these names is there already with another id:
-    nothing was added then; and `ConfigError` for a tokenizer that takes no new tokens (the mistral-common backend).
+    Raises `CodeError` where a token would get another id than `vocab` says, or a token of these names is there already
+    with another id: nothing was added then; and `ConfigError` for a tokenizer that takes no new tokens (the
+    mistral-common backend).
     """
     try:
         from tokenizers import AddedToken
@@ -63,12 +65,14 @@ def extend_model(
 ) -> None:
     """Gives embedding and head of a causal language model rows for every id of `vocab`, tied or not; in place.
 
-    init: "mean", every new row is the mean of the old ones; or the codebook, float [K, C] (`tok.codebook.embedding`): the rows of codes lie
-        around that mean as the codebook's vectors do, projected at random and spread as the old rows are, so that near codes start near
-    pad_to_multiple_of: of the number of rows. Rows that the vocabulary had left over as padding are used first; none is taken away.
+    init: "mean", every new row is the mean of the old ones; or the codebook, float [K, C] (`tok.codebook.embedding`):
+        the rows of codes lie around that mean as the codebook's vectors do, projected at random and spread as the old
+        rows are, so that near codes start near
+    pad_to_multiple_of: of the number of rows. Rows that the vocabulary had left over as padding are used first; none is
+    taken away.
 
-    Rows below the visual ids stay as they are, bit for bit. Raises `ConfigError` where the codebook has not K rows, or the model has no
-    embedding that can grow.
+    Rows below the visual ids stay as they are, bit for bit. Raises `ConfigError` where the codebook has not K rows, or
+    the model has no embedding that can grow.
     """
     if (
         isinstance(init, Tensor)

@@ -47,13 +47,15 @@ class ImageGrammar:
     [(32002, 48386), (32001, 32002)]
     >>> state = grammar.step(state, 32001)             # the id that was chosen
 
-    max_tokens  most codes of an image, at most one for each patch (the default, where the vocabulary knows the grid). A tuple gives the
-                limits of the first image that is written, the second, and so on; its last number is for all that follow
+    max_tokens  most codes of an image, at most one for each patch (the default, where the vocabulary knows the grid). A
+                tuple gives the limits of the first image that is written, the second, and so on; its last number is for
+                all that follow
     min_tokens  fewest codes, in the same form; min_tokens = max_tokens asks for an exact number
     min_images, max_images  how many images are written
     text        False: nothing but images, then one of `eos`
     eos         ids that end a sequence; they are not allowed before there are min_images
-    vocab_size  number of ids of the tokenizer, when tokens were added after the visual ones; higher ids are never written
+    vocab_size  number of ids of the tokenizer, when tokens were added after the visual ones; higher ids are never
+                written
     grid        (rows, columns) that all images must have, where the vocabulary leaves the choice
     """
 
@@ -145,7 +147,8 @@ class ImageGrammar:
     def allowed(self, state: GrammarState, room: int = UNLIMITED) -> list[tuple[int, int]]:
         """Returns the ranges (first id, last id + 1) that may come next; at least one.
 
-        room: how many ids can still be written, this one included. An image ends in time, and does not begin where it would not fit.
+        room: how many ids can still be written, this one included. An image ends in time, and does not begin where it
+        would not fit.
         """
         if state.inside:
             return self._inside(state, room)

@@ -1,4 +1,6 @@
-"""`ImageLogitsProcessor`: the image grammar for `generate` of transformers, which takes any callable. Nothing here imports it."""
+"""`ImageLogitsProcessor`: the image grammar for `generate` of transformers, which takes any callable. Nothing here
+imports it.
+"""
 
 from collections.abc import Sequence
 
@@ -9,7 +11,8 @@ from dyntok.llm.mask import GrammarMask
 
 
 class ImageLogitsProcessor:
-    """For `generate(logits_processor=[...])` of transformers: greedy, sampling, beams, guidance, left padding, several prompts.
+    """For `generate(logits_processor=[...])` of transformers: greedy, sampling, beams, guidance, left padding, several
+    prompts.
 
     >>> inputs = tokenizer(["A dog: "], return_tensors="pt")
     >>> only_pictures = ImageLogitsProcessor(grammar, prompt_length=inputs["input_ids"].shape[1], max_new_tokens=300)
@@ -18,7 +21,8 @@ class ImageLogitsProcessor:
     prompt_length: where generation begins; images that the prompt finished do not count
     max_new_tokens: where given, an image is ended in time and not begun where it would not fit
 
-    It keeps nothing from step to step, so beams may be reordered and a processor may be used again for prompts of the same length.
+    It keeps nothing from step to step, so beams may be reordered and a processor may be used again for prompts of the
+    same length.
     """
 
     def __init__(

@@ -38,7 +38,8 @@ class _Next(NamedTuple):
 
 
 class GrammarMask:
-    """One grammar for all rows, or one for each prompt of a batch (with beams or several sequences per prompt, prompt by prompt).
+    """One grammar for all rows, or one for each prompt of a batch (with beams or several sequences per prompt, prompt
+    by prompt).
 
     The grammars must agree in `vocab`, `eos` and `vocab_size`. Raises `ConfigError` where they do not.
     """
@@ -134,14 +135,16 @@ class GrammarMask:
         return self._digits.sum(1)[(ids - self._map.offset).clamp(0, len(self._digits) - 1)] * maps
 
     def forbidden(self, state: MaskState, width: int, room: int = UNLIMITED) -> Tensor:
-        """Returns where an id may not come next, bool [R, width]. width: of the logits; room: as in `ImageGrammar.allowed`."""
+        """Returns where an id may not come next, bool [R, width]. width: of the logits; room: as in
+        `ImageGrammar.allowed`.
+        """
         return self._decide(state, width, room)[0]
 
     def constrain(self, scores: Tensor, state: MaskState, room: int = UNLIMITED) -> Tensor:
         """Returns scores [R, V] with -inf where an id may not come next; a new tensor.
 
-        Where the start or end of an image is the only id allowed, its score becomes 0, so that it can be chosen even if another rule had
-        excluded it.
+        Where the start or end of an image is the only id allowed, its score becomes 0, so that it can be chosen even if
+        another rule had excluded it.
         """
         forbidden, start, end = self._decide(state, scores.shape[1], room)
         scores = scores.masked_fill(forbidden, float("-inf"))
@@ -235,8 +238,8 @@ class GrammarMask:
     def _map_values(
         self, state: MaskState, grid: tuple[Tensor, Tensor], least: Tensor, most: Tensor, room: int
     ) -> tuple[Tensor, Tensor]:
-        """The map values with which the total can still reach `least` and does not exceed `most`, bool [R, 625]; and where map tokens
-        are still to come, bool [R].
+        """The map values with which the total can still reach `least` and does not exceed `most`, bool [R, 625]; and
+        where map tokens are still to come, bool [R].
         """
         rows, columns = grid
         across = (columns + 3) // 4

@@ -24,11 +24,13 @@ class PackedRow:
     """L tokens of several documents; int64 [L] each.
 
     input_ids     padded at the end
-    labels        the ids again (a model shifts them itself), or -100: padding, the first token of each document, the other modality
+    labels        the ids again (a model shifts them itself), or -100: padding, the first token of each document, the
+                  other modality
     position_ids  from 0 in each document; 0 in the padding
     document      0 for the first document of the row, 1, ...; -1 in the padding
 
-    With position_ids and no attention mask, transformers keeps documents apart by itself; `attention_mask` is for other code.
+    With position_ids and no attention mask, transformers keeps documents apart by itself; `attention_mask` is for other
+    code.
     """
 
     input_ids: Tensor
@@ -71,8 +73,8 @@ class Packer:
     encode     text to ids, without special tokens: `lambda text: tokenizer.encode(text, add_special_tokens=False)`
     bos, eos   ids before and after each document; None: none
     pad        id for what stays empty
-    loss       "both", "text" (and eos), or "image" (codes, positions and the end; the start counts as text: text decides when a picture
-               comes)
+    loss       "both", "text" (and eos), or "image" (codes, positions and the end; the start counts as text: text
+               decides when a picture comes)
     open_rows  how many rows wait for documents that fit: more leave less padding
     """
 
@@ -97,7 +99,9 @@ class Packer:
         self._open: list[_Open] = []
 
     def add(self, document: Document) -> Iterator[PackedRow]:
-        """Rows that this document made full. Raises `CodeError` on an image that is longer than a row, and on bad codes."""
+        """Rows that this document made full. Raises `CodeError` on an image that is longer than a row, and on bad
+        codes.
+        """
         for ids, labels in self._parts(document):
             for row in self._open:
                 if len(row.ids) + len(ids) <= self.length:
@@ -168,12 +172,15 @@ class Packer:
 
 
 class PackedDataset(IterableDataset):
-    """A stream of rows for a DataLoader: dicts of `input_ids`, `labels`, `position_ids`, as `model(**batch)` takes them.
+    """A stream of rows for a DataLoader: dicts of `input_ids`, `labels`, `position_ids`, as `model(**batch)` takes
+    them.
 
-    documents: for an epoch's number, its documents; every rank and every worker of a loader goes over them and packs its own share
+    documents: for an epoch's number, its documents; every rank and every worker of a loader goes over them and packs
+    its own share
     packer: makes an empty `Packer`
 
-    >>> data = PackedDataset(lambda epoch: map(in_drawn_order, read_documents("codes/")), lambda: Packer(2048, vocab, encode, ...))
+    >>> data = PackedDataset(lambda epoch: map(in_drawn_order, read_documents("codes/")), lambda: Packer(2048, vocab,
+    encode, ...))
     >>> for batch in DataLoader(data, batch_size=8): model(**batch).loss.backward()
     """
 

@@ -32,8 +32,10 @@ class _Lexeme(NamedTuple):
 class Segment:
     """A piece of what was parsed, from `start` to `stop`. All segments together are the whole of it, in order.
 
-    kind       "text"; "image", with start, codes and end; "truncated", an image that the end of the input cut off; "malformed", other tokens
-               of the vocabulary: outside an image, in one interrupted by text or by the next, or without any code
+    kind       "text"
+               "image": start, codes and end
+               "truncated": an image without an end at the end of the input
+               "malformed": codes or markers outside an image, an image interrupted by text, or one without codes
     codes      codebook indices, empty for text
     positions  the patch of each code; None where the layout has none, or where the image does not keep to its layout
     grid       rows and columns of the image, None where neither the vocabulary nor the image says them
@@ -48,14 +50,20 @@ class Segment:
 
     @property
     def encoding(self) -> Encoding:
-        """The image as `tok.decode` takes it. Raises `CodeError` where it has no codes, more than patches, or no known grid."""
+        """The image for `tok.decode`.
+
+        Raises `CodeError` if it has no codes, more codes than patches, or no known grid.
+        """
         if self.grid is None:
             raise CodeError("the grid of this image is not known; VisualVocab.of(tok, ...) knows it")
         return Encoding.pack([self.codes], None if self.positions is None else [self.positions], self.grid)
 
 
 def parse_ids(ids: Tensor | Sequence[int], vocab: VisualVocab) -> list[Segment]:
-    """Returns the segments of any ids; negative and unknown ids count as text. Raises `CodeError` only where these are no integers."""
+    """Returns the segments of any ids. Negative and unknown ids count as text.
+
+    Raises `CodeError` only if these are no integers.
+    """
     ranges, low, high = vocab.ranges, vocab.offset, vocab.ranges[-1].stop
 
     def lexemes() -> Iterator[_Lexeme]:
@@ -73,9 +81,9 @@ def parse_ids(ids: Tensor | Sequence[int], vocab: VisualVocab) -> list[Segment]:
 
 
 def parse_text(text: str, vocab: VisualVocab) -> list[Segment]:
-    """Returns the segments of any text. White space between the tokens of an image, as some tokenizers add, belongs to the image.
+    """Returns the segments of any text.
 
-    Numbers may have fewer or more digits than usual; a number too large for the vocabulary is text.
+    White space between the tokens of an image, which some tokenizers add, belongs to the image. Numbers may have fewer or more digits than usual; a number too large for the vocabulary is text.
     """
     ranges = {part.letter: part for part in vocab.ranges}
 

@@ -1,4 +1,6 @@
-"""Pictures that a language model only reads: continuous tokens, projected, as a prefix of embeddings before the text."""
+"""Pictures that a language model only reads: continuous tokens, projected, as a prefix of embeddings before the
+text.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -51,8 +53,9 @@ class VisualPrefix(nn.Module):
         *,
         side: Literal["right", "left"] = "right",
     ) -> Prefixed:
-        """text: embeddings [B, L, E] of one text per image, with a mask [B, L] of what is no padding (None: all); side: of the new padding,
-        "left" for `generate`. No padding is left between picture and text. Raises `CodeError` where images and texts are not as many.
+        """text: embeddings [B, L, E] of one text per image, with a mask [B, L] of what is no padding (None: all); side:
+        of the new padding, "left" for `generate`. No padding is left between picture and text. Raises `CodeError` where
+        images and texts are not as many.
         """
         if text.dim() != 3 or len(features) != len(text):
             raise CodeError(

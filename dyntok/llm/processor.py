@@ -1,4 +1,5 @@
-"""Text and pictures in, ids out, and back: the processor of a model that writes pictures, in the shape that transformers' users know.
+"""Text and pictures in, ids out, and back: the processor of a model that writes pictures, in the shape that
+transformers' users know.
 
 Needs torch alone; `tokenizer` is one of transformers, extended by `extend_tokenizer`.
 """
@@ -69,13 +70,15 @@ class VisualProcessor:
         padding: bool = True,
         add_special_tokens: bool = True,
     ) -> dict[str, Tensor]:
-        """`input_ids`, `attention_mask`, `labels` (-100 in the padding), int64 [B, L] each; padded on the tokenizer's side.
+        """`input_ids`, `attention_mask`, `labels` (-100 in the padding), int64 [B, L] each; padded on the tokenizer's
+        side.
 
-        images: in the order of the placeholders; one, a list over all texts, or a list for each text. Text that spells codes, as a model
-            wrote them before, is read as such.
+        images: in the order of the placeholders; one, a list over all texts, or a list for each text. Text that spells
+            codes, as a model wrote them before, is read as such.
 
-        Raises `CodeError` where texts have more or fewer placeholders than there are images, `ImageError` on a bad image, `ConfigError`
-        where rows of different lengths are not padded, or can't be: the tokenizer has no pad token.
+        Raises `CodeError` where texts have more or fewer placeholders than there are images, `ImageError` on a bad
+        image, `ConfigError` where rows of different lengths are not padded, or can't be: the tokenizer has no pad
+        token.
         """
         texts = [text] if isinstance(text, str) else list(text)
         written = iter(self._written(images, [self._count(one) for one in texts]))
@@ -110,8 +113,9 @@ class VisualProcessor:
     def apply_chat_template(self, messages: Sequence[dict[str, Any]], **options: Any) -> dict[str, Tensor]:
         """One conversation through the tokenizer's own chat template, and then as a call.
 
-        messages: `{"role": ..., "content": ...}`, where content is text or a list of `{"type": "text", "text": ...}` and
-            `{"type": "image", "image": ...}`. options: those of the tokenizer's `apply_chat_template`, such as add_generation_prompt.
+        messages: `{"role": ..., "content": ...}`, where content is text or a list of `{"type": "text", "text": ...}`
+            and `{"type": "image", "image": ...}`. options: those of the tokenizer's `apply_chat_template`, such as
+            add_generation_prompt.
 
         Raises `CodeError` on a content of another type, and what a call raises.
         """
@@ -120,9 +124,14 @@ class VisualProcessor:
         text = self.tokenizer.apply_chat_template(plain, **{**options, "tokenize": False})
         return self(text, images, add_special_tokens=False)  # the template writes them
 
-    def decode_images(self, ids: Tensor | Sequence[Sequence[int]], *, cut: bool = False) -> list[list[Image.Image]]:
-        """The pictures in every row of ids, such as `generate` gives; cut: those that the end of a row cut off, too."""
-        kinds = ("image", "cut") if cut else ("image",)
+    def decode_images(
+        self, ids: Tensor | Sequence[Sequence[int]], *, truncated: bool = False
+    ) -> list[list[Image.Image]]:
+        """Returns the pictures in every row of ids, such as `generate` gives.
+
+        truncated: include the pictures that the end of a row cut off
+        """
+        kinds = ("image", "truncated") if truncated else ("image",)
         segments = [[s for s in parse_ids(row, self.vocab) if s.kind in kinds and self._fits(s.codes)] for row in ids]
         flat = [segment for row in segments for segment in row]
         with_places = [segment.positions is not None for segment in flat]
@@ -156,12 +165,14 @@ class VisualProcessor:
             counts = [len(row) for row in images]
             if counts != wanted:
                 raise CodeError(
-                    f"the texts have {wanted} times {self.placeholder}, and {counts} images came; expected as many"
+                    f"the texts contain {wanted} {self.placeholder} placeholders, but {counts} images were given"
                 )
             images = [image for row in images for image in row]
         if len(images) != sum(wanted):
-            places = f"{counted(sum(wanted), 'place')} for images ({self.placeholder})"
-            raise CodeError(f"the texts have {places}, and {counted(len(images), 'image')} came; expected one for each")
+            places = f"{sum(wanted)} {self.placeholder} placeholder{'' if sum(wanted) == 1 else 's'}"
+            raise CodeError(
+                f"texts contain {places}, but {counted(len(images), 'image')} {'was' if len(images) == 1 else 'were'} given"
+            )
         if not images:
             return []
         encoding = self.visual.encode(images, **self.policy)

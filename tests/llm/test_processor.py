@@ -82,9 +82,9 @@ def test_padding_is_on_the_tokenizers_side(tokenizer, photos):
 def test_what_does_not_fit_is_told(tokenizer, photos):
     processor = made(tokenizer)
     for text, images, message in (
-        ("<image>", None, "1 place for images .* and 0 images came"),
-        (["a", "<image>"], photos[:2], "1 place for images .* and 2 images came"),
-        (["<image>", "<image>"], [photos[:2], []], r"\[1, 1\] times <image>, and \[2, 0\] images came"),
+        ("<image>", None, "texts contain 1 <image> placeholder, but 0 images were given"),
+        (["a", "<image>"], photos[:2], "texts contain 1 <image> placeholder, but 2 images were given"),
+        (["<image>", "<image>"], [photos[:2], []], r"\[1, 1\] <image> placeholders, but \[2, 0\] images were given"),
     ):
         with pytest.raises(CodeError, match=message):
             processor(text, images)
@@ -110,7 +110,7 @@ def test_pictures_come_back(patches, tokenizer, photos):
     cut = torch.tensor(
         [[start, *processor.vocab.to_ids([1, 2, 3], positions=[0, 4, 9] if patches else None).tolist()[1:-1]]]
     )
-    assert processor.decode_images(cut) == [[]] and len(processor.decode_images(cut, cut=True)[0]) == 1
+    assert processor.decode_images(cut) == [[]] and len(processor.decode_images(cut, truncated=True)[0]) == 1
     long = torch.tensor(
         [[start, *[processor.vocab.offset] * 65, processor.vocab.image_end, start, processor.vocab.image_end]]
     )
