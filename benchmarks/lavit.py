@@ -62,7 +62,7 @@ def load_fixture(path: Path, folder: Path) -> dyntok.DynamicVisualTokenizer:
 
 def photographs(count: int) -> list:
     if "DYNTOK_DATA" in os.environ:
-        from dyntok.training.data import find_samples
+        from dyntok.training.sources import find_samples
 
         samples = find_samples([Path(os.environ["DYNTOK_DATA"]) / "photos"])
         return [samples[i * len(samples) // count].read() for i in range(count)]

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import dyntok
-from dyntok.training.classifier import load_judge
-from dyntok.training.data import find_samples
+from dyntok.training.classifier import load_classifier
 from dyntok.training.evaluate import evaluate
 from dyntok.training.recipe import Teacher
+from dyntok.training.sources import find_samples
 
 BUDGETS = (32, 64, 96, 128, 192, 256)
 # these weights want RGB in -1 to 1
@@ -34,7 +34,7 @@ def main() -> None:
     data = Path(os.environ["DYNTOK_DATA"])
     sources = [data / "photos", data / "captioned"]
     tokenizer = dyntok.load(options.model)
-    judge = load_judge(
+    classifier = load_classifier(
         Teacher(
             "mobilenetv2_100", weights=str(data / "teacher" / "mobilenetv2_100_imagenet.safetensors"), kwargs=MOBILENET
         )
@@ -54,7 +54,7 @@ def main() -> None:
     what = {"fingerprint": tokenizer.fingerprint, "limit": options.limit}
     reports = kept_runs(options.output, what)
     for name in options.runs or runs:
-        report = evaluate(tokenizer, validation, teacher=judge, limit=options.limit, **runs[name])
+        report = evaluate(tokenizer, validation, teacher=classifier, limit=options.limit, **runs[name])
         reports[name] = report.to_dict()
         teacher = report.teacher
         print(

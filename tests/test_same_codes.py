@@ -12,7 +12,7 @@ from PIL import Image
 
 import dyntok
 from dyntok.loading import BUNDLED
-from dyntok.training.data import find_samples
+from dyntok.training.sources import find_samples
 
 PHOTOGRAPHS = 208
 

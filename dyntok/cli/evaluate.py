@@ -20,6 +20,8 @@ from dyntok.cli.arguments import (
 )
 from dyntok.errors import DataError, MissingDependencyError
 
+_MAX_FAILURES = 10  # printed with their reasons
+
 if TYPE_CHECKING:
     from dyntok.cli.arguments import Commands
 
@@ -76,18 +78,23 @@ def _eval(options: argparse.Namespace) -> int:
 
     try:
         from dyntok.loading import load
-        from dyntok.training.classifier import load_judge
-        from dyntok.training.data import find_samples
+        from dyntok.training.classifier import load_classifier
         from dyntok.training.evaluate import evaluate
         from dyntok.training.recipe import Teacher
+        from dyntok.training.sources import find_samples, take_inventory
     except ModuleNotFoundError as error:
         raise MissingDependencyError.of(str(error.name), "train") from error
 
-    samples = [sample for sample in find_samples(options.data, options.split) if sample.key.startswith(options.keys)]
+    inventory = take_inventory(options.data, options.split)
+    for line in inventory.report():
+        report(line, to_stderr=True)
+    samples = [sample for sample in inventory.samples if sample.key.startswith(options.keys)]
     if not samples:
-        raise DataError(f"no key of an image in {', '.join(options.data)} begins with {options.keys!r}")
+        raise DataError(f"no key of an image in {', '.join(options.data)} starts with {options.keys!r}")
     teacher = (
-        load_judge(Teacher(options.teacher, options.teacher_weights, options.teacher_args)) if options.teacher else None
+        load_classifier(Teacher(options.teacher, options.teacher_weights, options.teacher_args))
+        if options.teacher
+        else None
     )
     with ProgressBar(desc="eval", unit=" images", disable=None) as bar:
 
@@ -111,6 +118,9 @@ def _eval(options: argparse.Namespace) -> int:
         print_json(result.to_dict())
     else:
         print(result.table())
-    what = options.model or "the bundled tokenizer"
+    for key, reason in result.failed[:_MAX_FAILURES]:
+        report(f"left out: {key}: {reason}", to_stderr=True)
+    what = f"{options.model or 'the bundled tokenizer'} on {result.images:,} images"
+    what += f" ({result.failures:,} more could not be read)" if result.failures else ""
     report(f"evaluated {what}; next: repeat with --budget 64 or --selection even to compare", to_stderr=options.json)
     return SOME_SKIPPED if result.failures else OK

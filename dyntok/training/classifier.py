@@ -1,44 +1,35 @@
-"""Another network's view of reconstructions: are its features, and what it recognises, the same as on the originals?
+"""A classifier that looks at originals and reconstructions: are its features and its guesses the same?
 
-The network is any timm model with its classifier. Not here: the teacher in training (`objective.py`).
+The network is any timm model with its classifier. Not here: the teacher of a training run (`teacher.py`).
 """
 
 from collections.abc import Sequence
 
-import timm
 import torch
 import torch.nn.functional as F
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
-from dyntok.errors import CheckpointError, ConfigError
-from dyntok.model.backbone import load_timm_weights
 from dyntok.training.recipe import Teacher
+from dyntok.training.teacher import create_network
 
 
-def load_judge(teacher: Teacher) -> nn.Module:
-    """The timm network with its classifier; `teacher.layers` does not matter.
+def load_classifier(teacher: Teacher) -> nn.Module:
+    """Returns the timm network with its classifier; `teacher.layers` and `sizes` are ignored.
 
-    Weights that want another normalisation than timm's own say so: kwargs={"pretrained_cfg_overlay": {"mean": [...], "std": [...]}}.
-    Raises `ConfigError` where timm has no such network, `CheckpointError` where the weights do not fit.
+    Weights that expect another normalization than timm's need it in kwargs, such as
+    {"pretrained_cfg_overlay": {"mean": [...], "std": [...]}}.
+
+    Raises `ConfigError` if timm has no such network, `CheckpointError` if the weights do not fit.
     """
-    try:
-        network = timm.create_model(teacher.name, pretrained=teacher.weights == "hub", **teacher.kwargs)
-    except OSError as error:  # of the hub's client
-        raise CheckpointError(f"can't fetch the teacher {teacher.name}: {error}; give a file of its weights") from error
-    except (RuntimeError, TypeError, AssertionError, ValueError) as error:
-        raise ConfigError(f"timm can't make the teacher {teacher.name!r} with {teacher.kwargs}: {error}") from error
-    if teacher.weights != "hub":
-        load_timm_weights(network, teacher.weights)
-    return network.eval()
+    return create_network(teacher, with_classifier=True)
 
 
-class Judge:
-    """Pooled features and guesses of a timm network, with its own input size, mean and deviation (`pretrained_cfg`). The network is put
-    into evaluation mode.
+class Classifier:
+    """Pooled features and guesses of a timm network, with its own input size, mean and deviation.
 
-    labels: of the images to come. Those that are ImageNet wnids (n01440764, ...) make `classes`, among which the network chooses; with
-    fewer than two of them, or a network without an ImageNet classifier, there are no classes and no guesses.
+    labels: of all images. The ImageNet wnids among them (n01440764, ...) become `classes`, between which the network
+    chooses. There are no classes and no guesses with fewer than two wnids, or without an ImageNet classifier.
     """
 
     def __init__(self, network: nn.Module, labels: Sequence[str | None]) -> None:
@@ -49,13 +40,13 @@ class Judge:
         self.mean, self.std = (torch.tensor(config[name]).view(3, 1, 1) for name in ("mean", "std"))
         subset = infer_imagenet_subset(network) if getattr(network, "num_classes", 0) else None
         wnids = {wnid: index for index, wnid in enumerate(ImageNetInfo(subset).label_names())} if subset else {}
-        self.classes = sorted({label for label in labels if label in wnids})
-        self.classes = self.classes if len(self.classes) > 1 else []
+        found = sorted({label for label in labels if label in wnids})
+        self.classes = found if len(found) > 1 else []
         self._indices = [wnids[wnid] for wnid in self.classes]
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> tuple[Tensor, list[str] | None]:
-        """[B, 3, H, W] in [0, 1] -> pooled features [B, D], and the likeliest of `classes` for each image (None without classes).
+        """[B, 3, H, W] in [0, 1] -> pooled features [B, D], and each image's likeliest class (None without classes).
 
         Images are scaled to the network's input size with the antialiased bicubic filter.
         """

@@ -12,8 +12,8 @@ from dyntok.errors import CodeError
 from dyntok.model.codebook import Codebook
 from dyntok_kernels import codebook_stats
 
-_KMEANS_ITERATIONS = 10
-_VECTORS_PER_SEARCH = 8192  # bounds the memory of one search during k-means
+KMEANS_ITERATIONS = 10
+VECTORS_PER_SEARCH = 8192  # bounds the memory of one search during k-means
 
 
 class CodebookTrainer(nn.Module):
@@ -22,7 +22,8 @@ class CodebookTrainer(nn.Module):
     All ranks of a data-parallel run hold the same state.
 
     decay: weight of the old averages in each update.
-    revive_below: a code whose running count falls below this fraction of the average is dead; it is replaced by a recent vector.
+    revive_below: a code whose running count falls below this fraction of the average is dead; it is replaced by a
+    recent vector.
     """
 
     counts: Tensor
@@ -83,8 +84,8 @@ class CodebookTrainer(nn.Module):
         _check_finite(vectors, "k-means")
         z = F.normalize(vectors.float(), dim=-1)
         codebook.embedding.copy_(z[torch.randperm(len(z), generator=generator)[:size].to(z.device)])
-        for _ in range(_KMEANS_ITERATIONS):
-            codes = torch.cat([codebook(part) for part in z.split(_VECTORS_PER_SEARCH)])
+        for _ in range(KMEANS_ITERATIONS):
+            codes = torch.cat([codebook(part) for part in z.split(VECTORS_PER_SEARCH)])
             counts, sums = codebook_stats(z, codes, size)
             empty = (counts == 0).nonzero()[:, 0]
             rows = F.normalize(sums, dim=-1)

@@ -1,15 +1,11 @@
-"""Photographs for training and evaluation: folders of images and webdataset tars, as one indexed data set.
+"""Random crops of training images, batch by batch.
 
-Order and augmentation are functions of a seed and a step alone, so that a resumed run sees what an undisturbed one would.
-Not here: decoding of single images (`dyntok/image.py`).
+Order and augmentation depend on a seed and a step alone, so that a resumed run sees what an uninterrupted one would.
+Not here: finding the images (`sources.py`), decoding a single one (`dyntok/image.py`).
 """
 
-import hashlib
 import logging
-import tarfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 from PIL import Image
@@ -17,124 +13,26 @@ from torch import Tensor
 
 from dyntok.config import ImageConfig
 from dyntok.errors import DataError, ImageError
-from dyntok.image import IMAGE_SUFFIXES, load_image, to_pixels
+from dyntok.image import load_image, to_pixels
+from dyntok.training.sources import ImageSample
 
-HOLDOUT = 20  # one in so many images is for validation
-
-_GIVE_UP = 100  # unreadable images in a row: not the images are broken then, but the disk or the path
+_GIVE_UP = 100  # unreadable images in a row: then the disk or the path is at fault
+_MAX_WARNINGS = 10
 _log = logging.getLogger(__name__)
 
 
-def is_validation(key: str) -> bool:
-    """The same split everywhere and for ever: by a hash of the key."""
-    return int(hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest(), 16) % HOLDOUT == 0
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Where one image lies: a file, or a span of bytes in a tar."""
-
-    key: str
-    path: str
-    offset: int = 0
-    size: int | None = None
-    label: str | None = None
-
-    def read(self) -> bytes:
-        with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            return file.read() if self.size is None else file.read(self.size)
-
-
-def find_samples(sources: Sequence[str | Path], split: str = "all") -> list[Sample]:
-    """All images below folders (the parent folder's name is the label) and in webdataset tars (`KEY.cls.txt` or `KEY.cls` is the label).
-
-    split: "all", "train" or "validation". A source may be a folder of tars, too. Raises `DataError` where there is nothing.
-    """
-    samples = [sample for source in sources for sample in _walk(Path(source))]
-    if split != "all":
-        samples = [sample for sample in samples if is_validation(sample.key) == (split == "validation")]
-    if not samples:
-        raise DataError(
-            f"no images (split {split!r}) in {', '.join(map(str, sources))}; expected folders of images or webdataset tars"
-        )
-    return samples
-
-
-def digest_of(samples: Sequence[Sample]) -> str:
-    """16 hexadecimal digits over all keys in their order: equal where training draws the same images."""
-    return hashlib.sha256(b"\0".join(sample.key.encode(errors="surrogateescape") for sample in samples)).hexdigest()[
-        :16
-    ]
-
-
-def _walk(source: Path) -> Iterator[Sample]:
-    try:
-        if source.is_file():
-            yield from _file_samples(source, source.parent)
-            return
-        if not source.is_dir():
-            raise DataError(f"{source} does not exist; expected a folder of images, an image, or a webdataset tar")
-        paths = sorted(source.rglob("*"))
-    except OSError as error:
-        raise DataError(f"can't read {source}: {error.strerror or error}") from error
-    for path in paths:
-        if (path.suffix == ".tar" or path.suffix.lower() in IMAGE_SUFFIXES) and path.is_file():
-            yield from _file_samples(path, source)
-
-
-def _file_samples(path: Path, root: Path) -> Iterator[Sample]:
-    if path.suffix == ".tar":
-        yield from _tar_samples(path)
-    elif path.suffix.lower() not in IMAGE_SUFFIXES:
-        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise DataError(
-            f"{path} is no image and no tar; expected a name that ends in {suffixes}, or .tar (uncompressed)"
-        )
-    else:
-        label = path.parent.name if path.parent != root else None
-        yield Sample(path.relative_to(root).with_suffix("").as_posix(), str(path), label=label)
-
-
-def _tar_samples(path: Path) -> Iterator[Sample]:
-    images: dict[str, tarfile.TarInfo] = {}
-    labels: dict[str, str] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                folder, _, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
-                if not member.isreg() or member.issparse():
-                    continue
-                if f".{extension.lower()}" in IMAGE_SUFFIXES:
-                    images[key] = member
-                elif extension in ("cls", "cls.txt") and member.size < 1024:
-                    labels[key] = tar.extractfile(member).read().decode(errors="replace").strip()
-            # a damaged header reads as the end
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
-                raise tarfile.ReadError(f"damaged at byte {tar.offset:,}")
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise DataError(f"can't read {path}: {error}; expected an uncompressed webdataset tar, intact") from error
-    for key, member in images.items():
-        yield Sample(key, str(path), member.offset_data, member.size, labels.get(key))
-
-
 class TrainingImages(torch.utils.data.Dataset):
-    """Random crops of `samples`, batch by batch: item i is batch number i, float32 [batch_size, 3, S, S].
+    """Random crops of `samples`: item i is batch number i, float32 [batch_size, 3, S, S].
 
-    Each pass over the data is a new permutation. A crop has a side of `min_crop` to 1 times the short side (its aspect ratio kept), and is
-    mirrored half of the time. Rank r of world w draws the places r, r + w, ... of every global batch. An image that can't be read is
-    reported once, and the next one of the permutation takes its place; `unreadable` counts.
+    Each pass over the data is a new permutation. The side of a crop is `min_crop` to 1 times the image's short side;
+    half of the crops are mirrored. Rank r of a world of w ranks takes the images r, r + w, ... of every global batch.
 
-    Where nothing can be read, `batch` raises `DataError`, and an item is that error: a DataLoader's worker process would add a page of
-    traceback to what it raises.
+    An image that can't be read is replaced by the next one of the permutation. `unreadable` lists such images.
     """
 
     def __init__(
         self,
-        samples: Sequence[Sample],
+        samples: Sequence[ImageSample],
         config: ImageConfig,
         batch_size: int,
         *,
@@ -145,23 +43,22 @@ class TrainingImages(torch.utils.data.Dataset):
     ) -> None:
         self.samples, self.config, self.batch_size = samples, config, batch_size
         self.seed, self.min_crop, self.rank, self.world = seed, min_crop, rank, world
-        self._order: tuple[int, Tensor] | None = None
-        self._failed = torch.zeros(
-            len(samples), dtype=torch.bool
-        ).share_memory_()  # by index; shared with the loader's worker processes
+        self._order: tuple[int, Tensor] | None = None  # an epoch and its permutation
+        self._failed = torch.zeros(len(samples), dtype=torch.bool).share_memory_()  # seen from worker processes, too
 
     @property
     def unreadable(self) -> list[int]:
-        """Indices of the samples that were met so far and could not be read."""
+        """Indices of samples that were drawn and could not be read."""
         return self._failed.nonzero()[:, 0].tolist()
 
     def __getitem__(self, step: int) -> Tensor | DataError:
         try:
             return self.batch(step)
-        except DataError as error:
+        except DataError as error:  # raised by the loop, not by a worker process, which would add its traceback
             return error
 
     def batch(self, step: int) -> Tensor:
+        """Returns a batch. Raises `DataError` if too many images in a row can't be read."""
         first = step * self.batch_size * self.world
         return torch.stack([self._item(first + i) for i in range(self.rank, self.batch_size * self.world, self.world)])
 
@@ -171,11 +68,8 @@ class TrainingImages(torch.utils.data.Dataset):
         side = min(image.size) * (self.min_crop + (1 - self.min_crop) * draw[0])
         left, top = draw[1] * (image.width - side), draw[2] * (image.height - side)
         size = (self.config.img_size,) * 2
-        crop = image.resize(
-            size,
-            Image.Resampling.BICUBIC,
-            box=(left, top, min(left + side, image.width), min(top + side, image.height)),
-        )
+        box = (left, top, min(left + side, image.width), min(top + side, image.height))
+        crop = image.resize(size, Image.Resampling.BICUBIC, box=box)
         if draw[3] < 0.5:
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return to_pixels(crop, self.config)
@@ -187,18 +81,19 @@ class TrainingImages(torch.utils.data.Dataset):
         tries = min(_GIVE_UP, len(self.samples))
         for i in range(tries):
             index = int(self._order[1][(place + i) % len(self.samples)])
-            sample = self.samples[index]
             try:
-                return load_image(sample.read())
+                return load_image(self.samples[index].read())
             except (ImageError, OSError) as error:
-                if not self._failed[index]:
-                    self._failed[index] = True
-                    _log.warning(
-                        "left out %s of %s, unreadable image number %d: %s",
-                        sample.key,
-                        sample.path,
-                        len(self.unreadable),
-                        error,
-                    )
-                last = error
+                self._warn_once(index, error)
+                last, sample = error, self.samples[index]
         raise DataError(f"{tries} images in a row can't be read, the last one {sample.key} of {sample.path}: {last}")
+
+    def _warn_once(self, index: int, error: Exception) -> None:
+        if self._failed[index]:
+            return
+        self._failed[index] = True
+        count, sample = int(self._failed.sum()), self.samples[index]
+        if count <= _MAX_WARNINGS:
+            _log.warning("left out %s of %s, unreadable image number %d: %s", sample.key, sample.path, count, error)
+        if count == _MAX_WARNINGS:
+            _log.warning("further unreadable images are only counted")

@@ -1,4 +1,4 @@
-"""The losses, as plain functions of tensors."""
+"""The losses of training, as plain functions of tensors."""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def feature_cosine(features: Tensor, target: Tensor) -> Tensor:
-    """Mean over patches of 1 - cosine (LaVIT, section 3.1); no gradient flows into the target.
+    """Mean over patches of 1 - cosine (LaVIT, section 3.1). No gradient flows into the target.
 
     features, target: [B, N, D] -> scalar in 0..2.
     """
@@ -16,13 +16,15 @@ def feature_cosine(features: Tensor, target: Tensor) -> Tensor:
 def rate(mean_keep: Tensor, rho: float) -> Tensor:
     """(rho - mean keep)^2 (LaVIT, section 3.1).
 
-    mean_keep: scalar, the mean over all patches of the whole batch and not per image, so that lengths may differ.
+    mean_keep: scalar, the mean over all patches of the batch. A mean per image would make all lengths equal.
     """
     return (rho - mean_keep).square()
 
 
 def commitment(z: Tensor, rows: Tensor) -> Tensor:
-    """Squared distance from normalized vectors to their codebook rows, which get no gradient (VQ-VAE, arXiv 1711.00937).
+    """Squared distance of normalized vectors to their codebook rows (VQ-VAE, arXiv 1711.00937).
+
+    No gradient flows into the rows.
 
     z, rows: [T, C] -> scalar: sum over C, mean over T.
     """
@@ -30,48 +32,55 @@ def commitment(z: Tensor, rows: Tensor) -> Tensor:
 
 
 def patch_error(pixels: Tensor, target: Tensor, patch_size: int) -> Tensor:
-    """Mean squared error of every patch. [B, 3, H, W] twice -> [B, N], raster order."""
+    """Mean squared error of each patch. Both [B, 3, H, W] -> [B, N], raster order."""
     return F.avg_pool2d((pixels - target).square().mean(1, keepdim=True), patch_size).flatten(1)
 
 
 def perceptual(maps: list[Tensor], targets: list[Tensor]) -> Tensor:
-    """Distance of feature maps of a fixed network, each position normalized over its channels (as LPIPS, arXiv 1801.03924, without its
-    learned channel weights). Lists of [B, D, h, w] -> [B]: mean over maps and positions. Gradients flow into both.
+    """Distance of feature maps of a fixed network, each position normalized over its channels.
+
+    This is LPIPS (arXiv 1801.03924) without its learned channel weights. Lists of [B, D, h, w] -> [B], the mean over
+    maps and positions. Gradients flow into both.
     """
-    return torch.stack([_normalised_distance(a, b).mean((1, 2, 3)) for a, b in zip(maps, targets, strict=True)]).mean(0)
+    return torch.stack([_normalized_distance(a, b).mean((1, 2, 3)) for a, b in zip(maps, targets, strict=True)]).mean(0)
 
 
 def perceptual_per_patch(maps: list[Tensor], targets: list[Tensor], grid: tuple[int, int]) -> Tensor:
-    """The same distance, per patch of the grid: lists of [B, D, h, w] -> [B, N]."""
-    distances = [F.adaptive_avg_pool2d(_normalised_distance(a, b), grid) for a, b in zip(maps, targets, strict=True)]
+    """As `perceptual`, but for each patch of the grid: lists of [B, D, h, w] -> [B, N]."""
+    distances = [F.adaptive_avg_pool2d(_normalized_distance(a, b), grid) for a, b in zip(maps, targets, strict=True)]
     return torch.stack(distances).mean(0).flatten(1)
 
 
-def centred_cosine(features: Tensor, targets: Tensor) -> Tensor:
-    """1 - cosine of feature vectors from which the mean of the targets over the batch was taken away, so that only what tells the pictures
-    of a batch apart counts. [B, D] twice -> [B], in 0..2; no gradient flows into the targets.
+def centered_cosine(features: Tensor, targets: Tensor) -> Tensor:
+    """1 - cosine of feature vectors, after subtracting the targets' mean over the batch.
+
+    Only what distinguishes the pictures of a batch counts. Both [B, D] -> [B] in 0..2. No gradient flows into the
+    targets.
     """
     targets = targets.detach().float()
-    centre = targets.mean(0)
-    return 1 - F.cosine_similarity(features.float() - centre, targets - centre, dim=-1)
+    center = targets.mean(0)
+    return 1 - F.cosine_similarity(features.float() - center, targets - center, dim=-1)
 
 
-def _normalised_distance(a: Tensor, b: Tensor) -> Tensor:
+def _normalized_distance(a: Tensor, b: Tensor) -> Tensor:
     a, b = (F.normalize(x.float(), dim=1, eps=1e-4) for x in (a, b))
     return (a - b).square().sum(1, keepdim=True)  # [B, 1, h, w]
 
 
 def around(error: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Mean over each patch and its neighbours, because a kept patch helps those, too. [B, N] -> [B, N]"""
+    """Mean over each patch and its neighbors, because a kept patch helps them, too. [B, N] -> [B, N]"""
     return F.avg_pool2d(error.unflatten(1, grid)[:, None], 3, stride=1, padding=1, count_include_pad=False).flatten(1)
 
 
 def local(score: Tensor, error: Tensor, logits_per_nat: float = 2.5) -> Tensor:
-    """Mean squared distance of scores from the log of the error that random masks leave around each patch, both centred over the batch.
+    """Mean squared distance of scores to the log of the error that random masks leave around each patch.
 
-    Where a picture is hard to fill in, its patches are to be kept more densely; how many are kept in all is the rate loss's business.
+    Patches are kept more densely where a picture is hard to fill in. Both are centered over the batch, because the rate
+    loss decides how many patches are kept in all.
 
-    score: [B, N], in logits; error: [B, N], positive, no gradient flows into it; logits_per_nat: how steeply scores follow.
+    score: [B, N], in logits.
+    error: [B, N], positive. No gradient flows into it.
+    logits_per_nat: how steeply the scores follow.
     """
     wanted = (error / error.mean()).clamp(min=0.03).log().detach()
     return ((score - score.mean()) - logits_per_nat * (wanted - wanted.mean())).square().mean()

@@ -1,7 +1,7 @@
-"""What an evaluation measures on pictures, features and lengths, as plain functions.
+"""Measures of pictures, features and lengths, as plain functions.
 
-Not here: running a tokenizer (`evaluate.py`), another network's judgement (`judge.py`), meaning (`probe.py`), perplexity of codes
-(`dyntok/codebook.py`).
+Not here: running a tokenizer (`evaluate.py`), a classifier's view (`classifier.py`), semantics (`probe.py`), the
+perplexity of codes (`dyntok/model/codebook.py`).
 """
 
 import io
@@ -25,15 +25,16 @@ SSIM_WINDOW = 11  # pixels
 
 
 def psnr(images: Tensor, originals: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image in dB, at most 100 (equal images). Both [B, 3, H, W] in [0, 1] -> [B]."""
+    """Peak signal-to-noise ratio of each image in dB, at most 100. Both [B, 3, H, W] in [0, 1] -> [B]."""
     error = (images.double() - originals.double()).square().mean((1, 2, 3))
     return -10 * error.clamp(min=1e-10).log10()
 
 
 def ssim(images: Tensor, originals: Tensor) -> list[float]:
-    """Structural similarity of each image, -1 to 1, with the Gaussian window (sigma 1.5) of Wang et al. (2004), mean of the three channels.
+    """Structural similarity of each image, -1 to 1, as the mean of the three channels.
 
-    Both [B, 3, H, W] in [0, 1], H and W at least `SSIM_WINDOW`.
+    It uses the Gaussian window (sigma 1.5) of Wang et al. (2004). Both [B, 3, H, W] in [0, 1], H and W at least
+    `SSIM_WINDOW`.
     """
     window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
     pairs = zip(images.cpu().numpy(), originals.cpu().numpy(), strict=True)
@@ -44,24 +45,27 @@ def ssim(images: Tensor, originals: Tensor) -> list[float]:
 
 
 def patch_cosine(features: Tensor, target: Tensor) -> Tensor:
-    """Mean over an image's patches of the cosine of the two. Both [B, N, D] -> [B], -1 to 1."""
+    """Cosine of the two, mean over an image's patches. Both [B, N, D] -> [B], -1 to 1."""
     return F.cosine_similarity(features.float(), target.float(), dim=-1).mean(1)
 
 
 def jpeg_bytes(image: Image.Image) -> int:
-    """Size of an image as JPEG of quality 75: a plain measure of how much there is to see."""
+    """Size of an image as a JPEG of quality 75, a simple measure of its detail."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=JPEG_QUALITY)
     return buffer.tell()
 
 
 def bits_per_pixel(tokens: float, codebook_size: int, pixels: int) -> float:
-    """Of codes of equal length, log2 K bits each. Positions are not counted; as a bit mask they take N bits more."""
+    """Bits per pixel of codes of equal length, log2 K bits each.
+
+    Positions are not counted; as a bit mask they take N bits more.
+    """
     return tokens * math.log2(codebook_size) / pixels
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Spearman's, -1 to 1; None where one of the two does not vary, so that there is none."""
+    """Spearman's rank correlation, -1 to 1; None if one of the two does not vary."""
     if len(set(a)) < 2 or len(set(b)) < 2:
         return None
     return float(spearmanr(a, b).statistic)

@@ -1,4 +1,4 @@
-"""The optimiser of a run: AdamW, or Muon for the matrices of the transformer blocks and AdamW for everything else."""
+"""The optimizer of a run: AdamW, or Muon for the matrices of transformer blocks and AdamW for all other tensors."""
 
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -12,10 +12,12 @@ _BETAS = (0.9, 0.98)
 
 
 class Optimizer:
-    """One or two of PyTorch's optimisers that step together.
+    """One or two of PyTorch's optimizers that step together.
 
-    kind: "muon" orthogonalises the updates of the matrices in transformer blocks (Jordan 2024; PyTorch's own), scaled to the size of
-    AdamW's, so that one learning rate serves both. weight_decay counts for tensors of two dimensions and more.
+    kind: "muon" orthogonalizes the updates of the matrices in transformer blocks (Jordan 2024). They are scaled to the
+    size
+        of AdamW's updates, so that both use the same learning rate.
+    weight_decay: for tensors of at least two dimensions.
     """
 
     def __init__(
@@ -58,8 +60,8 @@ class Optimizer:
         return {str(i): part.state_dict() for i, part in enumerate(self.parts)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises `KeyError` or `ValueError` where the state is that of another kind or of other parameters."""
+        """Raises `KeyError` or `ValueError` if the state belongs to another kind or to other parameters."""
         if len(state) != len(self.parts):
-            raise ValueError(f"the state is of {len(state)} optimisers, expected {len(self.parts)}")
+            raise ValueError(f"the state is of {len(state)} optimizers, expected {len(self.parts)}")
         for i, part in enumerate(self.parts):
             part.load_state_dict(state[str(i)])

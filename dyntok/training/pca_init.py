@@ -1,8 +1,8 @@
-"""The linear start: before the first step the whole network is a PCA codec, and learning only has to improve on it.
+"""Initializes a tokenizer as a linear (PCA) codec, which training then improves.
 
-Patch embedding = principal components of training patches (partly whitened), bottleneck = the first C-1 of them and a constant (so that
-an l2-normalized vector still tells a strong patch from a weak one), decoder and pixel head = the inverse. Residual branches start small
-(`init_scale`, timm's `init_values`).
+The patch embedding computes the principal components of training patches, partly whitened. The bottleneck keeps the
+first C-1 of them and a constant, so that an l2-normalized vector still carries the patch's magnitude. Decoder and
+pixel head are the inverse. Residual branches start small (`init_scale`, timm's `init_values`).
 """
 
 import torch
@@ -12,16 +12,15 @@ from dyntok.errors import ConfigError
 from dyntok.tokenizer import DynamicVisualTokenizer
 
 _CONSTANT = 2.5  # of the bottleneck, in units of the kept components' root mean square
-
 _POSITION = 0.15  # standard deviation of the position embedding's coordinates
 
 
 @torch.no_grad()
 def pca_init(tokenizer: DynamicVisualTokenizer, pixels: Tensor) -> None:
-    """Initialise from normalized training pixels [B, 3, H, W].
+    """Initializes from normalized training pixels [B, 3, H, W].
 
-    Raises `ConfigError` where something between pixels and pixels is not linear at the start (a ViT's patch embedding, a linear projection,
-    a grid decoder and the pixel head are, norms and MLP heads are not), where widths do not fit, and on too few patches.
+    Raises `ConfigError` if a part is not linear at the start (norms and MLP heads are not), if widths do not fit, or if
+    there are too few patches.
     """
     embed = getattr(getattr(tokenizer.backbone.model, "patch_embed", None), "proj", None)
     decoder, head, projection, config = tokenizer.decoder, tokenizer.pixel_head, tokenizer.projection, tokenizer.config
@@ -33,8 +32,8 @@ def pca_init(tokenizer: DynamicVisualTokenizer, pixels: Tensor) -> None:
     )
     if not linear or config.backbone.norm or config.merger.norm or config.decoder.head != "none":
         raise ConfigError(
-            "pca_init needs a ViT backbone with norm: false, merger.norm: false, codebook.projection: linear, and a decoder with "
-            "placement: grid, head: none and pixels: true"
+            "pca_init needs a ViT backbone with norm: false, merger.norm: false, codebook.projection: linear, and a "
+            "decoder with placement: grid, head: none and pixels: true"
         )
     p, width = tokenizer.backbone.patch_size, tokenizer.backbone.embed_dim
     if (
@@ -43,8 +42,9 @@ def pca_init(tokenizer: DynamicVisualTokenizer, pixels: Tensor) -> None:
         or decoder.in_proj.out_features != width
     ):
         raise ConfigError(
-            f"the tokenizer has width {width}, {decoder.in_proj.out_features} in the decoder, {projection.out_features} in codes; expected "
-            f"for pca_init one width of at most {3 * p * p} (3 x patch {p} squared), and codes of dimension 2 to width + 1"
+            f"the tokenizer has width {width}, {decoder.in_proj.out_features} in the decoder, "
+            f"{projection.out_features} in codes; pca_init expects one width of at most {3 * p * p} (3 x patch {p} "
+            "squared), and codes of dimension 2 to width + 1"
         )
     patches = nn.functional.unfold(pixels, p, stride=p).transpose(1, 2).flatten(0, 1)  # [n, 3 p p]
     if len(patches) < width:
@@ -60,9 +60,8 @@ def pca_init(tokenizer: DynamicVisualTokenizer, pixels: Tensor) -> None:
 
     components = projection.out_features - 1
     position = getattr(tokenizer.backbone.model, "pos_embed", None)
-    if (
-        position is not None
-    ):  # in coordinates that the bottleneck does not pass on: known to all blocks, and no noise in the codes
+    if position is not None:
+        # only in coordinates that the bottleneck drops: all blocks see them, and the codes get no noise from them
         position.normal_(std=_POSITION)[..., :components] = 0
     constant = _CONSTANT * variances[:components].sum().sqrt()
     projection.weight.zero_()
@@ -70,15 +69,17 @@ def pca_init(tokenizer: DynamicVisualTokenizer, pixels: Tensor) -> None:
     projection.bias.zero_()
     projection.bias[-1] = constant
     coordinates = (patches - mean) @ vectors[:, :components]
-    shrink = constant / (coordinates.square().sum(1) + constant**2).sqrt()  # what normalizing does to the constant
+    shrink = (
+        constant / (coordinates.square().sum(1) + constant**2).sqrt()
+    )  # the factor by which normalizing changes the constant
     back = constant / shrink.mean()
     decoder.in_proj.weight.zero_()
     decoder.in_proj.weight[:components, :components] = torch.diag(back / scale[:components])
     decoder.in_proj.bias.zero_()
     decoder.query_embed.mul_(0.1)
 
-    centre = slice(p // 2, p // 2 + p)
+    center = slice(p // 2, p // 2 + p)
     head.proj.weight.zero_()
-    head.proj.weight.view(3, 2 * p, 2 * p, width)[:, centre, centre] = (vectors * scale).view(3, p, p, width)
+    head.proj.weight.view(3, 2 * p, 2 * p, width)[:, center, center] = (vectors * scale).view(3, p, p, width)
     head.proj.bias.zero_()
-    head.proj.bias.view(3, 2 * p, 2 * p)[:, centre, centre] = mean.view(3, p, p)
+    head.proj.bias.view(3, 2 * p, 2 * p)[:, center, center] = mean.view(3, p, p)

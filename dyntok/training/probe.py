@@ -1,4 +1,6 @@
-"""The semantics probe: do pooled code vectors tell what a picture shows? Nearest neighbours guess labels from them and from 16 x 16 pixels.
+"""The semantics probe: do pooled code vectors tell what a picture shows?
+
+Nearest neighbors guess each picture's label from its code vectors, and from 16 x 16 pixels for comparison.
 
 Not here: encoding the pictures (`evaluate.py`).
 """
@@ -11,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from dyntok.errors import MissingDependencyError
-from dyntok.training.data import Sample
-from dyntok.training.report import Probe
+from dyntok.training.report import ProbeResult
+from dyntok.training.sources import ImageSample
 
 try:
     from sklearn.neighbors import KNeighborsClassifier
@@ -20,13 +22,13 @@ try:
 except ImportError as error:
     raise MissingDependencyError.of("scikit-learn", "train") from error
 
-NEIGHBOURS = 10
+NEIGHBORS = 10
 THUMBNAIL = 16  # pixels a side
 _BOOTSTRAP_DRAWS = 20_000
 
 
-class LabelledVectors:
-    """Code vectors and pixels of the labelled images whose key begins with `prefix`."""
+class LabeledVectors:
+    """Code vectors and pixels of the labeled images whose key starts with `prefix`."""
 
     def __init__(self, prefix: str = "") -> None:
         self.prefix = prefix
@@ -37,15 +39,15 @@ class LabelledVectors:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def takes(self, sample: Sample) -> bool:
+    def accepts(self, sample: ImageSample) -> bool:
         return sample.label is not None and sample.key.startswith(self.prefix)
 
     def add(
-        self, samples: Sequence[Sample], images: Sequence[Image.Image], vectors: Tensor, lengths: Sequence[int]
+        self, samples: Sequence[ImageSample], images: Sequence[Image.Image], vectors: Tensor, lengths: Sequence[int]
     ) -> None:
-        """B samples, their images, and the rows [T, C] of all their codes, `lengths` of them for each."""
+        """Adds samples, their images, and the vectors [T, C] of all their codes, `lengths` of them per image."""
         for sample, image, pooled in zip(samples, images, pooled_vectors(vectors, lengths), strict=True):
-            if self.takes(sample):
+            if self.accepts(sample):
                 self.labels.append(sample.label)
                 self.codes.append(pooled)
                 self.pixels.append(thumbnail_vector(image))
@@ -54,64 +56,69 @@ class LabelledVectors:
 def pooled_vectors(vectors: Tensor, lengths: Sequence[int]) -> Tensor:
     """Mean and standard deviation of each image's code vectors: [T, C] -> [B, 2C].
 
-    The mean alone would lose texture: a component that tells an edge is positive as often as negative in one picture.
+    The mean alone loses texture: a component that responds to edges is positive as often as negative within a picture.
     """
     parts = vectors.float().split(list(lengths))
     return torch.stack([torch.cat([part.mean(0), part.std(0, correction=0)]) for part in parts])
 
 
 def thumbnail_vector(image: Image.Image) -> Tensor:
-    """The pixels of an image of 16 x 16, float [768] in 0..255."""
+    """Returns the pixels of the image scaled to 16 x 16, float [768] in 0..255."""
     small = image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
     return torch.from_numpy(np.array(small, dtype=np.float32).reshape(-1))
 
 
-def probe(test: LabelledVectors, train: LabelledVectors | None = None, train_failures: int = 0) -> Probe | None:
-    """Guess the labels of `test` from neighbours in `train`, or without it from each other.
+def probe(test: LabeledVectors, train: LabeledVectors | None = None, train_failures: int = 0) -> ProbeResult | None:
+    """Guesses the labels of `test` from neighbors in `train`, or from each other without `train`.
 
-    Images of labels that `train` lacks are left out. None where too little is there: no image, one class, or no more than 10 neighbours.
+    Images whose label does not occur in `train` are left out. Returns None if no image is left, or if there is only one
+    class, or at most 10 neighbors.
     """
     others = test if train is None else train
     classes = set(others.labels)
-    places = [i for i, label in enumerate(test.labels) if label in classes]
-    if not places or len(classes) < 2 or len(others) <= NEIGHBOURS:
+    indices = [i for i, label in enumerate(test.labels) if label in classes]
+    if not indices or len(classes) < 2 or len(others) <= NEIGHBORS:
         return None
-    labels = [test.labels[i] for i in places]
-    right = []
+    labels = [test.labels[i] for i in indices]
+    correct = []
     for vectors, points in ((test.codes, others.codes), (test.pixels, others.pixels)):
         known = None if train is None else (torch.stack(points), others.labels)
-        right.append(neighbours_agree(torch.stack([vectors[i] for i in places]), labels, known))
-    codes, pixels = (float(hits.mean()) for hits in right)
-    low, high = difference_interval(*right)
+        correct.append(neighbors_agree(torch.stack([vectors[i] for i in indices]), labels, known))
+    codes, pixels = (float(hits.mean()) for hits in correct)
+    low, high = difference_interval(*correct)
     train_images = 0 if train is None else len(train)
-    return Probe(
-        len(places), train_images, train_failures, len(classes), NEIGHBOURS, codes, pixels, codes - pixels, low, high
+    return ProbeResult(
+        len(indices), train_images, train_failures, len(classes), NEIGHBORS, codes, pixels, codes - pixels, low, high
     )
 
 
-def neighbours_agree(
+def neighbors_agree(
     vectors: Tensor, labels: Sequence[str], known: tuple[Tensor, Sequence[str]] | None = None
 ) -> np.ndarray:
-    """For each of the vectors [n, D], whether its 10 nearest neighbours vote for its label: bool [n].
+    """Returns whether the 10 nearest neighbors of each vector [n, D] vote for its label: bool [n].
 
-    known: vectors [m, D] and labels among which the neighbours are; without it they are the other vectors (leave one out). Every dimension
-    is first brought to mean 0 and deviation 1 over these; neighbours are found by cosine, nearer ones weigh more.
+    known: vectors [m, D] and labels to search. Without it, the other vectors are searched (leave one out).
+
+    Every dimension is first scaled to mean 0 and deviation 1 over the searched vectors. The distance is the cosine, and
+    nearer neighbors weigh more.
     """
     points, names = (vectors, labels) if known is None else known
     scaler = StandardScaler().fit(points.numpy())
-    classifier = KNeighborsClassifier(NEIGHBOURS, metric="cosine", weights="distance")
+    classifier = KNeighborsClassifier(NEIGHBORS, metric="cosine", weights="distance")
     classifier.fit(scaler.transform(points.numpy()), names)
-    guesses = classifier.predict(
-        None if known is None else scaler.transform(vectors.numpy())
-    )  # None: nobody is his own neighbour
+    # None: leave one out, so that no vector is its own neighbor
+    guesses = classifier.predict(None if known is None else scaler.transform(vectors.numpy()))
     return guesses == np.asarray(labels)
 
 
-def difference_interval(right: np.ndarray, rival: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the difference of two accuracies measured on the same images (paired percentile bootstrap). Both bool [n]."""
-    gain = right.astype(int) - rival.astype(int)
+def difference_interval(correct: np.ndarray, rival: np.ndarray) -> tuple[float, float]:
+    """Returns the 95 % interval of the difference of two accuracies on the same images. Both bool [n].
+
+    It is a paired percentile bootstrap.
+    """
+    gain = correct.astype(int) - rival.astype(int)
     shares = [np.mean(gain == value) for value in (1, -1, 0)]
-    # resampling images with replacement draws how many of each gain there are: all draws at once
+    # resampling images with replacement draws the number of each gain: all draws at once
     draws = np.random.default_rng(0).multinomial(len(gain), shares, size=_BOOTSTRAP_DRAWS)
     low, high = np.percentile((draws[:, 0] - draws[:, 1]) / len(gain), [2.5, 97.5])
     return float(low), float(high)

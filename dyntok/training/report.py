@@ -1,4 +1,7 @@
-"""`Report`: what an evaluation found, as a table for people and as plain values for machines. Nothing is measured here."""
+"""The results of an evaluation, as a table for people and as plain values for machines.
+
+Not here: measuring (`evaluate.py`).
+"""
 
 import dataclasses
 from dataclasses import dataclass
@@ -6,8 +9,8 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """Tokens per image; std is that of the images seen (no correction)."""
+class TokenCounts:
+    """Tokens per image. std is that of the evaluated images, without correction."""
 
     mean: float
     std: float
@@ -16,11 +19,12 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """Another network on originals and reconstructions.
+class ClassifierResult:
+    """A classifier's view of originals and reconstructions.
 
-    cosine: of its pooled features, mean over images. Accuracies (0 to 1): its top-1 among `classes` ImageNet classes, those that occur as
-    labels, on the `images` that have such a label; None where there are none.
+    cosine: between its pooled features of the two, mean over images.
+    Accuracies (0 to 1): top-1 among the `classes` ImageNet classes that occur as labels, on the `images` that have
+    such a label; None if there are none.
     """
 
     name: str
@@ -32,18 +36,19 @@ class Judgement:
 
 
 @dataclass(frozen=True)
-class Probe:
-    """Labels guessed from nearest neighbours: from pooled code vectors, and from 16 x 16 pixels.
+class ProbeResult:
+    """Accuracies (0 to 1) of labels guessed from nearest neighbors, by pooled code vectors and by 16 x 16 pixels.
 
-    Accuracies 0 to 1; `difference` is codes minus pixels, `low` to `high` its 95 % interval. train_images: 0 where each image's neighbours
-    are the other evaluated ones (leave one out); train_failures of them could not be read.
+    `difference` is codes minus pixels, and `low` to `high` its 95 % interval.
+    train_images: 0 if each image's neighbors are the other evaluated ones (leave one out).
+    train_failures: the number of probe samples that could not be read.
     """
 
     images: int
     train_images: int
     train_failures: int
     classes: int
-    neighbours: int
+    neighbors: int
     codes: float
     pixels: float
     difference: float
@@ -52,11 +57,15 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Report:
-    """One evaluation. Means are over images; None where a figure does not apply.
+class EvaluationReport:
+    """One evaluation. Means are over images; a figure that does not apply is None.
 
-    failed: (key, reason) of images that could not be read. psnr: dB. bits_per_pixel: of the codes alone. usage: share of the codebook
-    that occurs. jpeg_correlation: Spearman's, of lengths with JPEG sizes. feature_cosine: decoded patch features with the backbone's.
+    failed: key and reason of each image that could not be read.
+    bits_per_pixel: of the codes alone.
+    usage: share of the codebook that occurs.
+    jpeg_correlation: Spearman's rank correlation of lengths with JPEG sizes.
+    psnr: in dB.
+    feature_cosine: between decoded patch features and the backbone's.
     """
 
     images: int
@@ -64,7 +73,7 @@ class Report:
     policy: str
     selection: str
     positions: bool
-    tokens: Tokens
+    tokens: TokenCounts
     bits_per_pixel: float
     codebook_size: int
     usage: float
@@ -73,28 +82,25 @@ class Report:
     psnr: float | None = None
     ssim: float | None = None
     feature_cosine: float | None = None
-    teacher: Judgement | None = None
-    probe: Probe | None = None
+    teacher: ClassifierResult | None = None
+    probe: ProbeResult | None = None
 
     @property
     def failures(self) -> int:
         return len(self.failed)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; the parts are nested, `failures` is the number of those in `failed`."""
+        """Returns plain JSON types. Parts are nested; `failures` is the length of `failed`."""
         values = dataclasses.asdict(self)
         values["failed"] = [list(pair) for pair in self.failed]
         return {"images": values.pop("images"), "failures": self.failures, **values}
 
     def table(self) -> str:
-        """A line per figure, aligned, with units."""
-        tokens = self.tokens
+        """Returns one aligned line per figure, with units."""
+        tokens, placed = self.tokens, "with" if self.positions else "without"
         lines = [
             ("images", f"{self.images}" + (f" ({self.failures} more could not be read)" if self.failed else "")),
-            (
-                "selection",
-                f"{self.selection} (lengths: {self.policy}), decoded {'with' if self.positions else 'without'} positions",
-            ),
+            ("selection", f"{self.selection} (lengths: {self.policy}), decoded {placed} positions"),
             ("tokens per image", f"{tokens.mean:.1f} mean, {tokens.std:.1f} std, {tokens.min} to {tokens.max}"),
             ("bits per pixel", f"{self.bits_per_pixel:.4f} (codes alone)"),
             (
@@ -114,7 +120,7 @@ class Report:
         width = max(len(name) for name, _ in lines)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
 
-    def _teacher_lines(self, teacher: Judgement) -> list[tuple[str, str]]:
+    def _teacher_lines(self, teacher: ClassifierResult) -> list[tuple[str, str]]:
         lines = [("teacher", teacher.name), ("  feature cosine", f"{teacher.cosine:.4f}")]
         if teacher.accuracy_originals is not None:
             lines += [
@@ -126,14 +132,14 @@ class Report:
             ]
         return lines
 
-    def _probe_lines(self, probe: Probe) -> list[tuple[str, str]]:
+    def _probe_lines(self, probe: ProbeResult) -> list[tuple[str, str]]:
         against = f"{probe.train_images} others" if probe.train_images else "each other"
         difference = (
             f"{100 * probe.difference:+.1f} points, 95 % interval {100 * probe.low:+.1f} to {100 * probe.high:+.1f}"
         )
         return [
             (
-                f"{probe.neighbours} nearest neighbours",
+                f"{probe.neighbors} nearest neighbors",
                 f"{probe.images} images among {against}, {probe.classes} classes",
             ),
             ("  pooled code vectors", _percent(probe.codes)),

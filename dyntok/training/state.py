@@ -1,4 +1,4 @@
-"""What a run leaves on disk to be taken up again: `state.pt`, written atomically, and the check that a recipe goes on with it.
+"""`state.pt`, from which a run resumes: written atomically, and checked against the recipe that wants to resume it.
 
 Not here: what the state consists of (`loop.py`).
 """
@@ -12,15 +12,21 @@ from typing import Any
 import torch
 
 from dyntok.errors import CheckpointError
-from dyntok.training.data import Sample, digest_of
 from dyntok.training.recipe import Recipe, differences
+from dyntok.training.sources import ImageSample, digest_of
 
-# May differ between two parts of a run: where things lie (which images and files they are is compared), and how the work is organised.
-_FREE = {"data", "split", "backbone_weights", "batch_size", "workers", "log_every", "save_every", "stages"}
+# What may change when a run resumes: where the files are (their keys are compared), and how the work is organized.
+_FREE = {
+    "description", "data", "split", "backbone_weights", "batch_size", "workers", "precision",
+    "log_every", "save_minutes", "save_every", "stages",
+}  # fmt: skip
 
 
 def write_state(path: Path, state: dict[str, Any]) -> None:
-    """First to another name, then renamed, so that a kill leaves the old one. Raises `CheckpointError`, on a full disk for example."""
+    """Replaces the file in one step, so that a killed process leaves the old one.
+
+    Raises `CheckpointError` if it can't be written, on a full disk for example.
+    """
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -31,12 +37,12 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
     except (OSError, RuntimeError) as error:  # torch.save turns what the system says into a RuntimeError
         temporary.unlink(missing_ok=True)
         raise CheckpointError(
-            f"can't write {path}: {error}; make room, then start again: the state saved before is still there"
+            f"can't write {path}: {error}; make room, then run the same command: it resumes from the checkpoint before"
         ) from error
 
 
 def read_state(path: Path) -> dict[str, Any] | None:
-    """None where there is no file. Raises `CheckpointError` on one that is damaged or no state of a run."""
+    """Returns None if there is no file. Raises `CheckpointError` on a file that is damaged or no state of a run."""
     if not path.exists():
         return None
     try:
@@ -46,12 +52,12 @@ def read_state(path: Path) -> dict[str, Any] | None:
         }
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, UnpicklingError) as error:
         raise CheckpointError(
-            f"{path} is damaged or no state of a training run ({error}); remove it to begin anew"
+            f"{path} is damaged or no state of a training run ({error}); remove it to start over"
         ) from error
 
 
-def describe_run(recipe: Recipe, samples: Sequence[Sample], images_per_step: int) -> dict[str, Any]:
-    """What state.pt keeps to recognise its run: plain types only."""
+def describe_run(recipe: Recipe, samples: Sequence[ImageSample], images_per_step: int) -> dict[str, Any]:
+    """Returns what `state.pt` keeps to recognize its run, as plain types."""
     return {
         "recipe": recipe.to_dict(),
         "images": len(samples),
@@ -61,25 +67,26 @@ def describe_run(recipe: Recipe, samples: Sequence[Sample], images_per_step: int
 
 
 def check_same_run(path: Path, state: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises `CheckpointError` that tells what differs in what the run has been through; later stages may be changed or added.
+    """Raises `CheckpointError` if the recipe differs in what the run has already done.
 
-    A state without a description (of an early version) is taken as it is.
+    Later stages may be changed or added. A state without a description, of an early version, is accepted.
     """
     if state["run"] is None:
         return
     then = state["run"]
     changes = differences({"images_per_step": then["images_per_step"]}, now)
     if then["digest"] != now["digest"]:
-        changes.append(f"other images: {then['images']:,}, now {now['images']:,}")
+        changes.append(f"different images: {then['images']:,}, now {now['images']:,}")
     changes += differences(_fixed(then["recipe"]), _fixed(now["recipe"]))
     if not changes:
         changes = _changed_stages(
             then["recipe"]["stages"], now["recipe"]["stages"], state["step"], now["images_per_step"]
         )
     if changes:
+        shown = "; ".join([*changes[:5], *(["..."] if len(changes) > 5 else [])])
         raise CheckpointError(
-            f"{path} is of a run with another recipe ({'; '.join(changes[:5])}{'; ...' if len(changes) > 5 else ''}). "
-            "Go on with the old recipe, or train into another folder."
+            f"{path} belongs to a run of another recipe ({shown}). "
+            "Resume with the old recipe, or train into another folder."
         )
 
 
@@ -99,7 +106,7 @@ def _changed_stages(then: list[dict], now: list[dict], step: int, images_per_ste
         else:
             new = now[i]
             if step <= steps and stage["decay"] == "constant" and -(-new["images"] // images_per_step) >= step:
-                new = new | {"images": stage["images"]}  # its length changes nothing of what was
+                new = new | {"images": stage["images"]}  # its length has changed nothing so far
             changes += differences(stage, new, f"stages[{i}]")
         step -= steps
     return changes

@@ -1,7 +1,7 @@
 """Frozen dataclasses from the plain values of a YAML file, checked against their annotations.
 
-YAML guesses types, so `lr: 1e-3` is text and `precision: no` is a boolean: such slips are told by name instead of failing hours later.
-Ranges are not checked here; the dataclasses do that themselves.
+YAML guesses types, so `lr: 1e-3` is text and `precision: no` is a boolean: such slips are told by name instead of
+failing hours later. Ranges are not checked here; the dataclasses do that themselves.
 """
 
 import dataclasses
@@ -28,7 +28,8 @@ _WANTED = {
 def build(cls: type[T], values: Any, where: str = "") -> T:
     """An instance of the dataclass `cls`; nested dataclasses are built, lists become tuples where a tuple is annotated.
 
-    where: the path of these values, for messages ("" or "stages[0]"). Raises `ConfigError` on an unknown key or a wrong type.
+    where: the path of these values, for messages ("" or "stages[0]"). Raises `ConfigError` on an unknown key or a
+    wrong type.
     """
     if not isinstance(values, dict):
         raise ConfigError(f"{where or 'the recipe'} is {_shown(values)}, expected a mapping")

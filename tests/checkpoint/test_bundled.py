@@ -8,8 +8,8 @@ from PIL import Image
 
 import dyntok
 from dyntok.loading import BUNDLED
-from dyntok.training.data import find_samples
 from dyntok.training.evaluate import evaluate
+from dyntok.training.sources import find_samples
 
 FLOORS = {32: 16.3, 64: 18.6, 128: 20.7, 256: 22.0}  # dB by budget
 FLOORS_WITHOUT_POSITIONS = {32: 13.6, 64: 14.2, 128: 14.3, 256: 18.1}

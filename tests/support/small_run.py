@@ -43,7 +43,9 @@ def write_recipe(folder, photos, config):
         "optimizer": "muon",
         "seed": 5,
         "workers": 0,
+        "precision": "fp32",
         "log_every": 1,
+        "save_minutes": 1000,
         "save_every": SAVE_EVERY,
         "stages": [
             {"name": "warm", "images": 4 * WARM, "lr": 3.0e-3, "warmup": 40, **shared},

@@ -11,7 +11,8 @@ from PIL import Image
 
 from dyntok.config import ImageConfig
 from dyntok.errors import DataError
-from dyntok.training.data import Sample, TrainingImages, digest_of, find_samples, is_validation
+from dyntok.training.data import TrainingImages
+from dyntok.training.sources import ImageSample, digest_of, find_samples, is_validation
 
 CONFIG = ImageConfig(img_size=16)
 
@@ -224,7 +225,7 @@ def test_a_tar_that_lost_its_end_after_indexing(tmp_path, photos):
 
 
 def test_all_images_gone(tmp_path):
-    samples = [Sample(str(i), str(tmp_path / f"{i}.jpg")) for i in range(200)]
+    samples = [ImageSample(str(i), str(tmp_path / f"{i}.jpg")) for i in range(200)]
     data = TrainingImages(samples, CONFIG, 1, seed=0, min_crop=0.8)
     with pytest.raises(DataError, match="100 images in a row"):
         data.batch(0)
@@ -232,15 +233,15 @@ def test_all_images_gone(tmp_path):
 
 
 def test_digest_tells_keys_and_order_apart():
-    samples = [Sample(key, "somewhere") for key in ("a", "b", "c")]
-    assert digest_of(samples) == digest_of([Sample(key, "elsewhere") for key in ("a", "b", "c")])
+    samples = [ImageSample(key, "somewhere") for key in ("a", "b", "c")]
+    assert digest_of(samples) == digest_of([ImageSample(key, "elsewhere") for key in ("a", "b", "c")])
     assert (
         len(
             {
                 digest_of(samples),
                 digest_of(samples[::-1]),
                 digest_of(samples[:2]),
-                digest_of([Sample("ab", ""), Sample("c", "")]),
+                digest_of([ImageSample("ab", ""), ImageSample("c", "")]),
             }
         )
         == 4

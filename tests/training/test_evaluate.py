@@ -18,11 +18,11 @@ from dyntok import DynamicVisualTokenizer, KeepPolicy, TokenizerConfig
 from dyntok.errors import CheckpointError, ConfigError, DataError
 from dyntok.image import to_pixels
 from dyntok.model.codebook import perplexity
-from dyntok.training.classifier import Judge, load_judge
-from dyntok.training.data import find_samples
+from dyntok.training.classifier import Classifier, load_classifier
 from dyntok.training.evaluate import evaluate
 from dyntok.training.recipe import Teacher
-from dyntok.training.report import Tokens
+from dyntok.training.report import TokenCounts
+from dyntok.training.sources import find_samples
 
 TENCH, SPRINGER, CHURCH = "n01440764", "n02102040", "n03028079"  # ImageNet classes 0, 217, 497
 PHOTOGRAPHS = {
@@ -108,7 +108,7 @@ def test_report_agrees_with_the_tokenizer_used_by_hand(tokenizer, photographs):
     encoding = tokenizer.encode(images)
     lengths = encoding.lengths.double()
     assert (report.images, report.failures, report.selection, report.policy) == (6, 0, "learned", "learned")
-    assert report.tokens == Tokens(
+    assert report.tokens == TokenCounts(
         float(lengths.mean()), float(lengths.std(correction=0)), int(lengths.min()), int(lengths.max())
     )
     assert report.tokens.std > 0
@@ -151,7 +151,7 @@ def test_another_seed_draws_another_choice(tokenizer, photographs):
 
 def test_without_positions_the_codes_are_the_same_and_the_picture_another(tokenizer, photographs):
     placed, bare = (evaluate(tokenizer, photographs, policy={"budget": 5}, positions=flag) for flag in (True, False))
-    assert (placed.tokens, placed.usage) == (bare.tokens, bare.usage) == (Tokens(5, 0, 5, 5), bare.usage)
+    assert (placed.tokens, placed.usage) == (bare.tokens, bare.usage) == (TokenCounts(5, 0, 5, 5), bare.usage)
     assert placed.psnr != bare.psnr
     assert placed.jpeg_correlation is None  # all of one length
     by_hand = tokenizer.decode(
@@ -283,10 +283,10 @@ class FakeTeacher(nn.Module):
 
 def test_judge_scales_normalises_and_chooses_among_the_classes_that_occur():
     teacher = FakeTeacher()
-    judge = Judge(teacher, [CHURCH, TENCH, None, SPRINGER, "buildings", TENCH])
-    assert judge.classes == [TENCH, SPRINGER, CHURCH] and judge.name == "fake"
+    classifier = Classifier(teacher, [CHURCH, TENCH, None, SPRINGER, "buildings", TENCH])
+    assert classifier.classes == [TENCH, SPRINGER, CHURCH] and classifier.name == "fake"
     images = torch.stack([torch.full((3, 32, 32), value) for value in (0.1, 0.5, 0.9)])
-    pooled, guesses = judge(images)
+    pooled, guesses = classifier(images)
     assert teacher.inputs[0].shape == (3, 3, 48, 48)
     assert pooled[0].tolist() == pytest.approx([-0.8, -0.6, -4.0], abs=1e-5)  # (0.1 - mean) / std
     assert guesses == [TENCH, SPRINGER, CHURCH]
@@ -296,8 +296,8 @@ def test_judge_scales_normalises_and_chooses_among_the_classes_that_occur():
     "labels", [[], [TENCH, TENCH], ["cat", "dog", None]], ids=["none", "one class", "other labels"]
 )
 def test_judge_does_not_guess_without_two_imagenet_classes(labels):
-    judge = Judge(FakeTeacher(), labels)
-    assert judge.classes == [] and judge(torch.rand(1, 3, 32, 32))[1] is None
+    classifier = Classifier(FakeTeacher(), labels)
+    assert classifier.classes == [] and classifier(torch.rand(1, 3, 32, 32))[1] is None
 
 
 def grey_samples(folder, levels):
@@ -346,7 +346,7 @@ def test_a_timm_network_judges(tokenizer, photographs, tmp_path):
     kwargs = {"pretrained_cfg_overlay": {"input_size": [3, 64, 64], "mean": [0.5] * 3, "std": [0.5] * 3}}
     original = timm.create_model("test_efficientnet", **kwargs)
     save_file(original.state_dict(), tmp_path / "weights.safetensors")
-    teacher = load_judge(Teacher("test_efficientnet", str(tmp_path / "weights.safetensors"), kwargs))
+    teacher = load_classifier(Teacher("test_efficientnet", str(tmp_path / "weights.safetensors"), kwargs))
     assert not teacher.training
     report = evaluate(tokenizer, photographs, teacher=teacher)
     judged = report.teacher
@@ -375,9 +375,9 @@ def test_teacher_errors_are_helpful(feature_tokenizer, photographs, tmp_path):
     with pytest.raises(ConfigError, match="no pixel head"):
         evaluate(feature_tokenizer, photographs, teacher=FakeTeacher())
     with pytest.raises(ConfigError, match="timm can't make the teacher 'no_such_net'"):
-        load_judge(Teacher("no_such_net", "x.safetensors"))
+        load_classifier(Teacher("no_such_net", "x.safetensors"))
     with pytest.raises(CheckpointError, match="x.safetensors"):
-        load_judge(Teacher("test_efficientnet", str(tmp_path / "x.safetensors")))
+        load_classifier(Teacher("test_efficientnet", str(tmp_path / "x.safetensors")))
 
 
 # The semantics probe
@@ -412,7 +412,9 @@ def test_the_real_teacher_recognises_the_originals(tokenizer):
     data = os.environ["DYNTOK_DATA"]
     overlay = {"mean": [0.5] * 3, "std": [0.5] * 3}  # these weights want RGB in [-1, 1]
     weights = os.path.join(data, "teacher", "mobilenetv2_100_imagenet.safetensors")
-    teacher = load_judge(Teacher("mobilenetv2_100", weights, {"pad_type": "same", "pretrained_cfg_overlay": overlay}))
+    teacher = load_classifier(
+        Teacher("mobilenetv2_100", weights, {"pad_type": "same", "pretrained_cfg_overlay": overlay})
+    )
     samples = [
         s
         for s in find_samples([os.path.join(data, "photos", "photos-000.tar")], "train")

@@ -36,27 +36,14 @@ def test_a_run_learns_and_leaves_a_tokenizer(undisturbed, values, photos):
     assert tokenizer.decode(tokenizer.encode(photos[0]))[0].size == (64, 64)
 
 
-def test_progress_line(undisturbed, values, tmp_path, capsys, caplog):
+def test_lines_of_the_log(undisturbed, values, tmp_path, caplog):
     run = trainer(changed(values, log_every=3), tmp_path)
     run.data.samples = [run.data.samples[0]] * 23 + [type(run.data.samples[0])("broken", str(tmp_path / "none.jpg"))]
     with caplog.at_level(logging.WARNING, "dyntok"):
         run_until(run, 9)
     (*_, line) = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    shown = capsys.readouterr().out.splitlines()[-1]
-    for name in (
-        "loss",
-        "psnr",
-        "tokens",
-        "tokens_std",
-        "usage",
-        "perplexity",
-        "images_per_second",
-        "pixel",
-        "rate",
-        "grad",
-        "unreadable",
-    ):
-        assert name in line and f"{name} " in shown
+    names = "loss psnr tokens tokens_std usage perplexity images_per_second pixel rate grad unreadable"
+    assert set(names.split()) <= set(line)
     assert line["unreadable"] == 1 and "left out broken" in caplog.text
     # a line is the mean over its steps
     short, long = log_of(undisturbed), log_of(tmp_path)
@@ -93,7 +80,7 @@ def test_folders_that_cannot_be_written(values, tmp_path):
     (tmp_path / "run" / "log.jsonl").mkdir(parents=True)
     for folder in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / "run"):
         with pytest.raises(CheckpointError, match=rf"can't write {folder}.*choose a folder"):
-            trainer(values, folder)
+            trainer(values, folder).run()
 
 
 def test_images_that_cannot_be_found(values, tmp_path):
@@ -109,7 +96,7 @@ def test_unreadable_images_end_it_in_one_line(values, tmp_path, capsys, workers)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(changed(values, data=[str(tmp_path / "photos")], pca_init=False, workers=workers)))
     assert cli.main(["train", str(recipe), "-o", str(tmp_path / "run"), "--cpu"]) == cli.FAILED
-    assert re.fullmatch(r"dyntok: 6 images in a row can't be read, the last one .*\n", capsys.readouterr().err)
+    assert re.fullmatch(r"(.*\n)*dyntok: 6 images in a row can't be read, the last one .*\n", capsys.readouterr().err)
 
 
 # Starts and steps
@@ -167,8 +154,10 @@ def test_a_frozen_codebook_keeps_its_rows(values, tmp_path):
 def test_learning_rate(values, tmp_path):
     run = trainer(values, tmp_path)
     warm, codes = run.recipe.stages
-    assert [run._schedule(warm, step) for step in (0, 4, 9, 10, WARM - 1)] == [0.1, 0.5, 1.0, 1.0, 1.0]
-    assert [run._schedule(codes, step) for step in (0, CODES // 2, CODES - 1)] == pytest.approx([1, 0.5, 1 / CODES])
+    assert [run.schedule.lr_factor(warm, step) for step in (0, 4, 9, 10, WARM - 1)] == [0.1, 0.5, 1.0, 1.0, 1.0]
+    assert [run.schedule.lr_factor(codes, step) for step in (0, CODES // 2, CODES - 1)] == pytest.approx(
+        [1, 0.5, 1 / CODES]
+    )
     run_until(run, 5)
     groups = [group for part in run.optimizer.parts for group in part.param_groups]
     assert len(groups) == 3 and all(group["lr"] == pytest.approx(3e-3 * 0.5) for group in groups)
@@ -186,7 +175,7 @@ def test_a_gradient_that_is_not_finite_is_left_out(values, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "dyntok"):
         for _ in range(19):
             run.train_step(poisoned, stage, 1)
-    assert "step 0 left out" in caplog.text
+    assert "step 0 skipped" in caplog.text
     assert all(torch.equal(value, before[name]) for name, value in run.objective.state_dict().items())
     run.train_step(run.data[1], stage, 1)  # one good step, and the count begins anew
     for _ in range(19):
@@ -194,9 +183,3 @@ def test_a_gradient_that_is_not_finite_is_left_out(values, tmp_path, caplog):
     with pytest.raises(DyntokError, match="20 steps in a row"):
         run.train_step(poisoned, stage, 1)
     assert all(value.isfinite().all() for value in run.objective.state_dict().values())
-
-
-def test_other_precision_in_one_process_is_told(values, tmp_path):
-    trainer(values, tmp_path / "one")
-    with pytest.raises(ConfigError, match="precision 'bf16' does not work here"):
-        trainer(changed(values, precision="bf16"), tmp_path / "two")

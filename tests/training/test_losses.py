@@ -69,11 +69,11 @@ def test_perceptual_tells_images_apart():
     assert losses.perceptual([maps], [targets]).tolist() == [0.0, 4.0]
 
 
-def test_centred_cosine_by_hand():
+def test_centered_cosine_by_hand():
     targets = torch.tensor([[5.0, 1.0], [5.0, 3.0]])  # around (5, 2)
-    assert losses.centred_cosine(targets, targets).tolist() == pytest.approx([0, 0])
-    assert losses.centred_cosine(targets.flip(0), targets).tolist() == pytest.approx([2, 2])
-    assert losses.centred_cosine(torch.tensor([[9.0, 2.0], [5.0, 9.0]]), targets).tolist() == pytest.approx([1, 0])
+    assert losses.centered_cosine(targets, targets).tolist() == pytest.approx([0, 0])
+    assert losses.centered_cosine(targets.flip(0), targets).tolist() == pytest.approx([2, 2])
+    assert losses.centered_cosine(torch.tensor([[9.0, 2.0], [5.0, 9.0]]), targets).tolist() == pytest.approx([1, 0])
 
 
 def test_perceptual_per_patch_knows_where():

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from dyntok.training import metrics, probe
-from dyntok.training.probe import LabelledVectors
+from dyntok.training.probe import LabeledVectors
 
 
 def test_psnr_by_hand():
@@ -68,7 +68,7 @@ def test_thumbnail_vector_is_the_mean_of_blocks():
 
 
 def labelled(codes, pixels, labels):
-    vectors = LabelledVectors()
+    vectors = LabeledVectors()
     vectors.labels, vectors.codes, vectors.pixels = list(labels), list(codes), list(pixels)
     return vectors
 
@@ -82,14 +82,14 @@ def test_probe_tells_clusters_from_noise():
     for result in (probe.probe(test, train), probe.probe(test)):
         assert result.codes == 1 and 0.2 < result.pixels < 0.8
         assert result.low > 0.2 and result.low < result.difference < result.high
-        assert (result.images, result.classes, result.neighbours) == (40, 2, 10)
+        assert (result.images, result.classes, result.neighbors) == (40, 2, 10)
     assert probe.probe(test, train).train_images == 40 and probe.probe(test).train_images == 0
 
 
 def test_nobody_is_his_own_neighbour():
     # labels without any relation to the vectors: a point that votes for itself, at distance 0, would always be right
     vectors = torch.randn(60, 5, generator=torch.Generator().manual_seed(1))
-    assert probe.neighbours_agree(vectors, ["a", "b", "c"] * 20).mean() < 0.6
+    assert probe.neighbors_agree(vectors, ["a", "b", "c"] * 20).mean() < 0.6
 
 
 def test_labels_that_the_training_part_lacks_are_left_out():

@@ -15,9 +15,11 @@ from dyntok.errors import CheckpointError, ConfigError
 from dyntok.image import to_pixels
 from dyntok.model.selector import KEEP
 from dyntok.tokenizer import DynamicVisualTokenizer
-from dyntok.training.objective import Objective, TeacherFeatures, View
+from dyntok.training.objective import Objective
 from dyntok.training.pca_init import pca_init
-from dyntok.training.recipe import Masks, Stage, Teacher, Weights
+from dyntok.training.recipe import Teacher
+from dyntok.training.stage import Masks, Stage, Weights
+from dyntok.training.teacher import TeacherFeatures, View
 
 NO_RATE = Weights(pixel=1, rate=0)
 

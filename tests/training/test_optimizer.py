@@ -65,7 +65,7 @@ def test_it_learns_and_goes_on_from_its_state(kind):
 
 
 def test_the_state_of_another_kind_is_refused():
-    with pytest.raises(ValueError, match="the state is of 1 optimisers, expected 2"):
+    with pytest.raises(ValueError, match="the state is of 1 optimizers, expected 2"):
         make("muon")[1].load_state_dict(make("adamw")[1].state_dict())
 
 

@@ -11,9 +11,10 @@ import torch.multiprocessing
 from PIL import Image
 
 from dyntok.tokenizer import DynamicVisualTokenizer
-from dyntok.training.data import TrainingImages, find_samples
+from dyntok.training.data import TrainingImages
 from dyntok.training.loop import Trainer
 from dyntok.training.recipe import Recipe
+from dyntok.training.sources import find_samples
 from dyntok.training.typed import build
 
 STEPS = 4  # of each stage of the whole run

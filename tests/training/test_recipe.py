@@ -11,7 +11,10 @@ from dyntok.config import TokenizerConfig
 from dyntok.errors import ConfigError
 from dyntok.tokenizer import DynamicVisualTokenizer
 from dyntok.training import objective
-from dyntok.training.recipe import RECIPES, Masks, Recipe, Stage, Weights, differences
+from dyntok.training import teacher as teacher_module
+from dyntok.training.recipe import RECIPES, Recipe, differences
+from dyntok.training.stage import Masks, Stage, Weights
+from dyntok.training.teacher import TeacherFeatures
 
 MINIMAL = {"data": ["photos"], "stages": [{"images": 100, "weights": {"pixel": 1}}]}
 
@@ -47,7 +50,7 @@ def test_everything(tmp_path):
         data: [a, b.tar]
         split: all
         teacher: {name: mobilenetv2_100, weights: file.safetensors, kwargs: {pad_type: same}, layers: [0, 2]}
-        precision: "no"
+        precision: fp32
         stages:
           - {name: one, images: 10, weights: {pixel: 1, perceptual: 0.5}, masks: {random: 1}, budgets: [0.5, 1], freeze: [selector]}
           - {name: two, images: 5, quantize: true, decay: linear, weights: {pixel: 1}}
@@ -73,6 +76,7 @@ def test_everything(tmp_path):
         ("tokenizer.codebok", {"size": 3}, "codebok"),
         ("tokenizer.preset", "huge", "huge"),
         ("tokenizer.preset", ["tiny"], "tiny"),
+        ("linear_start", True, "linear_start is now called pca_init; rename the key"),
     ],
 )
 def test_unknown_keys(tmp_path, where, value, told):
@@ -96,7 +100,7 @@ def test_unknown_keys(tmp_path, where, value, told):
         ("batch_size", True, r"batch_size is True \(bool\), expected an integer"),
         ("stages.quantize", 1, r"quantize is 1 \(int\), expected true or false"),
         ("stages.quantize", "yes please", "quantize is 'yes please'"),
-        ("precision", False, r"precision is False \(bool\), expected 'no' or 'bf16'; YAML reads no, off"),
+        ("precision", False, r"precision is False \(bool\), expected 'auto' or 'fp32' or 'bf16'; YAML reads no, off"),
         ("precision", "fp8", "precision is 'fp8'"),
         ("split", "test", "split is 'test'"),
         ("stages.decay", "cosine", "decay is 'cosine'"),
@@ -134,15 +138,16 @@ def test_wrong_types(tmp_path, where, value, told):
         ("stages.masks", {"learned": 0}, "masks"),
         ("stages.masks", {"random": -0.5}, "masks"),
         ("stages.weights.perceptual", 1, r"teacher\.name"),
-        ("stages", [], "at least one of `stages`"),
-        ("data", [], "needs `data`"),
+        ("stages", [], "no stages, expected at least one"),
+        ("data", [], "names no data; pass --data FOLDER"),
         ("min_crop", 0, "min_crop is 0"),
         ("seed", -1, "seed is -1"),
         ("seed", 2**31, "seed is 2147483648"),
         ("batch_size", 0, "batch_size is 0"),
         ("workers", -1, "workers is -1"),
         ("log_every", 0, "log_every is 0"),
-        ("save_every", 0, "save_every is 0"),
+        ("save_every", -1, "save_every is -1"),
+        ("save_minutes", -0.5, r"save_minutes is -0\.5"),
         ("weight_decay", -1, "weight_decay is -1"),
         ("tokenizer.codebook", {"size": 0}, "codebook"),
     ],
@@ -213,11 +218,11 @@ def test_bundled_recipes_load_and_build(path, tmp_path, monkeypatch):
     monkeypatch.setattr(
         timm, "create_model", lambda *args, pretrained, **options: create(*args, pretrained=False, **options)
     )
-    monkeypatch.setattr(objective, "load_timm_weights", lambda model, file: None)
+    monkeypatch.setattr(teacher_module, "load_timm_weights", lambda model, file: None)
     recipe = Recipe.load(path)
     with torch.device("meta"):
         tokenizer = DynamicVisualTokenizer(recipe.config)
-    teacher = objective.TeacherFeatures(recipe.teacher, (0.5,) * 3, (0.5,) * 3) if recipe.teacher.name else None
+    teacher = TeacherFeatures(recipe.teacher, (0.5,) * 3, (0.5,) * 3) if recipe.teacher.name else None
     trained = objective.Objective(tokenizer, teacher)
     for stage in recipe.stages:
         trained.set_stage(stage)

@@ -159,7 +159,9 @@ def test_what_may_change_between_two_parts_of_a_run(values, tmp_path, change):
 def test_resuming_with_another_recipe_is_refused(values, tmp_path, change, told):
     run_until(trainer(values, tmp_path), 11)
     before = (tmp_path / "state.pt").read_bytes(), (tmp_path / "log.jsonl").read_bytes()
-    with pytest.raises(CheckpointError, match=rf"state\.pt is of a run with another recipe \({told}.*another folder"):
+    with pytest.raises(
+        CheckpointError, match=rf"state\.pt belongs to a run of another recipe \({told}.*another folder"
+    ):
         trainer(changed(values, **change), tmp_path)
     assert before == ((tmp_path / "state.pt").read_bytes(), (tmp_path / "log.jsonl").read_bytes())
 
@@ -172,7 +174,7 @@ def test_resuming_with_other_stages_images_or_tokenizer_is_refused(undisturbed, 
         CheckpointError, match=r"stages\[1\]\.images: 45, now 80"
     ):  # its learning rate went down to nothing
         trainer(changed(values, [(1, dict(images=80))]), tmp_path)
-    with pytest.raises(CheckpointError, match="other images: 24, now"):
+    with pytest.raises(CheckpointError, match="different images: 24, now"):
         trainer(changed(values, split="train"), tmp_path)
     other = copy.deepcopy(values)
     other["tokenizer"]["codebook"]["size"] = 64

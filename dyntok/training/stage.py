@@ -1,0 +1,92 @@
+"""One stage of a training run: its length, learning rate, losses and masks.
+
+Not here: the recipe that a run's stages belong to (`recipe.py`), and the losses themselves (`losses.py`).
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dyntok.errors import ConfigError
+
+PARTS = ("backbone", "selector", "merger", "projection", "codebook", "decoder", "pixel_head")
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises `ConfigError` with this message unless the condition holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Factors of the losses. A factor of 0 turns a loss off."""
+
+    pixel: float = 0.0  # mean squared error of normalized pixels
+    feature: float = 0.0  # cosine distance to the backbone's features (LaVIT)
+    perceptual: float = 0.0  # distance of the teacher's feature maps
+    perceptual_unplaced: float = 1.0  # extra factor on images decoded without positions: their content may move
+    recognition: float = 0.0  # distance of the teacher's pooled features
+    recognition_unplaced: float = 1.0  # extra factor on images decoded without positions
+    semantic: float = 0.0  # prediction of the teacher's pooled features from the mean code vector
+    commitment: float = 0.25  # distance of the encoder's vectors to their codes
+    rate: float = 2.0  # distance of the mean number of tokens to `rho`
+    local: float = 0.0  # selector scores follow the error that random masks leave; needs random masks
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            require(value >= 0, f"weights.{name} is {value}, expected 0 or more")
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.perceptual + self.recognition + self.semantic > 0
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Shares of the batches by the origin of their keep masks."""
+
+    learned: float = 1.0  # the selector's choice, sampled
+    budget: float = 0.0  # the patches with the best scores, under a random budget
+    random: float = 0.0  # random patches, under a random budget
+
+    def __post_init__(self) -> None:
+        shares = self.learned, self.budget, self.random
+        valid = min(shares) >= 0 and sum(shares) > 0
+        require(valid, f"masks are {shares} (learned, budget, random), expected shares of 0 or more, not all 0")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part of a run. The first stage with `quantize` starts the codebook by k-means."""
+
+    name: str = ""
+    images: int = 0
+    lr: float = 1e-3
+    warmup: int = 0  # images over which the learning rate rises
+    decay: Literal["constant", "linear"] = "constant"  # linear: the learning rate falls to 0 at the end of the stage
+    quantize: bool = False
+    rho: float = 1 / 3  # target share of kept patches
+    budgets: tuple[float, float] = (0.1, 1.0)  # range of random budgets as shares of the patches, log-uniform
+    position_drop: float = 0.0  # share of images decoded without positions
+    freeze: tuple[str, ...] = ()  # parts (see `PARTS`) that are not trained
+    weights: Weights = field(default_factory=Weights)
+    masks: Masks = field(default_factory=Masks)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "budgets", tuple(self.budgets))
+        object.__setattr__(self, "freeze", tuple(self.freeze))
+        name = f"stage {self.name!r}"
+        positive = self.images >= 1 and self.lr > 0
+        require(positive, f"{name} has images {self.images} and lr {self.lr}, expected both to be positive")
+        require(self.warmup >= 0, f"{name} has warmup {self.warmup}, expected 0 or more images")
+        require(0 < self.rho <= 1, f"{name} has rho {self.rho}, expected a share in (0, 1]")
+        drop = self.position_drop
+        require(0 <= drop <= 1, f"{name} has position_drop {drop}, expected a share from 0 to 1")
+        valid = len(self.budgets) == 2 and 0 < self.budgets[0] <= self.budgets[1] <= 1
+        require(valid, f"{name} has budgets {self.budgets}, expected [low, high] within (0, 1]")
+        reconstructs = self.weights.pixel + self.weights.feature + self.weights.perceptual > 0
+        remedy = "give weights.pixel, feature or perceptual a positive value"
+        require(reconstructs, f"{name} has no loss on the reconstruction; {remedy}")
+        unknown = sorted(set(self.freeze) - set(PARTS))
+        require(not unknown, f"{name} freezes {', '.join(unknown)}, expected some of {', '.join(PARTS)}")

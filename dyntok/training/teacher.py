@@ -1,0 +1,87 @@
+"""A fixed timm network that guides the training: its feature maps of originals and reconstructions are compared.
+
+Not here: the classifier that evaluates a trained tokenizer (`classifier.py`).
+"""
+
+from dataclasses import dataclass
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dyntok.errors import CheckpointError, ConfigError
+from dyntok.model.backbone import load_timm_weights
+from dyntok.training.recipe import Teacher
+
+
+def create_network(teacher: Teacher, *, with_classifier: bool) -> nn.Module:
+    """Returns the timm network with its weights, in evaluation mode.
+
+    Raises `ConfigError` if timm can't create it, `CheckpointError` if its weights can't be fetched or do not fit.
+    """
+    options = teacher.kwargs if with_classifier else {"num_classes": 0, **teacher.kwargs}
+    try:
+        network = timm.create_model(teacher.name, pretrained=teacher.weights == "hub", **options)
+    except OSError as error:  # raised by the hub's client
+        raise CheckpointError(
+            f"can't fetch the teacher {teacher.name}: {error}; give a file of its weights instead"
+        ) from error
+    except (RuntimeError, TypeError, AssertionError, ValueError) as error:
+        raise ConfigError(f"timm can't create the teacher {teacher.name!r} with {teacher.kwargs}: {error}") from error
+    if teacher.weights != "hub":
+        load_timm_weights(network, teacher.weights)
+    return network.eval()
+
+
+@dataclass(frozen=True)
+class View:
+    """How one step shows its pictures to the teacher: shifted by at most one pixel, and scaled to `size` if given.
+
+    The shift keeps the teacher's strides from leaving a grid in the reconstructions.
+    """
+
+    top: int = 0
+    left: int = 0
+    size: int | None = None
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        shifted = F.pad(pixels[..., self.top :, self.left :], (0, self.left, 0, self.top), mode="replicate")
+        return shifted if self.size is None else F.interpolate(shifted, size=self.size, mode="bicubic", antialias=True)
+
+
+class TeacherFeatures(nn.Module):
+    """Feature maps of a fixed timm network, from pixels normalized as the tokenizer's (by `mean` and `std`).
+
+    Raises `ConfigError` and `CheckpointError` as `create_network`, and `ConfigError` on layers that do not exist.
+    """
+
+    def __init__(self, teacher: Teacher, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.layers, self.sizes = list(teacher.layers) or None, teacher.sizes
+        model = create_network(teacher, with_classifier=False)
+        try:
+            self.out_dim = model.feature_info[self.layers[-1] if self.layers else -1]["num_chs"]
+        except (AttributeError, IndexError, TypeError) as error:
+            raise ConfigError(f"the teacher {teacher.name!r} has no feature maps {self.layers}: {error}") from error
+        config = model.pretrained_cfg
+        values = (mean, std, config["mean"], config["std"])
+        old_mean, old_std, new_mean, new_std = (torch.tensor(value).view(3, 1, 1) for value in values)
+        self.register_buffer("factor", old_std / new_std)
+        self.register_buffer("shift", (old_mean - new_mean) / new_std)
+        self.model = model.to(memory_format=torch.channels_last).requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "TeacherFeatures":
+        """Keeps the network in evaluation mode."""
+        return super().train(False)
+
+    def draw_view(self) -> View:
+        """Draws from the global random generator."""
+        top, left = torch.randint(2, (2,)).tolist()
+        return View(top, left, self.sizes[int(torch.randint(len(self.sizes), ()))] if self.sizes else None)
+
+    def forward(self, pixels: Tensor, view: View) -> tuple[list[Tensor], Tensor]:
+        """[B, 3, H, W] -> feature maps [B, D, h, w] from fine to coarse, and pooled features [B, D]."""
+        pixels = (view(pixels) * self.factor + self.shift).contiguous(memory_format=torch.channels_last)
+        last, maps = self.model.forward_intermediates(pixels, indices=self.layers, output_fmt="NCHW")
+        return maps, self.model.forward_head(last)
