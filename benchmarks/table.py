@@ -44,7 +44,6 @@ def main() -> None:
         "learned": {
             "probe_samples": find_samples(sources, "train"),
             "probe_prefix": "imagenette-",
-            "probe_limit": 2000,
         },
         "learned, without positions": {"positions": False},
         "random": {"selection": "random"},

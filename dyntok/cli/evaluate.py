@@ -85,6 +85,7 @@ def _eval(options: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         raise MissingDependencyError.of(str(error.name), "train") from error
 
+    tokenizer = load(options.model, device=options.device)
     inventory = take_inventory(options.data, options.split)
     for line in inventory.report():
         report(line, to_stderr=True)
@@ -103,7 +104,7 @@ def _eval(options: argparse.Namespace) -> int:
             bar.update(done - bar.n)
 
         result = evaluate(
-            load(options.model, device=options.device),
+            tokenizer,
             samples,
             policy=keep_options(options),
             positions=not options.without_positions,

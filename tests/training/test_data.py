@@ -12,7 +12,7 @@ from PIL import Image
 from dyntok.config import ImageConfig
 from dyntok.errors import DataError
 from dyntok.training.data import TrainingImages
-from dyntok.training.sources import ImageSample, digest_of, find_samples, is_validation
+from dyntok.training.sources import ImageSample, digest_of, find_samples, is_validation, take_inventory
 
 CONFIG = ImageConfig(img_size=16)
 
@@ -121,8 +121,41 @@ def test_broken_tar(tmp_path, photos, kind):
         "compressed": b"\x1f\x8b" + whole[2:],
     }[kind]
     path = damaged(tmp_path / "broken.tar", content)
-    with pytest.raises(DataError, match=r"broken\.tar.*uncompressed webdataset tar"):
-        find_samples([path])
+    (tmp_path / "whole.tar").rename(tmp_path / "other.tar")
+    inventory = take_inventory([tmp_path])  # the intact tar is used, and the images before the damage
+    intact = [sample for sample in inventory.samples if sample.path != str(path)]
+    assert len(intact) == 3 and len(inventory.samples) - len(intact) in (0, 1, 2)
+    (problem,) = inventory.problems
+    assert "broken.tar" in problem and "expected an intact, uncompressed webdataset tar" in problem
+    if kind in ("garbage", "empty", "compressed"):
+        with pytest.raises(DataError, match=r"broken\.tar.*uncompressed webdataset tar"):
+            find_samples([path])
+
+
+def test_links_are_followed_once_and_what_is_left_out_is_counted(folder, tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "x.JPG").write_bytes((folder / "00.jpg").read_bytes())
+    (folder / "linked").symlink_to(outside)
+    (outside / "back").symlink_to(folder)
+    (folder / ".ipynb_checkpoints").mkdir()
+    (folder / "._x.jpg").write_bytes(b"")
+    inventory = take_inventory([folder])
+    assert len(inventory.samples) == 13 and "linked/x" in [sample.key for sample in inventory.samples]
+    assert inventory.left_out == {".txt": 1, "hidden": 2}
+    assert inventory.report()[-1] == "left out: 2 hidden, 1 .txt"
+
+
+def test_links_in_a_tar_lead_to_the_bytes(tmp_path, photos):
+    content = jpeg(photos[0])
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        member = tarfile.TarInfo("0.jpg")
+        member.size = len(content)
+        tar.addfile(member, io.BytesIO(content))
+        link = tarfile.TarInfo("1.jpg")
+        link.type, link.linkname = tarfile.LNKTYPE, "0.jpg"
+        tar.addfile(link)
+    assert [sample.read() for sample in find_samples([tmp_path])] == [content, content]
 
 
 @pytest.mark.parametrize("name", ["missing", "notes.txt", "a.tar.gz", "nothing"])

@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import sys
 import tarfile
 
 import numpy as np
@@ -374,7 +375,7 @@ def test_a_network_without_classifier_compares_features_only(tokenizer, photogra
 def test_teacher_errors_are_helpful(feature_tokenizer, photographs, tmp_path):
     with pytest.raises(ConfigError, match="no pixel head"):
         evaluate(feature_tokenizer, photographs, teacher=FakeTeacher())
-    with pytest.raises(ConfigError, match="timm can't make the teacher 'no_such_net'"):
+    with pytest.raises(ConfigError, match="timm can't create the teacher 'no_such_net'"):
         load_classifier(Teacher("no_such_net", "x.safetensors"))
     with pytest.raises(CheckpointError, match="x.safetensors"):
         load_classifier(Teacher("test_efficientnet", str(tmp_path / "x.safetensors")))
@@ -392,9 +393,11 @@ def test_the_run_probes_labelled_photographs(tokenizer, many):
     assert alone.pixels == apart.pixels == 1 and apart.codes > 0.5
 
 
-def test_the_probe_obeys_its_prefix_and_limit(tokenizer, many):
+def test_the_probe_obeys_its_prefix_and_limit(tokenizer, many, monkeypatch):
     assert evaluate(tokenizer, many[1::2], probe_samples=many[::2], probe_prefix="coffee/").probe is None  # one class
-    few = evaluate(tokenizer, many[::2], probe_samples=many[1::2], probe_limit=11).probe
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["dyntok.training.evaluate"], "_PROBE_LIMIT", 11)
+        few = evaluate(tokenizer, many[::2], probe_samples=many[1::2]).probe
     assert few.train_images == 11
     with pytest.raises(DataError, match="none of 12 probe samples"):
         evaluate(tokenizer, many[::2], probe_samples=many[1::2], probe_prefix="imagenette-")
