@@ -219,7 +219,7 @@ def test_bundled_recipes_load_and_build(path, tmp_path, monkeypatch):
         timm, "create_model", lambda *args, pretrained, **options: create(*args, pretrained=False, **options)
     )
     monkeypatch.setattr(teacher_module, "load_timm_weights", lambda model, file: None)
-    recipe = Recipe.load(path)
+    recipe = Recipe.load(path, data=["photos"])
     with torch.device("meta"):
         tokenizer = DynamicVisualTokenizer(recipe.config)
     teacher = TeacherFeatures(recipe.teacher, (0.5,) * 3, (0.5,) * 3) if recipe.teacher.name else None
