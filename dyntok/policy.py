@@ -100,7 +100,7 @@ class KeepPolicy:
             keep = log_probs[..., KEEP].exp() >= self.threshold
         elif self.sample is not None:
             indices = range(len(score)) if input_indices is None else input_indices[: len(score)]
-            noise = torch.stack([_gumbel_difference(self._seed, index, num_patches) for index in indices])
+            noise = torch.stack([_gumbel_difference(self.seed, index, num_patches) for index in indices])
             keep = score + noise.to(score) > 0
         else:
             keep = score > 0
@@ -108,7 +108,8 @@ class KeepPolicy:
         return keep if self.max_tokens is None else keep & _best(keep, rank, self.max_tokens)
 
     @property
-    def _seed(self) -> int:
+    def seed(self) -> int | None:
+        """The seed of `sample`; None without it."""
         return self.sample.initial_seed() if isinstance(self.sample, torch.Generator) else self.sample
 
     def _check_budget(self) -> None:

@@ -81,13 +81,13 @@ class SampleEncoder:
             pairs = zip(samples, pixels, strict=True)
             encoding = Encoding.cat([self._sample(sample, row[None]) for sample, row in pairs])
         else:
-            encoding = self.tokenizer.encode_tensor(pixels, **vars(self.policy))
+            encoding = self.tokenizer.encode_tensor(pixels, policy=self.policy)
         if self.selection == "learned":
             return encoding
         masks = [
             self._mask(count, sample.key) for count, sample in zip(encoding.lengths.tolist(), samples, strict=True)
         ]
-        return self.tokenizer.encode_tensor(pixels, keep=torch.stack(masks))
+        return self.tokenizer.encode_tensor(pixels, keep_mask=torch.stack(masks))
 
     def _mask(self, count: int, key: str) -> Tensor:
         grid = self.tokenizer.grid
@@ -95,7 +95,7 @@ class SampleEncoder:
 
     def _sample(self, sample: ImageSample, pixels: Tensor) -> Encoding:
         # seeded by the key: an image's place among the others must not matter
-        seed = seed_of(sample.key, f"sample/{self.policy.sample.initial_seed()}")
+        seed = seed_of(sample.key, f"sample/{self.policy.seed}")
         generator = torch.Generator().manual_seed(seed)
         return self.tokenizer.encode_tensor(pixels, sample=generator, max_tokens=self.policy.max_tokens)
 

@@ -215,6 +215,6 @@ def _policy(policy: KeepPolicy | Mapping[str, Any] | None) -> KeepPolicy:
 def _describe(policy: KeepPolicy) -> str:
     given = {name: value for name, value in vars(policy).items() if value is not None}
     if policy.sample is not None:
-        given["sample"] = f"seed {policy.sample.initial_seed()}"
+        given["sample"] = f"seed {policy.seed}"
     learned = [] if set(given) - {"max_tokens"} else ["learned"]
     return ", ".join(learned + [f"{name} {value}" for name, value in given.items()])
