@@ -14,10 +14,11 @@ import pyarrow.parquet as pq
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from dyntok.batch.addresses import StorageOptions, redact, wrap_storage_errors
 from dyntok.batch.formats import ROWS_IN_GROUP
 from dyntok.batch.inputs.names import split_key
 from dyntok.batch.manifest import read_description, recorded_files
-from dyntok.batch.storage import Output, StorageOptions, redact, wrap_storage_errors
+from dyntok.batch.storage import Output
 from dyntok.chunks import batched
 from dyntok.encoding import Encoding
 from dyntok.errors import ConfigError, DataError

@@ -3,23 +3,27 @@
 import itertools
 import tempfile
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dyntok.batch.addresses import redact
 from dyntok.batch.engines.stages import End, Item, Tokens, Work, batches, decode, encode, read
 from dyntok.batch.formats import make_writer
+from dyntok.batch.inputs.names import LeftOut
 from dyntok.batch.inputs.samples import Broken
 from dyntok.batch.run import Task
-from dyntok.batch.storage import Output, redact
+from dyntok.batch.storage import Output
 from dyntok.errors import DataError
 
 _SAMPLE = 96  # rows
 _BATCH = 16
+_REASONS = 3
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """Rows, bytes and seconds of tars are estimates from the sample's share of its shard; so are seconds, tokens and bytes written."""
+    """What a run would read and write. Seconds, tokens and bytes are estimated from a sample, and so are the rows of archives."""
 
     kind: str
     output: str
@@ -28,7 +32,9 @@ class DryRun:
     input_bytes: int
     rows: int  # to be read, about
     sampled: int
-    errors: int  # in the sample
+    errors: int  # images of the sample that failed
+    reasons: dict[str, int]  # the most frequent ones
+    left_out: dict[str, int]  # files in and around the sample that are not read, by suffix
     tokens_per_image: float
     seconds: float  # on this machine, one device
     output_bytes: int
@@ -37,16 +43,33 @@ class DryRun:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @property
+    def all_failed(self) -> bool:
+        """Returns whether images were sampled, and none could be read."""
+        return self.errors > 0 and not self.tokens_per_image
+
     def __str__(self) -> str:
-        minutes = f"{self.seconds / 60:.1f} minutes" if self.seconds < 7200 else f"{self.seconds / 3600:.1f} hours"
         lines = [
             f"would read   {self.input_shards:,} input shards ({self.kind}) of {self.input_bytes / 1e6:,.1f} MB, about {self.rows:,} rows"
             + f"; {self.input_shards_finished:,} are finished" * bool(self.input_shards_finished),
+        ]
+        if self.all_failed:
+            lines.append(
+                f"every image of the sample failed ({self.errors:,} of {self.errors:,}); a run would write nothing"
+            )
+        else:
+            lines += self._estimates()
+        lines += [f"  {count:>8,}  {reason}" for reason, count in self.reasons.items()]
+        lines += [f"left out so far: {LeftOut(self.left_out)}"] * bool(self.left_out)
+        return "\n".join(lines)
+
+    def _estimates(self) -> list[str]:
+        minutes = f"{self.seconds / 60:.1f} minutes" if self.seconds < 7200 else f"{self.seconds / 3600:.1f} hours"
+        return [
             f"would write  about {self.output_bytes / 1e6:,.1f} MB in {self.output_shards:,} shards or more, to {self.output}",
             f"would take   about {minutes} on this machine with one device",
             f"from a sample of {self.sampled} rows: {self.tokens_per_image:.1f} tokens per image, {self.errors} errors",
         ]
-        return "\n".join(lines)
 
 
 def dry_run(task: Task) -> DryRun:
@@ -61,9 +84,11 @@ def dry_run(task: Task) -> DryRun:
     if not shards:
         raise DataError(f"nothing is left to be done in {redact(task.output.address)}")
     images = [image for item in sampling.items for image in item.sample.images]
+    broken = [image for image in images if isinstance(image, Broken)]
+    reasons = Counter(image.reason.partition(": ")[2] or image.reason for image in broken)
     tokens = [len(image.codes) for image in images if isinstance(image, Tokens)]
     rows = extent  # of lists and tables; of tars it is bytes
-    if task.source.kind == "tar":
+    if task.source.kind in ("tar", "zip"):
         rows = round(extent * len(sampling.items) / max(sampling.extent, 1))
     return DryRun(
         kind=task.source.kind,
@@ -73,7 +98,9 @@ def dry_run(task: Task) -> DryRun:
         input_bytes=size,
         rows=rows,
         sampled=len(sampling.items),
-        errors=sum(isinstance(image, Broken) for image in images),
+        errors=len(broken),
+        reasons=dict(reasons.most_common(_REASONS)),
+        left_out=dict(sampling.left_out),
         tokens_per_image=sum(tokens) / max(len(tokens), 1),
         seconds=rows * sampling.seconds / max(sampling.timed, 1),
         output_bytes=round(rows * sampling.output_bytes() / max(len(sampling.items), 1)),
@@ -85,7 +112,7 @@ class _Sampling:
     """The first rows of the work, encoded."""
 
     def __init__(self, task: Task) -> None:
-        self.task, self.items, self.types = task, [], {}
+        self.task, self.items, self.types, self.left_out = task, [], {}, LeftOut()
         self.extent = 0  # of their input shards
         self.seconds, self.timed = 0.0, 0  # for so many rows; the first batch only warms up
 
@@ -96,6 +123,8 @@ class _Sampling:
         with task.source.open(work.shard, work.start) as reading:
             self.types = dict(reading.types)
         rows = list(itertools.islice(read(task.source, work, options.shard_size), _SAMPLE - len(self.items)))
+        for row in rows:
+            self.left_out.merge(row.left_out if isinstance(row, End) else {})
         for batch in batches((row for row in rows if isinstance(row, Item)), _BATCH):
             encoded = encode(
                 decode(batch, task.source, task.tokenizer.config.image, options.max_pixels), task.tokenizer, options

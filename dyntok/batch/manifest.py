@@ -13,12 +13,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dyntok.batch.addresses import StorageOptions, address_key, is_remote, local_path, redact, wrap_storage_errors
 from dyntok.batch.engines.stages import End, Item, Range, Retry, Tokens, Work
 from dyntok.batch.formats import Writer
 from dyntok.batch.inputs.names import LeftOut
 from dyntok.batch.inputs.samples import Broken, Input, Shard
 from dyntok.batch.options import BatchOptions, differences
-from dyntok.batch.storage import RUN, Output, StorageOptions, address_key, redact, wrap_storage_errors
+from dyntok.batch.storage import RUN, Output
 from dyntok.chunks import batched
 from dyntok.errors import BatchError, DataError
 
@@ -64,7 +65,9 @@ def describe_run(
         "tokenizer": {"fingerprint": fingerprint},
         "input": {
             "kind": kind,
-            "sources": [address_key(source if "://" in source else os.path.abspath(source)) for source in sources],
+            "sources": [
+                address_key(source if is_remote(source) else os.path.abspath(local_path(source))) for source in sources
+            ],
         },
         "options": {name: value for name, value in options.to_dict().items() if name != "kind"},
     }

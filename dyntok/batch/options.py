@@ -10,7 +10,7 @@ from dyntok.image import DEFAULT_MAX_PIXELS
 from dyntok.policy import KeepPolicy
 from dyntok.vocab import VisualVocab
 
-KINDS = ("auto", "folder", "tar", "parquet", "list")
+KINDS = ("auto", "folder", "tar", "zip", "parquet", "list")
 FORMATS = ("parquet", "webdataset", "megatron")
 DTYPES = ("fp32", "bf16", "fp16")
 
@@ -19,7 +19,7 @@ DTYPES = ("fp32", "bf16", "fp16")
 class BatchOptions:
     """Raises `ConfigError` on values that do not fit."""
 
-    kind: Literal["auto", "folder", "tar", "parquet", "list"] = "auto"  # of the input
+    kind: Literal["auto", "folder", "tar", "zip", "parquet", "list"] = "auto"  # of the input
     format: Literal["parquet", "webdataset", "megatron"] = "parquet"  # of the output
     shard_size: int = 8192  # images in an output shard, at most
     keep_columns: tuple[str, ...] = ()  # extra columns to keep: columns of a table, or extensions such as "txt"

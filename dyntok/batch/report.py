@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dyntok.batch.addresses import StorageOptions
 from dyntok.batch.dataset import CodesDataset, read_block
 from dyntok.batch.inputs.open import open_input
 from dyntok.batch.inputs.samples import Broken, Input, Shard
 from dyntok.batch.manifest import Record, read_description, read_errors, read_records
 from dyntok.batch.options import BatchOptions
-from dyntok.batch.storage import Output, StorageOptions
+from dyntok.batch.storage import Output
 from dyntok.encoding import Encoding
 from dyntok.errors import BatchError, FingerprintError, MissingDependencyError
 from dyntok.model.codebook import perplexity

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import dyntok
+from dyntok.batch.addresses import StorageOptions, locate, redact
 from dyntok.batch.engines.local import dead_workers_told, run_local
 from dyntok.batch.engines.stages import End, Item, Range, Tokens
 from dyntok.batch.formats import make_writer
@@ -19,7 +20,7 @@ from dyntok.batch.inputs.open import open_input
 from dyntok.batch.inputs.samples import Broken, Input
 from dyntok.batch.manifest import Manifest, Record, describe_run
 from dyntok.batch.options import BatchOptions, EngineOptions
-from dyntok.batch.storage import Output, StorageOptions, locate, redact
+from dyntok.batch.storage import Output
 from dyntok.errors import BatchError, ConfigError, DyntokError
 from dyntok.loading import load
 from dyntok.precision import DTYPES

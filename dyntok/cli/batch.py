@@ -55,7 +55,7 @@ def add_batch(commands: "Commands") -> None:
 def _add_input_options(group: "argparse._ArgumentGroup") -> None:
     group.add_argument(
         "--kind",
-        choices=["auto", "folder", "tar", "parquet", "list"],
+        choices=["auto", "folder", "tar", "zip", "parquet", "list"],
         default="auto",
         help="kind of the inputs (default: by their names)",
     )
@@ -143,9 +143,9 @@ def _add_performance_options(group: "argparse._ArgumentGroup") -> None:
 
 def _batch(options: argparse.Namespace) -> int:
     from dyntok.batch import BatchOptions, EngineOptions, tokenize
+    from dyntok.batch.addresses import read_storage_options
     from dyntok.batch.dry_run import dry_run
     from dyntok.batch.run import prepare
-    from dyntok.batch.storage import read_storage_options
 
     given = vars(options)
     run_options = BatchOptions(**{name: given[name] for name in BatchOptions.__dataclass_fields__ if name in given})
@@ -161,8 +161,9 @@ def _batch(options: argparse.Namespace) -> int:
     storage = read_storage_options(options.storage_options)
     if options.dry_run:
         task = prepare(options.inputs, options.output, model=options.model, options=run_options, storage=storage)
-        _print(dry_run(task), options.json)
-        return OK
+        estimate = dry_run(task)
+        _print(estimate, options.json)
+        return SOME_SKIPPED if estimate.all_failed else OK
     progress = _Progress()
     try:
         with progress.bar:

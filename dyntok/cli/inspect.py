@@ -11,7 +11,7 @@ from dyntok.errors import BatchError, ConfigError, DyntokError
 
 if TYPE_CHECKING:
     from dyntok.batch import Report
-    from dyntok.batch.storage import StorageOptions
+    from dyntok.batch.addresses import StorageOptions
     from dyntok.cli.arguments import Commands
 
 
@@ -41,7 +41,7 @@ def add_inspect(commands: "Commands") -> None:
 
 def _inspect(options: argparse.Namespace) -> int:
     from dyntok.batch import inspect
-    from dyntok.batch.storage import read_storage_options
+    from dyntok.batch.addresses import read_storage_options
 
     storage = read_storage_options(options.storage_options)
     found = inspect(options.folder, storage=storage)

@@ -201,7 +201,7 @@ def test_tables_without_keys_or_with_paths_only(images, checkpoint_folder, tmp_p
     )
     pq.write_table(pa.table({"key": ["k"], "image": only_paths}), tmp_path / "c.parquet")
     run(tmp_path / "c.parquet", tmp_path / "paths", checkpoint_folder)
-    assert "embed the images" in errors(tmp_path / "paths")["k"]
+    assert "not a readable image" in errors(tmp_path / "paths")["k"]
 
 
 def test_columns_that_are_missing_or_unclear(images, checkpoint_folder, tmp_path):
@@ -226,7 +226,7 @@ def test_files_that_can_not_be_read(images, checkpoint_folder, tmp_path):
     for source, message in (
         ("nothing.tar", "does not exist"),
         ("*.tar", "does not exist"),
-        ("empty", "no images, tars or Parquet"),
+        ("empty", "no images, tars, zip archives or Parquet"),
     ):
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises(DataError, match=message):
@@ -300,7 +300,7 @@ def test_several_images_per_sample_of_a_tar(images, wanted, checkpoint_folder, t
 
 def test_options_that_do_not_fit():
     for options in (
-        {"format": "csv"}, {"kind": "zip"}, {"shard_size": 0}, {"keep_columns": ["key"]}, {"keep_columns": ["a", "a"]}, {"budget": 2, "threshold": 0.5},
+        {"format": "csv"}, {"kind": "rar"}, {"shard_size": 0}, {"keep_columns": ["key"]}, {"keep_columns": ["a", "a"]}, {"budget": 2, "threshold": 0.5},
         {"format": "megatron"}, {"vocab_size": 100}, {"format": "megatron", "vocab_size": 100, "keep_columns": ["txt"]},
         {"format": "webdataset", "interleaved": True},
     ):  # fmt: skip
@@ -315,7 +315,7 @@ def test_shards_of_folders_are_streamed_in_order(tmp_path, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"x")
     names = sorted(str(path.relative_to(tmp_path / "in")) for path in (tmp_path / "in").rglob("*.jpg"))
-    monkeypatch.setattr("dyntok.batch.inputs.files._NAMES", 4)
+    monkeypatch.setattr("dyntok.batch.inputs.listing._NAMES_IN_MEMORY", 4)
     shards = list(open_input([str(tmp_path / "in")], BatchOptions(shard_size=10), {}).shards())
     assert [key for shard in shards for key, _ in shard.entries] == names
     assert [len(shard.entries) for shard in shards] == [10] * 5 + [7]

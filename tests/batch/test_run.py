@@ -30,9 +30,10 @@ from support.batch_data import (
 
 import dyntok
 from dyntok.batch import BatchOptions, EngineOptions, Summary, tokenize
+from dyntok.batch.addresses import read_storage_options
 from dyntok.batch.engines.stages import Range
 from dyntok.batch.manifest import Record, read_records
-from dyntok.batch.storage import Output, read_storage_options
+from dyntok.batch.storage import Output
 from dyntok.errors import BatchError, ConfigError, DyntokError
 
 

@@ -1,45 +1,46 @@
-"""Folders of image files, and text files of paths: a shard is the next so many of them, in a fixed order.
+"""Folders of image files, and text files that list paths. A shard is the next `shard_size` of them, in a fixed order.
 
-A folder's key is the path below it, a list's key the path as it is written there. Local folders are listed with bounded memory however
-many files they hold; of other file systems fsspec gives one folder at a time.
+The key of a file in a folder is its path from the folder; the key of a listed file is its path as the list has it.
 """
 
 import hashlib
-import heapq
+import io
+import itertools
 import json
 import os
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import fsspec
-from fsspec.core import split_protocol
-from fsspec.implementations.local import LocalFileSystem
+import pyarrow as pa
 
-from dyntok.batch.inputs.names import is_image, without_surrogates
-from dyntok.batch.inputs.samples import Broken, InputSample, Shard, text_types
-from dyntok.batch.options import BatchOptions
-from dyntok.batch.storage import (
+from dyntok.batch.addresses import (
     StorageOptions,
     address_key,
     address_of,
+    is_remote,
+    local_path,
     locate,
     redact,
     redact_message,
-    version_stamp,
     wrap_storage_errors,
 )
+from dyntok.batch.inputs.listing import ListedFile, find_unnamed_images, list_files, size_and_stamp
+from dyntok.batch.inputs.members import MAX_TEXT_BYTES
+from dyntok.batch.inputs.names import LeftOut, is_image, split_key, without_surrogates
+from dyntok.batch.inputs.samples import Broken, InputSample, Shard, text_types
+from dyntok.batch.options import BatchOptions
 from dyntok.chunks import batched
-from dyntok.errors import ConfigError
+from dyntok.errors import ConfigError, DataError
 from dyntok.image import MAX_FILE_BYTES
 
-_NAMES = 100_000  # names of a folder that are sorted in memory
+_BOMS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
 
-class _Found(NamedTuple):
+class _ImageFile(NamedTuple):
     key: str
     address: str
     size: int
@@ -47,156 +48,169 @@ class _Found(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Paths:
+class _ImageFiles:
     addresses: list[str]
     options: BatchOptions
     storage: StorageOptions
 
     def shards(self) -> Iterator[Shard]:
-        for index, found in enumerate(batched(self._found(), self.options.shard_size)):
-            entries = tuple((file.key, file.address) for file in found)
-            stamps = json.dumps([[file.key, file.size, file.stamp] for file in found])
+        left_out, shard = LeftOut(), None
+        for index, files in enumerate(batched(self._image_files(left_out), self.options.shard_size)):
+            if shard is not None:
+                yield shard
+            stamps = json.dumps([[file.key, file.size, file.stamp] for file in files])
             digest = hashlib.sha256(stamps.encode()).hexdigest()[:16]
-            yield Shard(index, self.addresses[0], sum(file.size for file in found), digest, entries)
+            entries = tuple((file.key, file.address) for file in files)
+            size = sum(file.size for file in files)
+            shard = Shard(index, self.addresses[0], size, digest, entries, left_out=tuple(left_out.items()))
+            left_out.clear()
+        if shard is None:
+            found = f"; it holds {left_out}" if left_out else ""
+            raise DataError(f"{redact(self.addresses[0])} holds no images{found}")
+        left_out.merge(dict(shard.left_out))
+        yield replace(shard, left_out=tuple(left_out.items()))
 
     @contextmanager
-    def open(self, shard: Shard, start: int) -> Iterator["_Files"]:
-        yield _Files(shard, start, self)
+    def open(self, shard: Shard, start: int) -> Iterator["_ImageFilesReader"]:
+        yield _ImageFilesReader(shard, start, self.options, dict(shard.left_out))
 
     def fetch(self, sample: InputSample) -> InputSample:
         (address,) = sample.images
-        columns = {name: self._companion(address, name) for name in self.options.keep_columns}
+        columns = {name: self._text_beside(address, name) for name in self.options.keep_columns}
         broken = [value for value in columns.values() if isinstance(value, Broken)]
-        images = broken[:1] or [address if "://" not in address else self._content(address)]
+        images = broken[:1] or [address if not is_remote(address) else self._read(address)]
         return replace(sample, images=images, columns={} if broken else columns)
 
-    def _content(self, address: str) -> bytes | Broken:
+    def _read(self, address: str) -> bytes | Broken:
         try:
             fs, path = locate(address, self.storage)
-            with fs.open(path, "rb") as file:
-                return file.read(MAX_FILE_BYTES + 1)
-        except Exception as error:  # see storage.told; a single file that can't be had is no reason to stop
+            return _read_file(fs, path, MAX_FILE_BYTES)
+        except Exception as error:  # any back end's; one file that can't be read does not stop a run
             return Broken(redact_message(f"can't read the file: {error}", self.storage))
 
-    def _companion(self, address: str, extension: str) -> str | Broken | None:
-        folder, _, name = address.rpartition("/")
-        beside = f"{folder}/{name.rpartition('.')[0]}.{extension}"
-        fs, path = locate(beside, self.storage)
-        content = self._content(beside) if fs.exists(path) else None
+    def _text_beside(self, address: str, extension: str) -> str | Broken | None:
+        """Returns the text of the file with the same name and another extension, or None where there is none."""
         try:
-            return content.decode() if isinstance(content, bytes) else content
+            fs, path = locate(address, self.storage)
+            for name in dict.fromkeys((f"{_stem(path)}.{extension}", f"{_stem(path)}.{extension.upper()}")):
+                if fs.isfile(name):
+                    return _read_file(fs, name, MAX_TEXT_BYTES).decode()
         except UnicodeDecodeError:
-            return Broken(f"its companion {extension} is not UTF-8")
+            return Broken(f"its {extension} file is not UTF-8")
+        except Exception as error:
+            return Broken(redact_message(f"can't read its {extension} file: {error}", self.storage))
+        return None
 
-    def _found(self) -> Iterator[_Found]:
+    def _image_files(self, left_out: LeftOut) -> Iterator[_ImageFile]:
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Folders(_Paths):
+class Folders(_ImageFiles):
     kind = "folder"
 
-    def _found(self) -> Iterator[_Found]:
+    def _image_files(self, left_out: LeftOut) -> Iterator[_ImageFile]:
         for address in self.addresses:
             fs, root = locate(address, self.storage)
             with wrap_storage_errors("read", address, self.storage):
-                if not fs.isdir(root):
-                    yield _found(fs, PurePosixPath(root).name, root, fs.info(root))
-                elif isinstance(fs, LocalFileSystem):
-                    yield from _walk_local(root, "")
+                if fs.isdir(root):
+                    for file in self._images_in(fs, root, left_out):
+                        yield _image_file(address, fs, file)
                 else:
-                    yield from _walk(fs, root, "")
+                    yield _image_file(address, fs, ListedFile(PurePosixPath(root).name, root, fs.info(root)))
+
+    def _images_in(self, fs: fsspec.AbstractFileSystem, root: str, left_out: LeftOut) -> Iterator[ListedFile]:
+        files = find_unnamed_images(fs, list_files(fs, root, left_out))
+        for _, group in itertools.groupby(files, key=lambda pair: split_key(pair[0].key)[0]):
+            group = [(file, unnamed or is_image(file.key)) for file, unnamed in group]
+            stems = {_stem(file.key) for file, image in group if image}
+            for file, image in group:
+                if image:
+                    yield file
+                elif not (_extension(file.key) in self.options.keep_columns and _stem(file.key) in stems):
+                    left_out.count(file.key)
 
 
 @dataclass(frozen=True)
-class Lists(_Paths):
+class Lists(_ImageFiles):
     kind = "list"
 
-    def _found(self) -> Iterator[_Found]:
+    def _image_files(self, left_out: LeftOut) -> Iterator[_ImageFile]:
         if self.options.keep_columns:
-            raise ConfigError("a list of paths has no companions; leave keep out, or give folders, tars or parquet")
+            raise ConfigError("a list of paths has no extra columns; leave keep_columns out, or give a folder of files")
         for address in self.addresses:
             fs, path = locate(address, self.storage)
-            folder = address_of(fs, path.rpartition("/")[0])
-            with (
-                wrap_storage_errors("read", address, self.storage),
-                fs.open(path, "rt", encoding="utf-8", errors="surrogateescape") as lines,
-            ):
-                for line in lines:
-                    name = line.rstrip("\r\n")
-                    if name.strip():
-                        here = split_protocol(name)[0] or os.path.isabs(name)
-                        yield self._line(name, name if here else f"{folder}/{name}")
-
-    def _line(self, name: str, address: str) -> _Found:
-        size, stamp = 0, ""
-        if "://" not in address and os.path.isfile(address):  # of other files it would take a request for each
-            info = os.stat(address)
-            size, stamp = info.st_size, str(info.st_mtime)
-        return _Found(without_surrogates(address_key(name)), address, size, stamp)
+            with wrap_storage_errors("read", address, self.storage):
+                encoding = _encoding_of(fs.cat_file(path, start=0, end=4))
+                with fs.open(path, "rb") as file, io.TextIOWrapper(file, encoding, "surrogateescape") as lines:
+                    for line in lines:
+                        name = line.rstrip("\r\n")
+                        listed = _listed_address(name, address, fs, path) if name.strip() else ""
+                        if not listed:
+                            left_out.add("empty lines")
+                        elif name.lstrip().startswith("#") and not os.path.lexists(listed):
+                            left_out.add("comment lines")
+                        else:
+                            yield _listed_file(name, listed)
 
 
 @dataclass
-class _Files:
+class _ImageFilesReader:
     shard: Shard
     start: int
-    paths: _Paths
+    options: BatchOptions
     left_out: dict[str, int] = field(default_factory=dict)
 
     @property
-    def types(self) -> dict[str, Any]:
-        return dict(text_types(self.paths.options.keep_columns))
+    def types(self) -> dict[str, pa.DataType]:
+        return text_types(self.options.keep_columns)
 
     def __iter__(self) -> Iterator[InputSample]:
         for i, (key, address) in enumerate(self.shard.entries[self.start :], self.start):
             yield InputSample(key, [address], {}, i + 1, without_surrogates(redact(address)))
 
 
-def _walk(fs: fsspec.AbstractFileSystem, folder: str, below: str) -> Iterator[_Found]:
-    for info in sorted(fs.ls(folder, detail=True), key=lambda info: info["name"]):
-        name = info["name"].rstrip("/").rpartition("/")[2]
-        if info["type"] == "directory":
-            yield from _walk(fs, info["name"], f"{below}{name}/")
-        elif is_image(name):
-            yield _found(fs, f"{below}{name}", info["name"], info)
+def _image_file(address: str, fs: fsspec.AbstractFileSystem, file: ListedFile) -> _ImageFile:
+    return _ImageFile(without_surrogates(file.key), address_of(address, fs, file.path), *size_and_stamp(file))
 
 
-def _walk_local(folder: str, below: str) -> Iterator[_Found]:
-    with ExitStack() as stack:
-        for name, is_folder in _sorted(
-            ((entry.name, entry.is_dir(follow_symlinks=False)) for entry in os.scandir(folder)), stack
-        ):
-            path = f"{folder.rstrip('/')}/{name}"
-            if is_folder:
-                yield from _walk_local(path, f"{below}{name}/")
-            elif is_image(name):
-                try:
-                    info = os.stat(path)
-                except OSError:  # a link to nowhere, say: reading it will tell
-                    yield _Found(without_surrogates(below + name), path, 0, "")
-                else:
-                    yield _Found(without_surrogates(below + name), path, info.st_size, str(info.st_mtime))
+def _listed_file(name: str, address: str) -> _ImageFile:
+    size, stamp = 0, ""
+    if not is_remote(address) and os.path.isfile(address):  # other files would take a request each
+        size, stamp = size_and_stamp(ListedFile(name, address, None))
+    return _ImageFile(without_surrogates(address_key(name)), address, size, stamp)
 
 
-def _found(fs: fsspec.AbstractFileSystem, key: str, path: str, info: dict[str, Any]) -> _Found:
-    return _Found(without_surrogates(key), address_of(fs, path), info["size"] or 0, version_stamp(info))
+def _listed_address(name: str, list_address: str, fs: fsspec.AbstractFileSystem, list_path: str) -> str:
+    """Returns the address of a path in a list. Relative paths start at the folder of the list."""
+    if is_remote(name):
+        return name
+    if os.path.isabs(name) or (name.startswith("~") and not is_remote(list_address)):
+        return local_path(name)
+    path = f"{list_path.rpartition('/')[0]}/{name}"
+    if not is_remote(list_address) and "\\" in name and not os.path.lexists(path):
+        path = path.replace("\\", "/")  # written on Windows
+    return address_of(list_address, fs, path)
 
 
-def _sorted(names: Iterable[tuple[str, bool]], stack: ExitStack) -> Iterator[tuple[str, bool]]:
-    """In order, by way of temporary files where there are many."""
-    runs = []
-    for chunk in batched(names, _NAMES):
-        chunk = sorted(chunk)
-        if len(chunk) == _NAMES:
-            file = stack.enter_context(tempfile.TemporaryFile("w+", encoding="ascii"))  # noqa: SIM115
-            file.writelines(json.dumps(pair) + "\n" for pair in chunk)
-            file.seek(0)
-            runs.append(map(_pair, file))
-        else:
-            runs.append(iter(chunk))
-    return heapq.merge(*runs)
+def _encoding_of(head: bytes) -> str:
+    """Returns the encoding of a text file by its first bytes: by a byte order mark, or by the zeros of UTF-16."""
+    marked = next((encoding for mark, encoding in _BOMS.items() if head.startswith(mark)), None)
+    if marked is None and len(head) >= 2 and 0 in head[:2]:
+        return "utf-16-le" if head[1] == 0 else "utf-16-be"
+    return marked or "utf-8"
 
 
-def _pair(line: str) -> tuple[str, bool]:
-    name, is_folder = json.loads(line)
-    return name, is_folder
+def _read_file(fs: fsspec.AbstractFileSystem, path: str, limit: int) -> bytes:
+    with fs.open(path, "rb") as file:
+        return file.read(limit + 1)
+
+
+def _stem(path: str) -> str:
+    """Returns a path without the extension."""
+    folder, slash, name = path.rpartition("/")
+    return folder + slash + (name.rpartition(".")[0] or name)
+
+
+def _extension(path: str) -> str:
+    return path.rpartition(".")[2].lower()

@@ -1,19 +1,32 @@
-"""Reads file names: which are images, which are hidden, and which sample of a tar or zip archive they belong to."""
+"""Reads file names: which kind of input they are, which are hidden, and which sample of an archive they belong to."""
 
 import re
 from collections.abc import Mapping
 from pathlib import PurePosixPath
 
-from dyntok.image import IMAGE_SUFFIXES
+from dyntok.image import IMAGE_SUFFIXES, UNREADABLE_SUFFIXES
 
 _SUFFIX = re.compile(r"\.[A-Za-z][A-Za-z0-9]{0,9}")
 HIDDEN, NO_SUFFIX, OTHER = "hidden", "without a suffix", "other"
+_SUFFIXES = {
+    "tar": (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst"),
+    "zip": (".zip",),
+    "parquet": (".parquet",),
+    "list": (".txt",),
+}
 _MAX_LABELS = 50  # a hostile archive must not fill the records with suffixes
 
 
 def is_image(name: str) -> bool:
-    """Returns whether the suffix of a file name is that of an image."""
-    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+    """Returns whether the suffix of a file name is that of an image, of a format that can't be read included."""
+    suffix = name[name.rfind(".") :].lower() if "." in name else ""
+    return suffix in IMAGE_SUFFIXES or suffix in UNREADABLE_SUFFIXES
+
+
+def kind_of(name: str) -> str | None:
+    """Returns the kind of input that a file is by its name: "folder" for an image, else "tar", "zip", ...; or None."""
+    found = next((kind for kind, suffixes in _SUFFIXES.items() if name.lower().endswith(suffixes)), None)
+    return found or ("folder" if is_image(name) else None)
 
 
 def is_hidden(path: str) -> bool:

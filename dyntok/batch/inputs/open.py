@@ -1,88 +1,135 @@
-"""Finds out which kind of input an address is, and opens it: a folder, tars, Parquet files or a list of paths."""
+"""Finds out which kind of input an address is, and opens it: a folder, tars, zips, Parquet or a list of paths."""
 
+import glob
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 
+import fsspec
 from braceexpand import UnbalancedBracesError, braceexpand
+from fsspec.implementations.local import LocalFileSystem
 
+from dyntok.batch.addresses import StorageOptions, address_of, locate, redact, wrap_storage_errors
 from dyntok.batch.inputs.files import Folders, Lists
+from dyntok.batch.inputs.listing import find_unnamed_images, list_files
+from dyntok.batch.inputs.names import LeftOut, kind_of
 from dyntok.batch.inputs.parquet import Tables
-from dyntok.batch.inputs.samples import Input
+from dyntok.batch.inputs.samples import FileShards, Input
 from dyntok.batch.inputs.tars import Tars
+from dyntok.batch.inputs.zips import Zips
 from dyntok.batch.options import BatchOptions
-from dyntok.batch.storage import StorageOptions, address_of, locate, redact, wrap_storage_errors
 from dyntok.errors import ConfigError, DataError
-from dyntok.image import IMAGE_SUFFIXES
 
-_KINDS = {".tar": "tar", ".parquet": "parquet", ".txt": "list"} | dict.fromkeys(IMAGE_SUFFIXES, "folder")
+_FILE_KINDS: dict[str, type[FileShards]] = {"tar": Tars, "zip": Zips, "parquet": Tables}
+_EXPECTED = "a folder of images, .tar, .zip or .parquet files, or a .txt list of paths"
 
 
 def open_input(sources: Sequence[str], options: BatchOptions, storage: StorageOptions) -> Input:
-    """Of one address or several: a folder, a file, a glob, a brace range. Raises `ConfigError`, `DataError`, `BatchError`."""
+    """Opens one address or several of one kind: folders, files, globs or brace ranges.
 
-    addresses = [address for source in sources for address in _expanded(source, storage)]
-    found = [(options.kind if options.kind != "auto" else _kind_of(address, storage), address) for address in addresses]
-    kinds = sorted({kind for kind, _ in found})
+    Raises `ConfigError`, `DataError`, `BatchError`.
+    """
+    addresses = [address for source in sources for address in _expand(source, storage)]
+    if options.kind != "auto":
+        kinds = [options.kind]
+    else:
+        kinds = sorted({_kind_of_address(address, storage) for address in addresses})
     if len(kinds) != 1:
-        raise ConfigError(
-            f"the input holds {' and '.join(kinds)}; give one kind at a time, or say which with kind (--kind)"
-        )
+        found = " and ".join(kinds)
+        raise ConfigError(f"the input holds {found}; give one kind at a time, or name it with kind (--kind)")
     (kind,) = kinds
-    if options.interleaved and kind not in ("parquet", "tar"):
-        raise ConfigError(f"interleaved rows come from parquet and tar, and {redact(addresses[0])} is {kind}")
-    if kind == "list":
-        return Lists(addresses, options, storage)
-    if kind == "folder":
-        return Folders(addresses, options, storage)
-    files = [file for address in addresses for file in _files(address, f".{kind}", storage)]
-    return Tars(files, options, storage) if kind == "tar" else Tables(files, options, storage)
+    if options.interleaved and kind in ("folder", "list"):
+        first = redact(addresses[0])
+        raise ConfigError(f"interleaved rows are read from parquet, tar and zip, but {first} is a {kind}")
+    if kind in _FILE_KINDS:
+        left_out = LeftOut()
+        files = [file for address in addresses for file in _files_of_kind(address, kind, storage, left_out)]
+        return _FILE_KINDS[kind](files, options, storage, left_out)
+    return (Lists if kind == "list" else Folders)(addresses, options, storage)
 
 
-def _expanded(source: str, storage: StorageOptions) -> Iterator[str]:
+def _expand(source: str, storage: StorageOptions) -> Iterator[str]:
+    """Yields the addresses that a pattern stands for. A name that exists as it is written is not a pattern."""
     fs, path = locate(source, storage)
     with wrap_storage_errors("read", source, storage):
         if fs.exists(path):
-            yield address_of(fs, path)
+            yield address_of(source, fs, path)
             return
     try:
-        sources = list(braceexpand(source)) if "{" in source else [source]
+        patterns = list(braceexpand(source)) if "{" in source else [source]
     except (UnbalancedBracesError, ValueError) as error:
-        raise ConfigError(f"{redact(source)} is no pattern: {error}") from error
-    for single in sources:
-        fs, path = locate(single, storage)
-        with wrap_storage_errors("read", single, storage):
-            names = sorted(fs.glob(path)) if any(c in path for c in "*?[") else [path] if fs.exists(path) else []
-        if not names:
+        raise ConfigError(f"{redact(source)} is not a valid pattern: {error}") from error
+    for pattern in patterns:
+        fs, path = locate(pattern, storage)
+        with wrap_storage_errors("read", pattern, storage):
+            paths = _matches(fs, path)
+        if not paths:
+            raise DataError(f"{redact(pattern)} does not exist; expected {_EXPECTED}, or a glob of them")
+        yield from (address_of(pattern, fs, found) for found in paths)
+
+
+def _matches(fs: fsspec.AbstractFileSystem, path: str) -> list[str]:
+    if not glob.has_magic(path):
+        return [path] if fs.exists(path) else []
+    if not isinstance(fs, LocalFileSystem):
+        return sorted(fs.glob(path))
+    parts = path.split("/")  # folders that exist are not patterns: "/data/[2020]/*.tar"
+    literal = next(i for i in range(len(parts) - 1, 0, -1) if os.path.isdir("/".join(parts[:i]) or "/"))
+    folder = "/".join(parts[:literal])
+    found = glob.glob("/".join(parts[literal:]), root_dir=folder or "/", recursive=True)
+    return sorted(f"{folder}/{name}" for name in found)
+
+
+def _kind_of_address(address: str, storage: StorageOptions) -> str:
+    """Returns the kind by the suffix; of a folder, by the first files in it that have a known one."""
+    fs, path = locate(address, storage)
+    with wrap_storage_errors("read", address, storage):
+        if not fs.isdir(path):
+            name = PurePosixPath(path).name
+            if kind := kind_of(name):
+                return kind
             raise DataError(
-                f"{redact(single)} does not exist; expected a folder, a tar, a Parquet file, a list of paths, or a glob of them"
+                f"{redact(address)} has an unknown suffix; expected {_EXPECTED}; kind (--kind) names the kind"
             )
-        yield from (address_of(fs, name) for name in names)
+        return _kind_of_folder(fs, path, address)
 
 
-def _kind_of(address: str, storage: StorageOptions) -> str:
-    """By its suffix; of a folder, by the first files that are met in it."""
-    fs, path = locate(address, storage)
-    with wrap_storage_errors("read", address, storage):
-        if not fs.isdir(path):
-            found = {_KINDS.get(PurePosixPath(path).suffix.lower(), f"a file named {PurePosixPath(path).name}")}
+def _kind_of_folder(fs: fsspec.AbstractFileSystem, path: str, address: str) -> str:
+    left_out, found, place = LeftOut(), set(), None
+    for file, unnamed in find_unnamed_images(fs, list_files(fs, path, left_out)):
+        kind = "folder" if unnamed else kind_of(file.key)
+        folder = file.key.rpartition("/")[0]
+        if found and folder != place:  # the files of one folder decide
+            break
+        if kind in (None, "list"):
+            left_out.count(file.key)
         else:
-            found = set()
-            for _, _, names in fs.walk(path):
-                found = {_KINDS.get(PurePosixPath(name).suffix.lower()) for name in names} - {None, "list"}
-                if found:
-                    break
-    if len(found) != 1 or not found <= set(_KINDS.values()):
-        what = " and ".join(sorted(found)) or "no images, tars or Parquet files"
-        raise DataError(
-            f"{redact(address)} holds {what}; expected one kind of image files, .tar, .parquet or .txt; kind (--kind) picks one"
-        )
-    return found.pop()
+            found.add(kind)
+            place = folder
+    if len(found) > 1:
+        found.discard("zip")  # next to images or tars it is nested, and counted as left out
+    if len(found) == 1:
+        return found.pop()
+    if found:
+        kinds = " and ".join(sorted(found))
+        raise DataError(f"{redact(address)} holds {kinds}; expected one kind; kind (--kind) picks one")
+    others = f"; it holds {left_out}" if left_out else ""
+    raise DataError(f"{redact(address)} holds no images, tars, zip archives or Parquet files{others}")
 
 
-def _files(address: str, suffix: str, storage: StorageOptions) -> list[str]:
-    """A file itself, or all of a folder that end so, sorted."""
+def _files_of_kind(address: str, kind: str, storage: StorageOptions, left_out: LeftOut) -> Iterator[str]:
+    """Yields a file itself, or the files of a kind below a folder, sorted."""
     fs, path = locate(address, storage)
     with wrap_storage_errors("read", address, storage):
         if not fs.isdir(path):
-            return [address]
-        return [address_of(fs, name) for name in sorted(fs.find(path)) if name.lower().endswith(suffix)]
+            yield address
+            return
+        found = False
+        for file in list_files(fs, path, left_out):
+            if kind_of(file.key) == kind:
+                found = True
+                yield address_of(address, fs, file.path)
+            else:
+                left_out.count(file.key)
+        if not found:
+            raise DataError(f"{redact(address)} holds no {kind} files; it holds {left_out or 'nothing'}")

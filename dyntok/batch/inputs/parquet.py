@@ -1,8 +1,8 @@
-"""Parquet files with a column of images: bytes, or the struct of bytes and path that Hugging Face `datasets` writes; or lists of them.
-
-Rows are read a few at a time. Paths inside a table are never opened: they are a stranger's.
+"""Parquet files with a column of images: bytes, or the struct of bytes and path that Hugging Face `datasets` writes; or
+lists of them. Rows are read a few at a time.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -12,12 +12,21 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dyntok.batch.addresses import address_of, is_remote, locate, redact, redact_message, wrap_storage_errors
 from dyntok.batch.inputs.samples import Broken, FileShards, InputSample, Shard
-from dyntok.batch.storage import BLOCK, locate, redact, wrap_storage_errors
+from dyntok.batch.storage import BLOCK
 from dyntok.errors import DataError
+from dyntok.image import MAX_FILE_BYTES
 
-_ROWS = 16  # at a time
-_KEYS = ("key", "__key__")
+_ROWS_AT_ONCE = 16
+_KEY_COLUMNS = ("key", "__key__")
+
+
+@dataclass(frozen=True)
+class _Path:
+    """An image that a table names instead of holding its bytes."""
+
+    address: str
 
 
 class Tables(FileShards):
@@ -29,13 +38,32 @@ class Tables(FileShards):
             with self._file(whole) as file:
                 rows = file.metadata.num_rows
             for first in range(0, max(rows, 1), self.options.shard_size):
-                yield replace(whole, index=index, rows=(first, min(first + self.options.shard_size, rows)))
+                left_out = whole.left_out if first == 0 else ()
+                end = min(first + self.options.shard_size, rows)
+                yield replace(whole, index=index, rows=(first, end), left_out=left_out)
                 index += 1
 
     @contextmanager
-    def open(self, shard: Shard, start: int) -> Iterator["_Rows"]:
+    def open(self, shard: Shard, start: int) -> Iterator["_TableReader"]:
         with self._file(shard) as file:
-            yield _Rows(file, shard, max(start, shard.rows[0]), self, *self._columns(file.schema_arrow, shard))
+            image, key = self._image_and_key(file.schema_arrow, shard)
+            yield _TableReader(file, shard, max(start, shard.rows[0]), self, image, key, dict(shard.left_out))
+
+    def fetch(self, sample: InputSample) -> InputSample:
+        """Reads the images that the table names by their paths."""
+        if not any(isinstance(image, _Path) for image in sample.images):
+            return sample
+        return replace(sample, images=[self._read(i) if isinstance(i, _Path) else i for i in sample.images])
+
+    def _read(self, image: _Path) -> str | bytes | Broken:
+        if not is_remote(image.address):
+            return image.address
+        try:
+            fs, path = locate(image.address, self.storage)
+            with fs.open(path, "rb") as file:
+                return file.read(MAX_FILE_BYTES + 1)
+        except Exception as error:  # any back end's; one file that can't be read does not stop a run
+            return Broken(redact_message(f"can't read {image.address}: {error}", self.storage))
 
     @contextmanager
     def _file(self, shard: Shard) -> Iterator[pq.ParquetFile]:
@@ -47,14 +75,13 @@ class Tables(FileShards):
                 file = pq.ParquetFile(stream, buffer_size=2**20, pre_buffer=False)
             yield file
 
-    def _columns(self, schema: pa.Schema, shard: Shard) -> tuple[str, str | None]:
-        """Names of the image column and of the key column. Raises `DataError` where one is missing."""
+    def _image_and_key(self, schema: pa.Schema, shard: Shard) -> tuple[str, str | None]:
+        """Returns the names of the image column and of the key column. Raises `DataError` where one is missing."""
         options, name = self.options, redact(shard.address)
-        wanted = [options.image_column, options.key_column, *options.keep_columns]
-        for column in filter(None, wanted):
+        for column in filter(None, [options.image_column, options.key_column, *options.keep_columns]):
             if column not in schema.names:
                 raise DataError(f"{name} has no column {column!r}; it has {', '.join(schema.names)}")
-        images = [field.name for field in schema if _holds_images(field.type, options.interleaved)]
+        images = [column.name for column in schema if _holds_images(column.type, options.interleaved)]
         image = options.image_column or (images[0] if len(images) == 1 else None)
         if image is None or image not in images:
             what = "lists of images" if options.interleaved else "images"
@@ -64,11 +91,11 @@ class Tables(FileShards):
             raise DataError(
                 f"{name} has {found}; expected bytes, or a struct with bytes; image_column (--image-column) names it"
             )
-        return image, options.key_column or next((key for key in _KEYS if key in schema.names), None)
+        return image, options.key_column or next((key for key in _KEY_COLUMNS if key in schema.names), None)
 
 
 @dataclass
-class _Rows:
+class _TableReader:
     file: pq.ParquetFile
     shard: Shard
     start: int
@@ -83,46 +110,72 @@ class _Rows:
         return {name: schema.field(name).type for name in self.tables.options.keep_columns}
 
     def __iter__(self) -> Iterator[InputSample]:
-        source, stem = redact(self.shard.address), PurePosixPath(redact(self.shard.address)).stem
-        first, groups, (_, stop) = None, [], self.shard.rows
-        row = 0  # of the next row group
+        source, kept = redact(self.shard.address), self.tables.options.keep_columns
+        stem = PurePosixPath(source).stem
+        for row, values in self._rows():
+            key = values[self.key] if self.key else f"{stem}-{row:08d}"
+            columns = {name: values[name] for name in kept}
+            images = self._images(values[self.image])
+            yield InputSample("" if key is None else str(key), images, columns, row + 1, source)
+
+    def _rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yields the wanted rows with their numbers, reading only the row groups that hold some."""
+        stop, ends = self.shard.rows[1], [0]
         for group in range(self.file.num_row_groups):
-            behind = row + self.file.metadata.row_group(group).num_rows
-            if behind > self.start and row < stop:
-                first = row if first is None else first
-                groups.append(group)
-            row = behind
-        columns = list(dict.fromkeys([self.image, *filter(None, [self.key]), *self.tables.options.keep_columns]))
-        row = first
+            ends.append(ends[-1] + self.file.metadata.row_group(group).num_rows)
+        groups = [i for i in range(self.file.num_row_groups) if ends[i + 1] > self.start and ends[i] < stop]
+        if not groups:
+            return
+        names = list(dict.fromkeys([self.image, *filter(None, [self.key]), *self.tables.options.keep_columns]))
+        row = ends[groups[0]]
         with wrap_storage_errors("read", self.shard.address, self.tables.storage):
-            for batch in self.file.iter_batches(_ROWS, row_groups=groups, columns=columns) if groups else ():
+            for batch in self.file.iter_batches(_ROWS_AT_ONCE, row_groups=groups, columns=names):
                 skipped = min(max(self.start - row, 0), batch.num_rows)
                 row += skipped
                 for values in batch.slice(skipped, max(stop - row, 0)).to_pylist():
-                    key = values[self.key] if self.key else f"{stem}-{row:08d}"
+                    yield row, values
                     row += 1
-                    columns = {name: values[name] for name in self.tables.options.keep_columns}
-                    yield InputSample(
-                        "" if key is None else str(key), self._images(values[self.image]), columns, row, source
-                    )
 
     def _images(self, value: Any) -> list[Any]:
         if not self.tables.options.interleaved:
-            return [_image(value)]
-        return [Broken("is null")] if value is None else [None if image is None else _image(image) for image in value]
+            return [self._image(value)]
+        if value is None:
+            return [Broken("is null")]
+        return [None if image is None else self._image(image) for image in value]
 
+    def _image(self, value: Any) -> bytes | Broken | _Path:
+        if isinstance(value, dict):
+            if value["bytes"] is None and value.get("path"):
+                return self._named_image(value["path"])
+            value = value["bytes"]
+        return Broken("is null") if value is None else value
 
-def _image(value: Any) -> bytes | Broken:
-    if isinstance(value, dict):
-        if value["bytes"] is None and value.get("path"):
-            return Broken("holds a path and no bytes; embed the images, or give a list of paths")
-        value = value["bytes"]
-    return Broken("is null") if value is None else value
+    def _named_image(self, path: str) -> Broken | _Path:
+        """Returns the address of a file that a row names; relative paths start at the folder of the table."""
+        address = self.shard.address
+        if is_remote(path):
+            return Broken(f"has no bytes, only the address {redact(path)}; embed the images, or give a list of paths")
+        if is_remote(address) and (os.path.isabs(path) or ".." in path.split("/")):
+            return Broken(f"has no bytes, only the path {path} on another machine; embed the images")
+        if os.path.isabs(path):
+            return _Path(path)
+        fs, table = locate(address, self.tables.storage)
+        return _Path(address_of(address, fs, f"{table.rpartition('/')[0]}/{path}"))
 
 
 def _holds_images(kind: pa.DataType, interleaved: bool) -> bool:
+    if isinstance(kind, pa.BaseExtensionType):
+        kind = kind.storage_type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
     if interleaved:
-        return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and _holds_images(kind.value_type, False)
+        return _is_list(kind) and _holds_images(kind.value_type, False)
     if pa.types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0 and _holds_images(kind.field("bytes").type, False)
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    binary = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
+    return any(is_kind(kind) for is_kind in binary)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_list_view, pa.types.is_large_list_view)
+    return any(is_kind(kind) for is_kind in lists) or pa.types.is_fixed_size_list(kind)

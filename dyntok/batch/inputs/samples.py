@@ -1,6 +1,6 @@
-"""What all kinds of input have in common: shards, the samples in them, and which kind an address is.
+"""What all kinds of input have in common: shards, and the samples in them.
 
-One kind each: `files.py` (folders, lists of paths), `tars.py`, `tables.py` (Parquet). Nothing here decodes images.
+Not here: the kinds of input (`files.py`, `tars.py`, `zips.py`, `parquet.py`), and which kind an address is (`open.py`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,41 +10,42 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
+from dyntok.batch.addresses import StorageOptions, address_key, locate, version_stamp, wrap_storage_errors
 from dyntok.batch.options import BatchOptions
-from dyntok.batch.storage import StorageOptions, address_key, locate, version_stamp, wrap_storage_errors
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What one reader reads from beginning to end: a tar, a Parquet file, or so many paths."""
+    """What one reader reads from beginning to end: an archive, rows of a Parquet file, or a list of image files."""
 
     index: int
     address: str
     size: int  # bytes
     stamp: str  # changes when the content does
-    entries: tuple[tuple[str, str], ...] = ()  # (key, address) of each image, where the shard is a list of them
-    rows: tuple[int, int] | None = None  # the first and the one behind the last, where the shard is a part of a table
+    entries: tuple[tuple[str, str], ...] = ()  # (key, address) of each image, if the shard is a list of image files
+    rows: tuple[int, int] | None = None  # first row and end, if the shard is a part of a Parquet file
+    left_out: tuple[tuple[str, int], ...] = ()  # files around this shard that are not read, by suffix
 
     @property
     def begin(self) -> int:
-        """Where reading starts."""
+        """Returns where reading starts."""
         return self.rows[0] if self.rows else 0
 
     @property
     def extent(self) -> int:
-        """How far a `Sample.next` can get from there."""
+        """Returns how far `InputSample.next` gets from there; of a compressed tar it is an estimate."""
         return self.rows[1] - self.rows[0] if self.rows else len(self.entries) or self.size
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must be as before when a run goes on."""
+        """Returns what must not have changed when a run resumes."""
         rows = {} if self.rows is None else {"first_row": self.rows[0]}
         return {"address": address_key(self.address), "size": self.size, "stamp": self.stamp, **rows}
 
 
 @dataclass(frozen=True)
 class Broken:
-    """Stands in the place of an image that can't be had, and says why."""
+    """Stands for an image that can't be read, and says why."""
 
     reason: str
 
@@ -54,15 +55,15 @@ class InputSample:
     """One row: one image, or several in interleaved data."""
 
     key: str
-    images: list[Any]  # bytes, a path or a Broken each; None: a place without an image, in interleaved data
-    columns: dict[str, Any]
+    images: list[Any]  # bytes, a path or a Broken each; None: no image at this place of an interleaved row
+    columns: dict[str, Any]  # the extra columns that are kept
     next: int  # where a later reading of the shard has to start to get the samples that follow
     source: str  # its file, without credentials
     left_out: Mapping[str, int] = field(default_factory=dict)  # files between the sample before and this one, by suffix
 
 
 class ShardReader(Protocol):
-    """An opened shard."""
+    """An open shard."""
 
     types: dict[str, pa.DataType]  # of the extra columns
     left_out: Mapping[str, int]  # files after the last sample, by suffix; complete when the iterator is exhausted
@@ -71,39 +72,47 @@ class ShardReader(Protocol):
 
 
 class Input(Protocol):
+    """All shards of one kind of input."""
+
     kind: str
 
     def shards(self) -> Iterator[Shard]:
-        """Streamed, in the same order every time. Raises `DataError`, `BatchError`."""
+        """Yields the shards, in the same order every time. Raises `DataError`, `BatchError`."""
         ...
 
     def open(self, shard: Shard, start: int) -> AbstractContextManager[ShardReader]:
-        """From `start`, which is 0 or a `next`. Raises `BatchError` where it can't be read, `DataError` where a column is missing."""
+        """Opens a shard at `start`, which is its beginning or a `next`.
+
+        Raises `BatchError` where it can't be read, `DataError` where a column is missing.
+        """
         ...
 
     def fetch(self, sample: InputSample) -> InputSample:
-        """With what lies in files of its own; called in a decoding process."""
+        """Reads what lies in separate files. Decoding processes call it."""
         ...
 
 
 @dataclass(frozen=True)
 class FileShards:
-    """Shards that are files: tars and Parquet. They are opened by the subclass."""
+    """Shards that are files, such as tars and Parquet files. The subclass opens them."""
 
     addresses: Sequence[str]
     options: BatchOptions
     storage: StorageOptions
+    left_out: Mapping[str, int] = field(default_factory=dict)  # files next to them that are not read, by suffix
 
     def shards(self) -> Iterator[Shard]:
         for index, address in enumerate(self.addresses):
             fs, path = locate(address, self.storage)
             with wrap_storage_errors("read", address, self.storage):
                 info = fs.info(path)
-            yield Shard(index, address, info["size"] or 0, version_stamp(info))
+            left_out = tuple(self.left_out.items()) if index == 0 else ()
+            yield Shard(index, address, info["size"] or 0, version_stamp(info), left_out=left_out)
 
     def fetch(self, sample: InputSample) -> InputSample:
         return sample
 
 
-def text_types(names: Sequence[str]) -> Mapping[str, pa.DataType]:
+def text_types(names: Sequence[str]) -> dict[str, pa.DataType]:
+    """Returns the types of columns that come from text files."""
     return {name: pa.string() for name in names}

@@ -1,138 +1,176 @@
-"""Webdataset tars: consecutive members with the same key are one sample, `KEY.jpg` beside `KEY.txt`.
+"""Webdataset tars, plain or compressed: members with the same key are one sample, `KEY.jpg` with `KEY.txt`.
 
-A key is a name, never a path that anything is written to. A tar that is cut or damaged gives what stands before the damage, and one
-more sample that tells of it. Not here: compressed tars.
+A key is a name, never a path that is written to. Links within a tar are resolved. A tar that is damaged or cut off gives
+the samples before the damage, and one more row with an error.
 """
 
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import IO, Any
+from functools import cached_property
 
-from dyntok.batch.inputs.names import is_image, split_key, without_surrogates
+import pyarrow as pa
+from fsspec.implementations.local import LocalFileSystem
+
+from dyntok.batch.addresses import locate, redact, wrap_storage_errors
+from dyntok.batch.inputs.compression import Decompressed, decompressed
+from dyntok.batch.inputs.members import Group, Role, images_and_columns, is_column, role_of, too_large
+from dyntok.batch.inputs.names import HIDDEN, LeftOut, is_hidden, split_key, without_surrogates
 from dyntok.batch.inputs.samples import Broken, FileShards, InputSample, Shard, text_types
-from dyntok.batch.storage import BLOCK, locate, redact, wrap_storage_errors
+from dyntok.batch.inputs.tar_index import TarIndex, is_link, tar_members
+from dyntok.batch.storage import BLOCK
 from dyntok.errors import BatchError
-from dyntok.image import MAX_FILE_BYTES
-
-_MAX_COMPANION = 2**24  # bytes
+from dyntok.image import sniff
 
 
 class Tars(FileShards):
     kind = "tar"
 
     @contextmanager
-    def open(self, shard: Shard, start: int) -> Iterator["_Members"]:
+    def open(self, shard: Shard, start: int) -> Iterator["_TarReader"]:
         fs, path = locate(shard.address, self.storage)
         with wrap_storage_errors("read", shard.address, self.storage):
             file = fs.open(path, "rb", block_size=BLOCK, cache_type="readahead")
-        with file:
-            yield _Members(file, shard, start, self)
+        with file, decompressed(file, shard.size) as content:
+            yield _TarReader(content, shard, start, self, isinstance(fs, LocalFileSystem) or content.file is not file)
 
 
 @dataclass
-class _Members:
-    file: IO[bytes]
+class _TarReader:
+    content: Decompressed
     shard: Shard
     start: int
     tars: Tars
-    position: int = 0
-    following: int = 0
-    left_out: dict[str, int] = field(default_factory=dict)
+    local: bool  # if not, going through all headers would read the tar twice
+    left_out: LeftOut = field(default_factory=LeftOut)
+    _position: int = 0  # of the first member that was not yielded
+    _tar: tarfile.TarFile | None = None
 
     @property
-    def types(self) -> dict[str, Any]:
-        return dict(text_types(self.tars.options.keep_columns))
+    def types(self) -> dict[str, pa.DataType]:
+        return text_types(self.tars.options.keep_columns)
 
     def __iter__(self) -> Iterator[InputSample]:
+        source = redact(self.shard.address)
         try:
             with wrap_storage_errors("read", self.shard.address, self.tars.storage):
-                for key, group in self._groups():
-                    images = self._images(key, group)
+                for group, following in self._groups():
+                    images, columns = self._sample(group)
                     if images:
-                        columns = {name: _text(group.get(name)) for name in self.tars.options.keep_columns}
-                        yield InputSample(key, images, columns, self.following, redact(self.shard.address))
+                        yield InputSample(group.key, images, columns, following, source, self._take_left_out())
         except BatchError as error:
             if not isinstance(error.__cause__, (tarfile.TarError, EOFError)):
                 raise
-            reason = f"the tar can't be read on: {error.__cause__}; what may stand behind is lost"
-            yield InputSample("", [Broken(reason)], {}, self.shard.size, redact(self.shard.address))
+            reason = self.content.damage or error.__cause__
+            broken = Broken(f"the tar can't be read further: {reason}; samples that may follow are lost")
+            end = max(self.shard.size, self._position)
+            yield InputSample("", [broken], {}, end, source, self._take_left_out())
+        self.left_out.merge(dict(self.shard.left_out))
 
-    def _groups(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(key, extension -> content) of every sample; `following` is then the offset of the next one. Damage is raised at its place."""
-        damage, key, group = None, "", {}
+    def _take_left_out(self) -> dict[str, int]:
+        """Returns what was left out since the sample before."""
+        taken = dict(self.left_out)
+        self.left_out.clear()
+        return taken
+
+    @cached_property
+    def _index(self) -> TarIndex:
+        return TarIndex(self.content.file)
+
+    def _sample(self, group: Group) -> tuple[list[bytes | Broken], dict[str, str | None]]:
+        """Returns the images and extra columns of a sample; no images if it is none of its own."""
+        options = self.tars.options
+        for name in group.unused:
+            self.left_out.count(name)
+        if self.local and (options.keep_columns or options.interleaved):
+            self._join(group, self._index.parts(group.key))
+        if group.images:
+            return images_and_columns(group, options)
+        names = [f"{group.key}.{extension}" for extension in group.columns]
+        if names and not self.local:
+            reason = f"{', '.join(names)} has no image next to it; sort the tar by name, or copy it to a local disk"
+            return [Broken(reason)], {}
+        for name in names:
+            self.left_out.count(name)
+        return [], {}
+
+    def _join(self, group: Group, parts: list[tarfile.TarInfo]) -> None:
+        """Adds the members of the same key that are in other places of the tar."""
+        roles = [(self._role(part.name), split_key(part.name)[1], part) for part in parts]
+        images = {extension: part for role, extension, part in roles if role is Role.IMAGE}
+        if not images:
+            return
+        if not group.images:
+            group.columns.clear()  # they were, or will be, added to the images
+            return
+        for name in {name.lower() for name in self.tars.options.keep_columns} - set(group.columns):
+            found = [part for role, extension, part in roles if role is Role.COLUMN and is_column(extension, [name])]
+            if len(found) > 1:
+                group.columns[name] = Broken(f"the tar holds {len(found)} members {group.key}.{name}; expected one")
+            elif found:
+                group.columns[name] = self._read(found[0], name, Role.COLUMN)
+        several = sum(role is Role.IMAGE for role, *_ in roles)
+        if self.tars.options.interleaved and several == len(images):  # else the key names several samples
+            if next(iter(images)) not in group.images:
+                group.images.clear()  # the first image's group has them
+                group.columns.clear()
+                return
+            for extension in images.keys() - group.images.keys():
+                group.images[extension] = self._read(images[extension], extension, Role.IMAGE)
+            group.images = {extension: group.images[extension] for extension in images}
+
+    def _groups(self) -> Iterator[tuple[Group, int]]:
+        """Yields the members of each sample, and where the next one starts; damage is raised after what comes before."""
+        damage, group = None, Group("")
         try:
-            for member_key, extension, content, offset in self._members():
-                if group and (member_key != key or extension in group):
-                    self.following = offset
-                    yield key, group
-                    group = {}
-                key = member_key
-                group[extension] = content
+            for name, role, content, offset in self._members():
+                key, extension = split_key(name)
+                key = without_surrogates(key)
+                if group and (key != group.key or group.has(role, extension)):
+                    yield group, offset
+                    group = Group(key)
+                group.key = key
+                group.add(name, role, extension, content)
         except (tarfile.TarError, EOFError) as error:
             damage = error
         if group:
-            self.following = self.position
-            yield key, group
+            yield group, self._position
         if damage:
             raise damage
 
-    def _members(self) -> Iterator[tuple[str, str, Any, int]]:
-        """(key, extension, content, offset) of every regular member; `position` is the offset of the first that was not yielded."""
+    def _members(self) -> Iterator[tuple[str, Role, bytes | Broken | None, int]]:
+        """Yields (name, role, content, offset) of every file and link."""
         if self.shard.size == 0:
             return
-        self.file.seek(self.start)
-        tar = tarfile.open(fileobj=self.file, mode="r:")  # noqa: SIM115
-        for member in tar:
-            tar.members = []  # else it remembers all of them
-            self.position = member.offset
-            if member.isreg() and not member.issparse():
-                key, extension = split_key(member.name)
-                yield without_surrogates(key), extension, self._content(tar, member, extension), member.offset
-            self.position = tar.offset
-        self.file.seek(tar.offset)
-        block = self.file.read(tarfile.BLOCKSIZE)
-        if (
-            block.strip(b"\0") or len(block) < tarfile.BLOCKSIZE
-        ):  # a damaged header reads as the end, and so does a cut between members
-            raise tarfile.ReadError(
-                f"{'cut off' if len(block) < tarfile.BLOCKSIZE else 'damaged'} at byte {tar.offset:,}"
-            )
+        for tar, member in tar_members(self.content.file, self.start):
+            self._position, self._tar = member.offset, tar
+            if is_hidden(member.name):
+                self.left_out.add(HIDDEN)
+            elif member.isreg() or is_link(member):
+                role, content = self._role(member.name), None
+                if role is not Role.LEFT_OUT:
+                    content = self._read(member, split_key(member.name)[1], role)
+                if role is Role.UNNAMED:
+                    role = Role.IMAGE if isinstance(content, bytes) and sniff(content) else Role.LEFT_OUT
+                yield member.name, role, content, member.offset
+            elif not member.isdir():
+                self.left_out.add("devices and pipes")
+            self._position = tar.offset
+        if self.content.damage:
+            raise tarfile.ReadError(self.content.damage)
 
-    def _content(self, tar: tarfile.TarFile, member: tarfile.TarInfo, extension: str) -> Any:
-        """Bytes, a Broken, or None for a member that nobody wants."""
-        image = is_image(f"x.{extension}")
-        if not image and extension not in self.tars.options.keep_columns:
-            return None
-        limit = MAX_FILE_BYTES if image else _MAX_COMPANION
-        if member.size > limit:
-            return Broken(f"{extension} has {member.size:,} bytes, expected at most {limit:,}")
-        content = tar.extractfile(member).read()
+    def _role(self, name: str) -> Role:
+        return role_of(name, split_key(name)[1], self.tars.options.keep_columns)
+
+    def _read(self, member: tarfile.TarInfo, extension: str, role: Role) -> bytes | Broken:
+        if is_link(member):
+            member = self._index.target(member)
+        if isinstance(member, Broken):
+            return member
+        if error := too_large(extension, member.size, role):
+            return error
+        content = self._tar.extractfile(member).read()
         if len(content) < member.size:
             raise tarfile.ReadError(f"cut off at byte {member.offset_data + len(content):,}")
         return content
-
-    def _images(self, key: str, group: dict[str, Any]) -> list[Any]:
-        """What the sample has of them; one Broken where it can't be taken as it is."""
-        images = {extension: content for extension, content in group.items() if is_image(f"x.{extension}")}
-        for name in self.tars.options.keep_columns if images else ():
-            if isinstance(group.get(name), Broken):
-                return [group[name]]
-            if isinstance(group.get(name), bytes) and _text(group[name]) is None:
-                return [Broken(f"its companion {name} is not UTF-8")]
-        if len(images) > 1 and not self.tars.options.interleaved:
-            return [
-                Broken(
-                    f"has {len(images)} images ({', '.join(images)}); interleaved (--interleaved) takes several per row"
-                )
-            ]
-        return list(images.values())
-
-
-def _text(content: bytes | None) -> str | None:
-    """None, too, where it is not UTF-8."""
-    try:
-        return None if content is None else content.decode()
-    except UnicodeDecodeError:
-        return None

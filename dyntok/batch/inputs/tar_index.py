@@ -1,0 +1,120 @@
+"""The headers of a tar: every member in turn, the targets of links, and samples whose parts are scattered."""
+
+import posixpath
+import tarfile
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import IO
+
+from dyntok.batch.inputs.names import is_hidden, split_key, without_surrogates
+from dyntok.batch.inputs.samples import Broken
+
+_MAX_LINKS = 16  # links to links
+_CHUNK = 2**20
+
+
+def tar_members(file: IO[bytes], start: int) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """Yields every member from an offset on, with the tar that reads it. Concatenated tars count as one.
+
+    Raises `tarfile.TarError` where the file is damaged or cut off.
+    """
+    offset: int | None = start
+    while offset is not None:
+        file.seek(offset)
+        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115
+        while (member := tar.next()) is not None:
+            tar.members.clear()  # else it keeps all of them
+            yield tar, member
+        offset = _next_tar(file, tar.offset)
+
+
+def _next_tar(file: IO[bytes], end: int) -> int | None:
+    """Returns where another tar begins after the end of one. `tar.next` takes a damaged header and a cut for the end."""
+    file.seek(end)
+    block = file.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError(f"cut off at byte {end:,}")
+    if block.strip(b"\0"):
+        raise tarfile.ReadError(f"damaged at byte {end:,}")
+    offset = end + tarfile.BLOCKSIZE
+    while chunk := file.read(_CHUNK):
+        if rest := chunk.lstrip(b"\0"):
+            zeros = len(chunk) - len(rest)
+            return offset + zeros - zeros % tarfile.BLOCKSIZE
+        offset += len(chunk)
+    return None
+
+
+def is_link(member: tarfile.TarInfo) -> bool:
+    return member.islnk() or member.issym()
+
+
+class TarIndex:
+    """Goes through the headers of a tar once, and a second time if something has to be found.
+
+    Keeps little: a hash of every key, the links, and the members that are wanted.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._links: dict[str, str] = {}  # name -> name, or "" if it leads out of the tar
+        self._targets: dict[str, tarfile.TarInfo] = {}
+        self._scattered: dict[str, list[tarfile.TarInfo]] = defaultdict(list)
+        scattered = self._survey()
+        wanted = set(self._links.values())
+        if wanted or scattered:
+            self._collect(wanted, scattered)
+
+    def target(self, link: tarfile.TarInfo) -> tarfile.TarInfo | Broken:
+        """Returns the file that a link leads to, or an error."""
+        name, followed = _target_name(link), 0
+        while name in self._links and followed <= _MAX_LINKS:
+            name, followed = self._links[name], followed + 1
+        if followed > _MAX_LINKS:
+            return Broken(f"is a link to {link.linkname}, and the links lead in a circle")
+        if not name:
+            return Broken(f"is a link to {link.linkname}, which leads out of the tar")
+        return self._targets.get(name) or Broken(f"is a link to {link.linkname}, which is not in the tar")
+
+    def parts(self, key: str) -> list[tarfile.TarInfo]:
+        """Returns the members of a key whose members are apart from each other; none for all other keys."""
+        return self._scattered.get(key, [])
+
+    def _survey(self) -> set[str]:
+        """Collects the links, and returns the keys that come back after another key."""
+        closed: set[int] = set()
+        current, scattered = None, set()
+        for member in self._members():
+            if is_link(member):
+                self._links[posixpath.normpath(member.name)] = _target_name(member)
+            key = split_key(member.name)[0]
+            if key != current:
+                closed.add(hash(current))
+                if hash(key) in closed:
+                    scattered.add(key)
+                current = key
+        return scattered
+
+    def _collect(self, wanted: set[str], scattered: set[str]) -> None:
+        for member in self._members():
+            name, key = posixpath.normpath(member.name), split_key(member.name)[0]
+            if name in wanted and member.isreg():
+                self._targets[name] = member
+            if key in scattered:
+                self._scattered[without_surrogates(key)].append(member)
+
+    def _members(self) -> Iterator[tarfile.TarInfo]:
+        """Yields files and links up to the end, or to the first damage."""
+        try:
+            for _, member in tar_members(self._file, 0):
+                if (member.isreg() or is_link(member)) and not is_hidden(member.name):
+                    yield member
+        except (tarfile.TarError, EOFError):
+            return
+
+
+def _target_name(link: tarfile.TarInfo) -> str:
+    """Returns the name that a link leads to. A symbolic link starts at its own folder, a hard link at the top."""
+    folder = "" if link.islnk() else posixpath.dirname(link.name)
+    name = posixpath.normpath(posixpath.join(folder, link.linkname))
+    return "" if name.startswith(("/", "../")) or name == ".." else name
