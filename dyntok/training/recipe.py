@@ -12,8 +12,8 @@ import yaml
 
 from dyntok.config import TokenizerConfig
 from dyntok.errors import ConfigError
-from dyntok.training.stage import Stage, require
-from dyntok.training.typed import build
+from dyntok.structure import build, require
+from dyntok.training.stage import Stage
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -126,7 +126,7 @@ class Recipe:
             values = values | {"data": list(data)}
         try:
             _refuse_renamed(values)
-            return build(cls, _expand(values))
+            return build(cls, _expand(values), what="the recipe")
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
 

@@ -7,15 +7,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dyntok.errors import ConfigError
+from dyntok.structure import require
 
 PARTS = ("backbone", "selector", "merger", "projection", "codebook", "decoder", "pixel_head")
-
-
-def require(condition: bool, message: str) -> None:
-    """Raises `ConfigError` with this message unless the condition holds."""
-    if not condition:
-        raise ConfigError(message)
 
 
 @dataclass(frozen=True)

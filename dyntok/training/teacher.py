@@ -18,7 +18,8 @@ from dyntok.training.recipe import Teacher
 def create_network(teacher: Teacher, *, with_classifier: bool) -> nn.Module:
     """Returns the timm network with its weights, in evaluation mode.
 
-    Raises `ConfigError` if timm can't create it, `CheckpointError` if its weights can't be fetched or do not fit.
+    Raises `ConfigError` if timm can't create it or it lacks the teacher's layers, `CheckpointError` if its weights
+    can't be fetched or do not fit.
     """
     options = teacher.kwargs if with_classifier else {"num_classes": 0, **teacher.kwargs}
     try:
@@ -29,6 +30,9 @@ def create_network(teacher: Teacher, *, with_classifier: bool) -> nn.Module:
         ) from error
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
         raise ConfigError(f"timm can't create the teacher {teacher.name!r} with {teacher.kwargs}: {error}") from error
+    count = len(getattr(network, "feature_info", ()))
+    if any(not -count <= layer < count for layer in teacher.layers):
+        raise ConfigError(f"the teacher {teacher.name!r} has {count} feature maps, but layers are {teacher.layers}")
     if teacher.weights != "hub":
         load_timm_weights(network, teacher.weights)
     return network.eval()
@@ -53,17 +57,14 @@ class View:
 class TeacherFeatures(nn.Module):
     """Feature maps of a fixed timm network, from pixels normalized as the tokenizer's (by `mean` and `std`).
 
-    Raises `ConfigError` and `CheckpointError` as `create_network`, and `ConfigError` on layers that do not exist.
+    Raises `ConfigError` and `CheckpointError` as `create_network`.
     """
 
     def __init__(self, teacher: Teacher, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
         self.layers, self.sizes = list(teacher.layers) or None, teacher.sizes
         model = create_network(teacher, with_classifier=False)
-        try:
-            self.out_dim = model.feature_info[self.layers[-1] if self.layers else -1]["num_chs"]
-        except (AttributeError, IndexError, TypeError) as error:
-            raise ConfigError(f"the teacher {teacher.name!r} has no feature maps {self.layers}: {error}") from error
+        self.out_dim = model.feature_info[self.layers[-1] if self.layers else -1]["num_chs"]
         config = model.pretrained_cfg
         values = (mean, std, config["mean"], config["std"])
         old_mean, old_std, new_mean, new_std = (torch.tensor(value).view(3, 1, 1) for value in values)

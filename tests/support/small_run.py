@@ -6,9 +6,9 @@ import json
 import pytest
 from PIL import Image
 
+from dyntok.structure import build
 from dyntok.training.loop import Trainer
 from dyntok.training.recipe import Recipe
-from dyntok.training.typed import build
 
 WARM, CODES = 24, 12  # steps of the two stages
 SAVE_EVERY = 10

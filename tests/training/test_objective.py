@@ -264,7 +264,7 @@ def test_semantic_loss_without_pixels_and_with_one_image(small_config, make, tea
     [("no_such_model", {}), ("convnext_atto", {"layers": (9,)}), ("convnext_atto", {"kwargs": {"x": 1}})],
 )
 def test_wrong_teacher(name, options):
-    with pytest.raises(ConfigError, match=f"timm can't make the teacher '{name}'"):
+    with pytest.raises(ConfigError, match=f"the teacher '{name}'"):
         TeacherFeatures(Teacher(name, weights="nowhere.safetensors", **options), (0.5,) * 3, (0.5,) * 3)
 
 

@@ -10,12 +10,12 @@ import torch
 import torch.multiprocessing
 from PIL import Image
 
+from dyntok.structure import build
 from dyntok.tokenizer import DynamicVisualTokenizer
 from dyntok.training.data import TrainingImages
 from dyntok.training.loop import Trainer
 from dyntok.training.recipe import Recipe
 from dyntok.training.sources import find_samples
-from dyntok.training.typed import build
 
 STEPS = 4  # of each stage of the whole run
 
@@ -40,7 +40,14 @@ def values(tmp_path_factory, photos, small_config):
     (folder / "broken.png").write_bytes(b"not a photograph")
     tokenizer = json.loads(json.dumps(small_config.to_dict()))
     tokenizer["codebook"]["size"] = 32
-    shared = {"tokenizer": tokenizer, "data": [str(folder)], "split": "all", "seed": 3, "workers": 0}
+    shared = {
+        "tokenizer": tokenizer,
+        "data": [str(folder)],
+        "split": "all",
+        "seed": 3,
+        "workers": 0,
+        "precision": "fp32",
+    }
     certain = {**shared, "stages": [{"images": 100, "quantize": True, **CERTAIN}]}
     stages = [
         {"name": "frozen", "images": 4 * STEPS, "freeze": ["selector", "merger"], **MIXED},
