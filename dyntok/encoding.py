@@ -116,7 +116,7 @@ class Encoding:
             join_rows(rows, device),
             packed_positions,
             cu_seqlens_from_lengths(torch.tensor(lengths, dtype=torch.long, device=device)),
-            grid_pairs(grids, len(rows)).to(device),  # type: ignore[arg-type]  # None keeps the device
+            grid_pairs(grids, len(rows)).to(device),
             fingerprint,
             failure_pairs(failures),
             **fields,

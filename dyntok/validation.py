@@ -64,7 +64,7 @@ def integer_rows(rows: Iterable[Tensor | Sequence[int]], what: str) -> list[Tens
     """Returns one int64 tensor per image. A flat list is refused, because it is the row of a single image."""
     rows = list(rows)
     if rows and all(_is_scalar(row) for row in rows):
-        flat = brief([int(row) for row in rows])
+        flat = brief([int(row) for row in rows])  # type: ignore[arg-type]  # _is_scalar has looked
         raise CodeError(
             f"{what} are one list of integers, expected one list per image; for a single image pass [{flat}]"
         )
@@ -124,9 +124,7 @@ def row_indices(index: Any, count: int) -> list[int]:
     if isinstance(index, slice):
         return list(range(count))[index]
     index = index.tolist() if hasattr(index, "tolist") else index  # of tensors and NumPy arrays
-    if type(index) is not int and not isinstance(index, list | tuple):
-        raise _not_an_index(index)
-    items = [index] if type(index) is int else list(index)
+    items = index if isinstance(index, list | tuple) else [index]
     if items and all(type(i) is bool for i in items):
         if len(items) != count:
             raise CodeError(f"the mask has {len(items)} entries, expected one for each of {counted(count, 'image')}")

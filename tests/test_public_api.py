@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from email import message_from_bytes
 from pathlib import Path
 
 import pytest
@@ -80,21 +81,23 @@ def test_the_wheel_holds_two_packages_and_their_data(tmp_path):
         shutil.copytree(ROOT / name, source / name, ignore=ignored)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "--wheel-dir",
-        str(tmp_path),
-        str(source),
-    ]
+    options = ["--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "pip", "wheel", *options, str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
+    archive = zipfile.ZipFile(wheel)
+    names = archive.namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"dyntok", "dyntok_kernels"}
     expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "dyntok").rglob("*.*") if path.suffix != ".pyc"}
     assert "dyntok/assets/astronaut.jpg" in expected and expected <= set(names)
+    assert {"dyntok/py.typed", "dyntok_kernels/py.typed"} <= set(names)
+    (metadata,) = (message_from_bytes(archive.read(name)) for name in names if name.endswith("/METADATA"))
+    assert metadata["Version"] == dyntok.__version__ and metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Description-Content-Type"] == "text/markdown" and "# dyntok" in str(metadata.get_payload())
+    extras = {"train", "diffusion", "export", "transformers", "batch", "ray", "s3", "docs", "test", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == extras
+    minors = {line.rsplit(".", 1)[1] for line in metadata.get_all("Classifier") if "Python :: 3." in line}
+    assert minors == {"10", "11", "12", "13"} and metadata["Keywords"]
+    (entry_points,) = (archive.read(name).decode() for name in names if name.endswith("/entry_points.txt"))
+    assert "dyntok = dyntok.cli.main:main" in entry_points

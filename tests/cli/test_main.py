@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 
 import pytest
 import torch
@@ -120,6 +121,7 @@ def test_an_interrupt_has_its_own_exit_code(run, monkeypatch):
 
 def global_state():
     return {
+        "warnings": list(warnings.filters),
         "pixels": Image.MAX_IMAGE_PIXELS,
         "truncated": ImageFile.LOAD_TRUNCATED_IMAGES,
         "threads of torch": torch.get_num_threads(),
