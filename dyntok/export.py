@@ -1,7 +1,7 @@
-"""Encoder and decoder of fixed shapes: modules that `torch.compile`, `torch.export` and ONNX take as a whole.
+"""Encoder and decoder with fixed shapes, for `torch.compile`, `torch.export` and ONNX.
 
-Every image gets the same number of tokens, so no shape depends on a picture. Not here: pictures, ragged batches, fingerprints
-(`tokenizer.py`).
+Every image gets the same number of tokens, so no shape depends on an image. Loading images, ragged batches and
+fingerprints are in `tokenizer.py`.
 """
 
 from pathlib import Path
@@ -12,24 +12,26 @@ from torch import Tensor, nn
 
 from dyntok.errors import ConfigError, MissingDependencyError
 from dyntok.policy import KeepPolicy
+from dyntok.ragged import cu_seqlens_from_mask
 from dyntok.tokenizer import DynamicVisualTokenizer
 from dyntok_kernels import compact
 
 
 class FixedEncoder(nn.Module):
-    """Normalised pixels float [B, 3, S, S] -> codes and positions, LongTensors [B, budget], as `encode_tensor(pixels, budget=budget)`.
+    """Encodes normalized pixels [B, 3, S, S] as codes and positions, int64 [B, budget].
 
-    Raises `ConfigError` where the budget is not from 1 to the number of patches.
+    The codes are those of `encode_tensor(pixels, budget=budget)`. Raises `ConfigError` unless the budget is from 1 to
+    the number of patches.
     """
 
     def __init__(self, tokenizer: DynamicVisualTokenizer, budget: int) -> None:
         super().__init__()
         patches = tokenizer.grid[0] * tokenizer.grid[1]
         if not 1 <= budget <= patches:
-            raise ConfigError(f"budget is {budget} tokens, expected 1 to {patches}, the patches of an image")
+            raise ConfigError(f"budget is {budget} tokens, expected 1 to {patches}, the number of patches")
         self.budget, self.policy, self.patches = budget, KeepPolicy(budget=budget), patches
-        for name in ("backbone", "selector", "merger", "projection", "codebook"):
-            self.add_module(name, getattr(tokenizer, name))
+        self.backbone, self.selector, self.merger = tokenizer.backbone, tokenizer.selector, tokenizer.merger
+        self.projection, self.codebook = tokenizer.projection, tokenizer.codebook
         self.eval()
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,9 +44,13 @@ class FixedEncoder(nn.Module):
 
 
 class FixedDecoder(nn.Module):
-    """Codes and positions, LongTensors [B, n] (positions -1 throughout an image where they are unknown) -> normalized pixels
-    [B, 3, S, S], or patch features [B, N, D] of a tokenizer without a pixel head. Codes out of range are not checked here.
+    """Decodes codes and positions, int64 [B, n], into normalized pixels [B, 3, S, S].
+
+    If the positions of an image are unknown, all of them are -1. A tokenizer without a pixel head gives patch features
+    [B, N, D]. Codes are not checked.
     """
+
+    embedding: Tensor
 
     def __init__(self, tokenizer: DynamicVisualTokenizer) -> None:
         super().__init__()
@@ -61,13 +67,13 @@ class FixedDecoder(nn.Module):
 
 
 def export(module: FixedEncoder | FixedDecoder, *inputs: Tensor) -> torch.export.ExportedProgram:
-    """The module as a graph for inputs of these shapes; its operations of `dyntok_kernels` stay what they are."""
+    """Returns the module as a graph for inputs of these shapes. Operations of `dyntok_kernels` stay single nodes."""
     with torch.no_grad():
         return torch.export.export(module, inputs)
 
 
 def to_onnx(module: FixedEncoder | FixedDecoder, path: str | Path, *inputs: Tensor) -> None:
-    """Writes an ONNX file for inputs of these shapes, with nothing in it but standard operators.
+    """Write an ONNX file with standard operators only, for inputs of these shapes.
 
     Raises `MissingDependencyError` without the extra `export`.
     """
@@ -80,7 +86,7 @@ def to_onnx(module: FixedEncoder | FixedDecoder, path: str | Path, *inputs: Tens
 
 
 def _decompositions() -> dict:
-    """Operations of ours, and what ONNX lacks, in terms of what it has. Right for images of equal lengths only."""
+    """Returns dyntok's operations, and others that ONNX lacks, as standard ones. They need images of equal lengths."""
     table = torch.export.default_decompositions()
     ops = torch.ops.dyntok
     return table | {
@@ -89,11 +95,14 @@ def _decompositions() -> dict:
         ops.compact.default: _compact,
         ops.gather_rows.default: lambda x, index, embed: x.index_select(0, index.long()),
         ops.scatter_rows.default: _scatter_rows,
-        # ONNX's TopK, unlike PyTorch's, keeps the order of equal values
-        torch.ops.aten.sort.stable: lambda x, *, stable, dim=-1, descending=False: torch.topk(
-            x, x.shape[dim], dim, descending
-        ),
+        torch.ops.aten.sort.stable: _stable_sort,
     }
+
+
+def _stable_sort(x: Tensor, *, stable: bool, dim: int = -1, descending: bool = False) -> tuple[Tensor, Tensor]:
+    # ONNX's TopK, unlike PyTorch's, keeps the order of equal values.
+    values, indices = torch.topk(x, x.shape[dim], dim, descending)
+    return values, indices
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
@@ -114,9 +123,8 @@ def _nearest_code(z: Tensor, codebook: Tensor, normalize: bool) -> Tensor:
 def _compact(keep: Tensor) -> tuple[Tensor, Tensor]:
     places = torch.arange(keep.numel(), dtype=torch.float32)
     order = torch.where(keep.flatten(), keep.numel() - places, -places).topk(keep.numel()).indices
-    kept = keep.sum(1).cumsum(0)
-    indices = torch.where(places < kept[-1], order, -1).to(torch.int32)
-    return indices, F.pad(kept, (1, 0)).to(torch.int32)
+    cu_seqlens = cu_seqlens_from_mask(keep)
+    return torch.where(places < cu_seqlens[-1], order, -1).to(torch.int32), cu_seqlens
 
 
 def _scatter_rows(rows: Tensor, index: Tensor, base: Tensor, total: int) -> Tensor:

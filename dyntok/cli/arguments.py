@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
+    from dyntok.policy import KeepOptions
+
     Commands = _SubParsersAction[argparse.ArgumentParser]
 
 OK, FAILED, USAGE, SOME_SKIPPED, INTERRUPTED = 0, 1, 2, 3, 130
@@ -100,15 +102,12 @@ def names(text: str) -> list[str]:
     return text.split(",")
 
 
-def keep_options(options: argparse.Namespace) -> dict[str, Any]:
+def keep_options(options: argparse.Namespace) -> "KeepOptions":
     """Returns the options of `add_policy_options` as `encode` takes them."""
-    import torch
-
-    sample = None if options.sample is None else torch.Generator().manual_seed(options.sample)
     return {
         "budget": options.budget,
         "threshold": options.threshold,
-        "sample": sample,
+        "sample": options.sample,
         "max_tokens": options.max_tokens,
     }
 

@@ -1,9 +1,8 @@
 """A small program of a user: `make lint` checks that a type checker sees the right types in it. It is never run."""
 
-from typing_extensions import assert_type
-
 from PIL import Image
 from torch import Tensor
+from typing_extensions import assert_type
 
 import dyntok
 
