@@ -19,7 +19,6 @@ def readme() -> str:
     return re.sub(r"\[([^\]]*)\]\((?!https?:)[^)]+\)", r"\1", text)
 
 
-
 setup(
     long_description=readme(),
     long_description_content_type="text/markdown",
