@@ -1,10 +1,10 @@
-"""`dyntok batch` against the ideal of this machine: decoding alone and encoding alone, all cores each, one after the other.
+"""Compare `dyntok batch` with the ideal of this machine: decoding alone and encoding alone, each with all cores.
 
     python benchmarks/batch.py TAR... [--workers 1] [--output benchmarks/results/batch.jsonl]
 
-The ideal is 1 / (1 / decoding alone + 1 / encoding alone), both measured in this process before and after the run; the memory is that of
-the command's whole process tree, program files aside (Linux). A second run on the first 2,000 rows shows whether memory grows with the
-number of images.
+The ideal is 1 / (1 / decoding alone + 1 / encoding alone), both measured in this process before and after the run. The
+memory is that of the command's whole process tree without program files (Linux). A second run on the first 2,000 rows
+shows whether memory grows with the number of images.
 """
 
 import argparse
@@ -48,9 +48,11 @@ def main() -> None:
     speed = run["images"] / run["seconds"]
     row = {
         **environment(), "images": run["images"], "errors": run["errors"], "options": options.options,
-        "decoding_alone": [before[0], after[0]], "encoding_alone": [before[1], after[1]], "ideal": ideal, "batch": speed,
+        "decoding_alone": [before[0], after[0]], "encoding_alone": [before[1], after[1]],
+        "ideal": ideal, "batch": speed,
         "share_of_ideal": speed / ideal, "share_with_start": run["images"] / run["wall"] / ideal,
-        "tree_peak_mib": run["peak_mib"], f"tree_peak_mib_{_FEW}": few["peak_mib"], "tokens": run["tokens"], "bytes": run["bytes"],
+        "tree_peak_mib": run["peak_mib"], f"tree_peak_mib_{_FEW}": few["peak_mib"],
+        "tokens": run["tokens"], "bytes": run["bytes"],
     }  # fmt: skip
     print(json.dumps(row, indent=1))
     append(options.output, row)
@@ -107,7 +109,7 @@ def tree(pid: int) -> list[int]:
 
 
 def memory(pid: int) -> int:
-    """Anonymous memory and its share of shared memory in KiB: without program files, which count less the more processes map them."""
+    """Returns anonymous memory and the share of shared memory, in KiB. Program files do not count."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:

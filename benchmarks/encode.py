@@ -1,9 +1,9 @@
-"""Images/s of `encode`, JPEG decoding included, and where the time goes; and what it costs to compute every image alone.
+"""Measure images/s of `encode` with JPEG decoding, where the time goes, and the cost of computing every image alone.
 
     python benchmarks/encode.py [--images 200] [--model NAME] [--output benchmarks/results/encode.jsonl]
 
-Encodes the demo photograph, cropped differently for every image, stored as JPEG of 160 px. First checks that the codes of the timed
-paths agree with each other where they must.
+Encodes crops of the example photograph, one per image, stored as JPEG of 160 px. Before timing it checks that the codes
+of the timed paths agree wherever they must.
 """
 
 import argparse

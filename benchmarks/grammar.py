@@ -1,4 +1,4 @@
-"""What the image grammar adds to a step of generation: against one pass over the logits (a copy), vocabulary 150,000, batch 64.
+"""Measure what the image grammar adds to a generation step, against a copy of the logits (150,000 ids, batch 64).
 
 python benchmarks/grammar.py [--output benchmarks/results/grammar.jsonl]
 """

@@ -1,10 +1,11 @@
-"""Every operation of `dyntok_kernels`: checked, then timed against its naive reference and the obvious PyTorch way, on any device.
+"""Check every operation of `dyntok_kernels`, then time it against its naive reference and plain PyTorch, on any device.
 
     python benchmarks/kernels.py [--device cuda] [--only NAME...] [--output benchmarks/results/kernels.jsonl]
 
-`merger` is the whole merger at LaVIT's size, packed against eager dense masked attention over all 256 rows (each block with its own keys
-and values, the formula of LaVIT's released code) and against masked scaled_dot_product_attention; `rate` how near matrix products come to
-this machine's own. Peaks of memory are what an operation takes beyond what was there (on a CPU: of the process, as Linux counts it).
+`merger` is the whole merger at LaVIT's size, packed, against eager dense masked attention over all 256 rows (each block
+with its own keys and values, the formula of LaVIT's released code) and against masked scaled_dot_product_attention.
+`rate` compares matrix products with this machine's own peak. Peak memory is what an operation allocates (on a CPU: the
+growth of the process, as Linux counts it).
 """
 
 import argparse
@@ -213,10 +214,16 @@ def merger_flops(images: int) -> float:
 
 
 def rate(device: str, images: int) -> dict:
-    """Flop/s of one large product and of products of the shapes that the mergers of `lavit` and `tiny` make for one image."""
+    """Returns flop/s of one large product, and of products of the mergers of `lavit` and `tiny` for one image."""
     found = {}
-    for name, (m, n, k) in {"4096 cubed": (4096,) * 3, "lavit, 85 rows": (KEPT, D, D), "lavit, 340 rows": (4 * KEPT, D, D),
-                            "tiny, 85 rows": (85, 192, 192), "tiny, 256 rows": (256, 576, 192)}.items():  # fmt: skip
+    products = {
+        "4096 cubed": (4096, 4096, 4096),
+        "lavit, 85 rows": (KEPT, D, D),
+        "lavit, 340 rows": (4 * KEPT, D, D),
+        "tiny, 85 rows": (85, 192, 192),
+        "tiny, 256 rows": (256, 576, 192),
+    }
+    for name, (m, n, k) in products.items():
         a, b = torch.randn(m, k, device=device), torch.randn(n, k, device=device)
         repeats = max(1, int(4e9 / (2 * m * n * k)))
         found[name] = (

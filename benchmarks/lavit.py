@@ -1,11 +1,15 @@
-"""LaVIT's tokenizer: how often packed and exact mode give the same codes, and time and memory at full size with random weights.
+"""Measure LaVIT's tokenizer: how often packed and exact mode give equal codes, and time and memory at full size.
 
-    python benchmarks/lavit.py agreement FIXTURE [--output FILE]    a parity fixture (tests/fixtures/lavit_parity_a.safetensors)
-    python benchmarks/lavit.py full [--folder FOLDER] [--output FILE]    writes 3.7 GB there first, unless they are there
-    python benchmarks/lavit.py half [--output FILE]    what bf16 and fp16 do to codes, on the bundled tokenizer (trained weights)
-    python benchmarks/lavit.py merger [--images 4] [--output FILE]    packed against exact, 12 blocks, 1408 wide, a third kept
+    python benchmarks/lavit.py agreement FIXTURE [--output FILE]
+        FIXTURE is a parity fixture (tests/fixtures/lavit_parity_a.safetensors)
+    python benchmarks/lavit.py full [--folder FOLDER] [--output FILE]
+        first writes 3.7 GB to FOLDER unless they are there
+    python benchmarks/lavit.py half [--output FILE]
+        what bf16 and fp16 change in the codes of the bundled tokenizer (trained weights)
+    python benchmarks/lavit.py merger [--images 4] [--output FILE]
+        packed against exact: 12 blocks, width 1408, a third kept
 
-`DYNTOK_DATA` is a folder with `photos/` for `agreement`; without it scikit-image's photographs are taken.
+`agreement` uses the folder `photos/` of `DYNTOK_DATA`, or scikit-image's photographs if the variable is not set.
 """
 
 import argparse
@@ -121,12 +125,17 @@ def run(options: argparse.Namespace) -> dict:
     decode = mark()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     timed = {"load": loading, "fingerprint": hashing, "encode": encode, "decode_to_features": decode}
-    return {"seconds": timed, "peak_gib": round(peak, 2), "tokens": encoding.num_tokens, "features": list(features.shape),
-            "fingerprint": fingerprint}  # fmt: skip
+    return {
+        "seconds": timed,
+        "peak_gib": round(peak, 2),
+        "tokens": encoding.num_tokens,
+        "features": list(features.shape),
+        "fingerprint": fingerprint,
+    }
 
 
 def half(options: argparse.Namespace) -> dict:
-    """Of the patches that float32 keeps: how many half precision keeps, too, and how many of those get the same code."""
+    """Returns the shares of patches that half precision keeps as float32 does, and of equal codes among those."""
     photos = photographs(100)
     tokenizer = dyntok.load()
 

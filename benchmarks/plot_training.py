@@ -1,4 +1,4 @@
-"""Loss curves of a training run as a picture.
+"""Draw the loss curves of a training run.
 
 python benchmarks/plot_training.py runs/mine/log.jsonl benchmarks/results/mine.png feature usage perplexity
 """

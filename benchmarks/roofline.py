@@ -1,9 +1,10 @@
-"""Predicted times of the operations at LaVIT's size on GPUs that need not be there: the larger of arithmetic and memory traffic.
+"""Predict times of the operations at LaVIT's size on GPUs: the larger of arithmetic and memory traffic. Needs no GPU.
 
     python benchmarks/roofline.py    prints the table of kernels/README.md, predicted times in microseconds
 
-Peak rates are the vendors' (dense, bf16; A100 SXM 80 GB, H100 SXM, H200 SXM). A third of 256 patches is kept. Bytes are those that must
-move once; what a real kernel adds (launches, partly filled blocks, misses) is left out, so these are lower bounds, not measurements.
+Peak rates are the vendors' (dense, bf16; A100 SXM 80 GB, H100 SXM, H200 SXM). A third of 256 patches is kept. Only
+bytes that must move once are counted. Launches, partly filled blocks and cache misses are not, so these are lower
+bounds and not measurements.
 """
 
 from dataclasses import dataclass

@@ -1,10 +1,12 @@
-"""The table of the bundled tokenizer's model card: quality on the validation part, by budget, without positions, and against other masks.
+"""Make the table of the bundled tokenizer's model card: quality by budget, without positions and against other masks.
 
-    DYNTOK_DATA=... python benchmarks/table.py [--model NAME] [--limit N] [--runs NAME...] [--output benchmarks/results/tiny.json]
+    DYNTOK_DATA=... python benchmarks/table.py [--model NAME] [--limit N] [--runs NAME...] [--output FILE]
 
-Runs already in the output are kept, unless they are made again; figures of another model or limit are not mixed in.
+FILE is benchmarks/results/tiny.json by default. Runs that it already has are kept unless they are made again; figures
+of another model or limit are not mixed in.
 
-`DYNTOK_DATA` is a folder with `photos/`, `captioned/` (webdataset tars) and `teacher/mobilenetv2_100_imagenet.safetensors`.
+`DYNTOK_DATA` is a folder with `photos/`, `captioned/` (webdataset tars) and
+`teacher/mobilenetv2_100_imagenet.safetensors`.
 """
 
 import argparse
@@ -57,8 +59,9 @@ def main() -> None:
         reports[name] = report.to_dict()
         teacher = report.teacher
         print(
-            f"{name:<28}{report.images:5} images {report.tokens.mean:6.1f} +- {report.tokens.std:4.1f} tokens {report.psnr:6.2f} dB "
-            f"SSIM {report.ssim:.3f} accuracy {teacher.accuracy_reconstructions:.1%} (originals {teacher.accuracy_originals:.1%})",
+            f"{name:<28}{report.images:5} images {report.tokens.mean:6.1f} +- {report.tokens.std:4.1f} tokens",
+            f"{report.psnr:6.2f} dB SSIM {report.ssim:.3f} accuracy {teacher.accuracy_reconstructions:.1%}",
+            f"(originals {teacher.accuracy_originals:.1%})",
             flush=True,
         )
         if name == "learned":

@@ -1,4 +1,4 @@
-"""What all benchmarks share: the clock, and the machine a figure comes from."""
+"""What all benchmarks share: timing, and a description of the machine."""
 
 import json
 import platform
@@ -29,7 +29,7 @@ def seconds(work: Callable[[], Any], repeats: int = 5) -> tuple[float, float]:
 
 
 def environment() -> dict[str, Any]:
-    """Date, commit, machine, versions of the libraries that compute, and the process's peak memory so far: to be called after the work."""
+    """Returns date, commit, machine, library versions and peak memory of the process so far. Call it after the work."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {

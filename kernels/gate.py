@@ -1,11 +1,12 @@
-"""Compiles every kernel as it is launched, for GPUs that need not be there, and looks at what became of it (`make kernels`).
+"""Compile every kernel as it is launched, for GPUs that need not be present, and check the result (`make kernels`).
 
     python kernels/gate.py            compare with kernels/resources.json
-    python kernels/gate.py --write    write that table anew
+    python kernels/gate.py --write    write that table again
 
-Always: no register is spilled, shared memory is within the target's limit, and kernels that multiply half-precision matrices contain the
-target's instructions for that. Where Triton's version is the table's, registers and shared memory must be the table's, too.
-A process of its own, because Triton can't compile where its interpreter is switched on.
+Always checked: no register is spilled, shared memory is within the target's limit, and kernels that multiply
+half-precision matrices contain the target's instructions for it. If Triton's version is the table's, registers and
+shared memory must equal the table's, too. This is a process of its own, because Triton can't compile while its
+interpreter is on.
 """
 
 import argparse
@@ -57,7 +58,7 @@ def variants() -> dict[str, Variant]:
 
 
 def build(name: str, target: str) -> tuple[str, str, dict, list[str]]:
-    """(variant, target, what it takes, what is wrong with it)"""
+    """Returns (variant, target, resources used, problems found)."""
     variant = variants()[name]
     pointers = [i for i, kind in enumerate(variant.signature.values()) if kind.startswith("*")]
     source = ASTSource(
@@ -136,9 +137,11 @@ def main() -> int:
             faults += [f"{name} is in the table and no kernel any more" for name in old["kernels"] if name not in rows]
     elif not options.write:
         print(f"Triton {triton.__version__}; the table is of {old['triton']}, so registers are not compared")
-    print(*faults, sep="\n", end="\n" * bool(faults))
+    for fault in faults:
+        print(fault)
     print(
-        f"{len(results)} compilations of {len(names)} variants for {', '.join(TARGETS)}, PyTorch {torch.__version__}: {len(faults)} faults"
+        f"{len(results)} compilations of {len(names)} variants for {', '.join(TARGETS)}, "
+        f"PyTorch {torch.__version__}: {len(faults)} faults"
     )
     if options.write and not faults:
         lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(rows[name])}" for name in rows)

@@ -1,4 +1,4 @@
-"""Operations of dyntok: ragged attention, code search, compaction, merging by likeness. `reference` holds their naive twins."""
+"""The operations of dyntok: ragged attention, code search, compaction, merging. `reference` has naive versions."""
 
 from dyntok_kernels.cpu import lengths_of as lengths_of
 from dyntok_kernels.ops import codebook_stats as codebook_stats

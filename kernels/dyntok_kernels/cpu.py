@@ -1,6 +1,6 @@
-"""The operations of `ops.py` in PyTorch: what runs on a CPU, as fast as PyTorch allows, and on devices without a kernel of their own.
+"""The operations of `ops.py` in plain PyTorch, for CPUs and for devices without kernels of their own.
 
-Same arguments and results as the operations; the readable twins are in `reference.py`.
+Arguments and results are those of the operations. `reference.py` has a readable version of each.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ _ROWS, _CODES, _GROUP = 1024, 2048, 32  # blocks of scores [2048, 1024]; codes a
 
 
 def lengths_of(cu_seqlens: Tensor) -> list[int]:
-    """[B+1] -> B lengths, on the host."""
+    """Returns the lengths of the B images of `cu_seqlens` [B+1], on the host."""
     return cu_seqlens.diff().tolist()
 
 
@@ -45,8 +45,9 @@ def varlen_attention_backward(
 def _images(
     of_queries: tuple[Tensor, ...], of_keys: tuple[Tensor, ...], cu_q: Tensor, cu_k: Tensor
 ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Views [b, H, T, d] of packed rows: of all images at once where their lengths are equal, or else of one after the other. Images
-    without keys are left out.
+    """Yield views [b, H, T, d] of packed rows, one image at a time, or all images at once if their lengths are equal.
+
+    Images without keys are skipped.
     """
     lengths_q, lengths_k = lengths_of(cu_q), lengths_of(cu_k)
     if len(set(lengths_q)) == len(set(lengths_k)) == 1 and lengths_q[0] and lengths_k[0]:
@@ -63,9 +64,11 @@ def _images(
 
 
 def nearest_code(z: Tensor, codebook: Tensor, normalize: bool) -> Tensor:
-    """In blocks: T x K scores never exist at once. Of every block only the best score of each group of 32 codes is kept; the codes of the
-    best group are compared again. The few rows of z whose two nearest codes are closer to each other than rounding can tell (equal rows
-    of the codebook above all) are searched once more in float64.
+    """Search in blocks, so that T x K scores never exist at once.
+
+    Each block keeps only the best score of each group of 32 codes, and the codes of the best group are compared again.
+    Where rounding can't tell the two nearest codes apart (with equal rows of the codebook above all), the search is
+    repeated in float64.
     """
     z = F.normalize(z, dim=-1) if normalize else z
     codes = torch.empty(len(z), dtype=torch.long, device=z.device)
@@ -95,8 +98,10 @@ def nearest_code(z: Tensor, codebook: Tensor, normalize: bool) -> Tensor:
 
 
 def _grouped(codebook: Tensor, squares: Tensor) -> Tensor:
-    """Rows whose products with augmented vectors are scores, higher where a row is nearer: |z - c|^2 = |z|^2 - 2 (z.c - |c|^2 / 2), and
-    |z|^2 is the same for every row. What fills the last group up is never near.
+    """Returns rows whose products with augmented vectors are scores: a higher score is a nearer row.
+
+    |z - c|^2 = |z|^2 - 2 (z.c - |c|^2 / 2), and |z|^2 is the same for every row. Rows that fill the last group are
+    never near.
     """
     size, dim = codebook.shape
     rows = codebook.new_zeros(-(-size // _GROUP) * _GROUP, dim + 1)
@@ -107,8 +112,9 @@ def _grouped(codebook: Tensor, squares: Tensor) -> Tensor:
 
 
 def _rounding(z: Tensor, squares: Tensor) -> Tensor:
-    """Bound on how far a score may be off, [T], from the squared norms of the codebook's rows. Matrix products round differently at
-    different shapes, even for equal rows.
+    """Returns a bound on the error of each row's scores, [T], from the squared norms of the codebook's rows.
+
+    Matrix products round differently at different shapes, even for equal rows.
     """
     longest = squares.max().sqrt()
     return torch.finfo(z.dtype).eps * z.shape[1] * longest * (z.square().sum(-1).sqrt() + longest)

@@ -1,8 +1,9 @@
-"""The operations behind merging and code search, as `torch.library` operations of the namespace `dyntok`.
+"""The operations that merging and code search use, as `torch.library` operations of the namespace `dyntok`.
 
-Ragged batches are packed: rows of all images one after another, `cu_seqlens` [B+1] (int32) says where each begins, as in FlashAttention.
-PyTorch chooses what runs: the Triton kernels of `gpu/` for CUDA and ROCm, `cpu.py` elsewhere. Shapes of results never depend on values, so
-that all of them can be compiled and exported; only `total_of` reads a number back to the host. The readable twins are in `reference.py`.
+Ragged batches are packed: the rows of all images one after another, with their boundaries in `cu_seqlens` (int32
+[B+1]), as in FlashAttention. PyTorch chooses the implementation: the Triton kernels of `gpu/` for CUDA and ROCm,
+`cpu.py` elsewhere. The shapes of results never depend on values, so every operation can be compiled and exported. Only
+`total_of` reads a number back to the host. `reference.py` has a readable version of each operation.
 """
 
 import torch
@@ -13,28 +14,30 @@ from dyntok_kernels import cpu
 
 
 def total_of(cu_seqlens: Tensor) -> int:
-    """[B+1] -> the number of packed rows. The one place where the host waits for the device."""
+    """Returns the number of packed rows of `cu_seqlens` [B+1]. Only here does the host wait for the device."""
     return int(cu_seqlens[-1])
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *, causal: bool = False) -> Tensor:
-    """Softmax attention inside each image of a ragged batch. A row without any key gives zeros.
+    """Returns softmax attention within each image of a ragged batch, [Tq, H, d]. A row without keys gives zeros.
 
-    q: [Tq, H, d]; k, v: [Tk, H, d]; cu_q, cu_k: int32 [B+1]; causal: row i sees keys 0..i (then cu_q equals cu_k). On a GPU: bf16, fp16 or
-    float32, d a multiple of 8 up to 128.
-    Returns [Tq, H, d], with gradients for q, k and v. Raises `ValueError` on shapes that do not fit.
+    q: [Tq, H, d]; k, v: [Tk, H, d]; cu_q, cu_k: int32 [B+1].
+    causal: row i sees keys 0 to i; cu_q then equals cu_k.
+
+    On a GPU the dtype is bf16, fp16 or float32, and d a multiple of 8 up to 128. Gradients flow to q, k and v. Raises
+    `ValueError` on shapes that do not fit.
     """
     if q.ndim != 3 or k.shape != v.shape or q.shape[1:] != k.shape[1:] or cu_q.shape != cu_k.shape:
-        told = ", ".join(
+        shapes = ", ".join(
             f"{name} {list(x.shape)}" for name, x in {"q": q, "k": k, "v": v, "cu_q": cu_q, "cu_k": cu_k}.items()
         )
-        raise ValueError(f"attention got {told}; expected q [Tq, H, d], k and v [Tk, H, d], cu_q and cu_k [B+1]")
+        raise ValueError(f"attention got {shapes}; expected q [Tq, H, d], k and v [Tk, H, d], cu_q and cu_k [B+1]")
     return torch.ops.dyntok.varlen_attention(q, k, v, cu_q, cu_k, causal)[0]
 
 
 @custom_op("dyntok::varlen_attention", mutates_args=())
 def _attention(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """(out, what a GPU's backward wants to know of each row's softmax: [H, Tq]; empty elsewhere)"""
+    """Returns the output and, on a GPU, what the backward needs of each row's softmax: [H, Tq], else empty."""
     return cpu.varlen_attention(q, k, v, cu_q, cu_k, causal), q.new_empty(0, dtype=torch.float32)
 
 
@@ -110,11 +113,14 @@ def _(z: Tensor, codebook: Tensor, normalize: bool) -> Tensor:
 
 
 def nearest_code(z: Tensor, codebook: Tensor, *, normalize: bool = True) -> Tensor:
-    """Index of the codebook row nearest to each row of z (squared distance to the rows as stored); the lowest index on ties.
+    """Returns the index of the codebook row nearest to each row of z, int64 [T]; the lowest index on ties.
 
-    Never a T x K matrix at once. normalize: l2-normalise z first; with a codebook of unit rows the nearest row is then the most similar.
+    The distance is the squared distance to the rows as stored. A T x K matrix never exists.
 
-    z: [T, C]; codebook: [K, C], same dtype, K of at least 1. Returns LongTensor [T]. Raises `ValueError` on shapes that do not fit.
+    z: [T, C]; codebook: [K, C] of the same dtype, K of at least 1.
+    normalize: l2-normalize z first. With a codebook of unit rows the nearest row is then the most similar one.
+
+    Raises `ValueError` on shapes that do not fit.
     """
     if (
         z.ndim != 2
@@ -123,8 +129,8 @@ def nearest_code(z: Tensor, codebook: Tensor, *, normalize: bool = True) -> Tens
         or len(codebook) == 0
         or z.dtype != codebook.dtype
     ):
-        told = f"z {z.dtype} {list(z.shape)} and a codebook {codebook.dtype} {list(codebook.shape)}"
-        raise ValueError(f"code search got {told}; expected [T, C] and [K, C] of one dtype")
+        found = f"z {z.dtype} {list(z.shape)} and a codebook {codebook.dtype} {list(codebook.shape)}"
+        raise ValueError(f"code search got {found}; expected [T, C] and [K, C] of one dtype")
     return torch.ops.dyntok.nearest_code(z, codebook, normalize)
 
 
@@ -146,8 +152,10 @@ def _(keep: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def compact(keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the kept patches are: bool [B, N] -> (indices int32 [B*N] into the flattened grid, in order, -1 behind the last; cu_seqlens
-    int32 [B+1]). The number of kept patches is `total_of(cu_seqlens)`; who knows it already need not ask.
+    """Returns the places of the kept patches of a bool mask [B, N], as indices and boundaries.
+
+    indices: int32 [B*N] into the flattened grid, in order, and -1 after the last one.
+    cu_seqlens: int32 [B+1]. `total_of(cu_seqlens)` is the number of kept patches.
     """
     if keep.ndim != 2 or keep.dtype != torch.bool:
         raise ValueError(f"compaction got {keep.dtype} {list(keep.shape)}, expected a bool mask [B, N]")
@@ -221,19 +229,20 @@ _scatter_rows.register_autograd(_scatter_gradient, setup_context=_keep_scatter)
 
 
 def gather_rows(x: Tensor, index: Tensor, embed: Tensor | None = None) -> Tensor:
-    """From the grid to packed rows: out[t] = x[index[t]], plus `embed[index[t] % N]` (a position embedding); zeros where the index is -1.
+    """Returns packed rows of a grid: out[t] = x[index[t]] + embed[index[t] % N]; zeros where the index is -1.
 
-    x: [M, D]; index: int32 or int64 [T], every row at most once; embed: [N, D], M a multiple of N. Returns [T, D] in x's dtype.
-    Gradients for x and embed.
+    x: [M, D]; index: int32 or int64 [T], every row at most once; embed: [N, D], such as a position embedding, with M a
+    multiple of N. Returns [T, D] in the dtype of x. Gradients flow to x and embed.
     """
     return torch.ops.dyntok.gather_rows(x, index, embed)
 
 
 def scatter_rows(rows: Tensor, index: Tensor, base: Tensor | None = None, *, total: int) -> Tensor:
-    """From packed rows back to the grid: out[index[t]] = rows[t], plus `base[m % N]` on every row m (a mask token and position embedding).
+    """Returns a grid of packed rows: out[index[t]] = rows[t], plus base[m % N] on every row m.
 
-    rows: [T, D]; index: int32 or int64 [T], every place at most once, -1 for nowhere; base: [N, D], total a multiple of N.
-    Returns [total, D] in the rows' dtype. Gradients for rows and base.
+    rows: [T, D]; index: int32 or int64 [T], every place at most once, -1 for nowhere; base: [N, D], such as a mask
+    token with its position embedding, with total a multiple of N. Returns [total, D] in the dtype of the rows.
+    Gradients flow to rows and base.
     """
     return torch.ops.dyntok.scatter_rows(rows, index, base, total)
 
@@ -256,8 +265,9 @@ def _(z: Tensor, codes: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def codebook_stats(z: Tensor, codes: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Of the vectors z [T, C] with codes int64 [T]: how many each of `size` codes has, and their sums; float32 [K] and [K, C]. The same
-    every time.
+    """Returns, for each of `size` codes, the number and the sum of its vectors: float32 [K] and [K, C].
+
+    z: [T, C]; codes: int64 [T]. The result is the same every time.
     """
     return torch.ops.dyntok.codebook_stats(z, codes, size)
 
@@ -293,7 +303,7 @@ def _keep_merged(ctx, inputs: tuple, output: tuple) -> None:
 
 
 def _merged_gradient(ctx, grad: Tensor | None, grad_sizes: Tensor | None, _: None) -> tuple:
-    """merged = sum w x / size: the choice of owners has no gradient."""
+    """Returns the gradient of merged = sum(w x) / size. The choice of owners has none."""
     x, weights, merged, sizes, owner = ctx.saved_tensors
     grad = torch.zeros_like(merged) if grad is None else grad
     per_row = (grad / sizes[:, None]).index_select(0, owner)  # [M, D]
@@ -309,12 +319,16 @@ _merge_similar.register_autograd(_merged_gradient, setup_context=_keep_merged)
 def merge_similar(
     x: Tensor, keep: Tensor, weights: Tensor, *, total: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Merging without parameters: every dropped patch joins the kept patch of its image that it is most like (greatest cosine, the first
-    of equal ones), and each kept patch becomes the weighted mean of what it owns (after ToMe, arXiv 2210.09461).
+    """Merge every dropped patch into the most similar kept patch of its image (ToMe, arXiv 2210.09461).
 
-    x: [B, N, D]; keep: bool [B, N], at least one True per image; weights: float [B, N], positive. total: kept patches, where known.
-    Returns (tokens [T, D]; sizes [T], the sums of weights; owner int32 [B, N], the token that each patch went into). Gradients for x and
-    weights.
+    There are no parameters. Similarity is the cosine; the first of equal ones wins. A kept patch becomes the weighted
+    mean of the patches it owns.
+
+    x: [B, N, D]; keep: bool [B, N], at least one True per image; weights: float [B, N], positive.
+    total: the number of kept patches, if it is known.
+
+    Returns tokens [T, D], sizes [T] (the sums of the weights) and owner int32 [B, N] (the token that each patch went
+    into). Gradients flow to x and weights.
     """
     images, patches, width = x.shape
     kept, cu_kept = compact(keep)

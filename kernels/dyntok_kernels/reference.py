@@ -1,7 +1,7 @@
-"""Naive references: what every faster path is compared with.
+"""Naive references that every faster path is compared with.
 
-Written for reading, on dense padded tensors, never dispatched to. Same arguments and results as the operations of the same
-name in `ops.py`, except that ragged batches come as a mask.
+They are written for reading, on dense padded tensors, and never dispatched to. Arguments and results are those of the
+operations of the same name in `ops.py`, except that ragged batches come as a mask.
 """
 
 import torch
@@ -9,12 +9,14 @@ from torch import Tensor
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, eps: float = 0.0) -> Tensor:
-    """Attention in which key j counts `weight[j]` times.
+    """Returns attention in which key j counts `weight[j]` times.
 
-    o_i = sum_j p_ij v_j,  p_ij = (w_ij exp(l_ij - m_i) + eps / N) / (sum_j w_ij exp(l_ij - m_i) + eps),  l = q k^T / sqrt(d)
+    o_i = sum_j p_ij v_j,  p_ij = (w_ij exp(l_ij - m_i) + eps / N) / (sum_j w_ij exp(l_ij - m_i) + eps),
+    l = q k^T / sqrt(d)
 
-    With eps = 0 this is the masked softmax; with eps = 1e-6 and m the maximum over all N keys it is the formula of LaVIT's
-    released code (lets every value in with a weight of about eps / N). A row without any key gets the average over all N values.
+    With eps = 0 this is the masked softmax. With eps = 1e-6 and m the maximum over all N keys it is the formula of
+    LaVIT's released code, which lets every value in with a weight of about eps / N. A row without keys gets the average
+    of all values.
 
     q: [B, H, Nq, d]; k, v: [B, H, N, d]; weight: [B, Nq, N], 0 or 1, gradients flow into it. Returns [B, H, Nq, d].
     """
@@ -38,15 +40,18 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, eps: float
 
 
 def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the row of `codebook` with the smallest squared distance to each row of z; the lowest index on ties.
+    """Returns the index of the row of `codebook` nearest to each row of z (squared distance); the lowest index on ties.
 
-    z: [T, C]; codebook: [K, C]. Returns LongTensor [T].
+    z: [T, C]; codebook: [K, C]. Returns int64 [T].
     """
     return (z[:, None] - codebook[None]).square().sum(-1).argmin(-1)
 
 
 def gather_rows(x: Tensor, index: Tensor, embed: Tensor | None) -> Tensor:
-    """out[t] = x[index[t]] + embed[index[t] % N]; zeros where index[t] is -1. x: [M, D]; index: [T]; embed: [N, D] or None."""
+    """Returns out[t] = x[index[t]] + embed[index[t] % N]; zeros where index[t] is -1.
+
+    x: [M, D]; index: [T]; embed: [N, D] or None.
+    """
     out = x.new_zeros(len(index), x.shape[1])
     for t, source in enumerate(index.tolist()):
         if source >= 0:
@@ -55,7 +60,10 @@ def gather_rows(x: Tensor, index: Tensor, embed: Tensor | None) -> Tensor:
 
 
 def scatter_rows(rows: Tensor, index: Tensor, base: Tensor | None, total: int) -> Tensor:
-    """out[index[t]] = rows[t] + base[index[t] % N], base alone elsewhere. rows: [T, D]; index: [T]; base: [N, D] or None."""
+    """Returns out[index[t]] = rows[t] + base[index[t] % N], and base alone elsewhere.
+
+    rows: [T, D]; index: [T]; base: [N, D] or None.
+    """
     out = rows.new_zeros(total, rows.shape[1])
     for t, target in enumerate(index.tolist()):
         if target >= 0:
@@ -64,13 +72,15 @@ def scatter_rows(rows: Tensor, index: Tensor, base: Tensor | None, total: int) -
 
 
 def codebook_stats(z: Tensor, codes: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Counts [K] and sums [K, C] of the vectors z [T, C] by their codes [T]."""
+    """Returns the counts [K] and sums [K, C] of the vectors z [T, C] by their codes [T]."""
     chosen = (codes[:, None] == torch.arange(size)).to(z.dtype)  # [T, K]
     return chosen.sum(0), chosen.T @ z
 
 
 def merge_similar(x: Tensor, keep: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Each dropped patch joins the kept patch of greatest cosine (the first of equal ones); kept ones become weighted means.
+    """Merge each dropped patch into the kept patch of greatest cosine, the first of equal ones.
+
+    Kept patches become weighted means.
 
     x: [B, N, D]; keep: bool [B, N]; weights: [B, N]. Returns tokens [T, D], sizes [T], owner int32 [B, N].
     """

@@ -1,16 +1,16 @@
-"""Attention with a weight per key: what training and LaVIT's exact mode need, in plain PyTorch operations on any device."""
+"""Attention with a weight per key, for training and LaVIT's softmax, in plain PyTorch on any device."""
 
 import torch
 from torch import Tensor
 
 
 def soft_masked_attention(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, *, eps: float = 0.0) -> Tensor:
-    """Dense attention in which key j counts `weight[j]` times, differentiable in the weights even where they are 0.
+    """Returns dense attention in which key j counts `weight[j]` times. Weights of 0 have gradients, too.
 
-    The formula is that of `reference.masked_attention`. Without eps the logits of keys of weight 0 are cut at 20 above the largest
-    allowed one, so that they can't overflow.
+    `reference.masked_attention` has the formula. Without eps, the logits of keys of weight 0 are limited to 20 above
+    the largest allowed one, so that they can't overflow.
 
-    q: [B, H, Nq, d]; k, v: [B, H, N, d]; weight: [B, Nq or 1, N] in 0..1. Returns [B, H, Nq, d].
+    q: [B, H, Nq, d]; k, v: [B, H, N, d]; weight: [B, Nq or 1, N], 0 to 1. Returns [B, H, Nq, d].
     """
     weight = weight[:, None]
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # [B, H, Nq, N]

@@ -1,5 +1,5 @@
-"""Triton kernels and their launchers: one file per operation. Imported where a GPU is used, never before.
+"""Triton kernels and their launchers, one file per operation. Imported only where a GPU is used.
 
-Every launcher takes tensors of one device, makes its outputs there, reads nothing back to the host, and has block sizes from a small
-pure function, so that `kernels/gate.py` compiles what is launched.
+A launcher takes tensors of one device, allocates its outputs there and reads nothing back to the host. Its block sizes
+come from a small pure function, so `kernels/gate.py` compiles exactly what is launched.
 """

@@ -1,6 +1,7 @@
-"""Ragged attention, forward and backward, without a row of scores in memory (FlashAttention-2, arXiv 2307.08691, over `cu_seqlens`).
+"""Ragged attention, forward and backward, that never stores a row of scores (FlashAttention-2, arXiv 2307.08691).
 
-One program makes a block of rows of one head of one image. The backward has no atomic addition: its results are the same every time.
+One program computes a block of rows of one head of one image. The backward uses no atomic addition, so its results are
+the same every time.
 """
 
 import torch
@@ -34,7 +35,10 @@ def key_blocks(dtype: torch.dtype, head_dim: int) -> Blocks:
 
 @triton.jit
 def _rows(base, first, end, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A block of rows [BLOCK, BLOCK_D] of one head, zeros past the image's end and the head's width. stride: from row to row, in eights."""
+    """Returns a block of rows [BLOCK, BLOCK_D] of one head, with zeros past the ends of the image and the head.
+
+    stride: from one row to the next, in units of 8 elements.
+    """
     rows = tl.arange(0, BLOCK)
     columns = tl.arange(0, BLOCK_D)
     inside = (first + rows < end)[:, None] & (columns < WIDTH)[None, :]
@@ -56,7 +60,7 @@ def _put(base, first, end, stride, values, WIDTH: tl.constexpr, BLOCK: tl.conste
 
 @triton.jit
 def _visible(queries, keys, start_q, start_k, end_k, causal):
-    """Which keys [., n] the queries [m, .] see."""
+    """Returns which keys [., n] the queries [m, .] see."""
     return (keys < end_k) & ((causal == 0) | (keys - start_k <= queries - start_q))
 
 
@@ -66,7 +70,9 @@ def forward_kernel(
     q_row, k_row, v_row, out_row,
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """scale: of the logits, times log2(e), so that exp2 serves. lse: base 2, of the scaled logits; -inf for a row without any key."""
+    """scale: of the logits, times log2(e), because exp2 is used.
+    lse: base 2, of the scaled logits; -inf for a row without keys.
+    """
     head = tl.program_id(1)
     image, first, start_q, end_q = find_block(cu_q, images, tl.program_id(0), BLOCK_M)
     if first >= end_q:
@@ -137,7 +143,7 @@ def key_gradient_kernel(
     q_row, k_row, v_row, grad_row, out_row,
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Of keys and values; a block of BLOCK_N keys goes through the queries of its image."""
+    """Gradients of keys and values: a block of BLOCK_N keys visits all queries of its image."""
     head = tl.program_id(1)
     image, first, start_k, end_k = find_block(cu_k, images, tl.program_id(0), BLOCK_N)
     if first >= end_k:
@@ -169,7 +175,10 @@ def key_gradient_kernel(
 def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """Launches the forward: (out [Tq, H, d], lse float32 [H, Tq]). Arguments as in `ops.varlen_attention`; the last dimension is dense."""
+    """Launch the forward. Returns out [Tq, H, d] and lse, float32 [H, Tq].
+
+    The arguments are those of `ops.varlen_attention`; their last dimension must be dense.
+    """
     q, k, v = (_heads_together(x) for x in (q, k, v))
     check(
         q.dtype in FLOATS and q.dtype == k.dtype == v.dtype,
@@ -193,7 +202,7 @@ def varlen_attention(
 def varlen_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launches the backward: gradients of q, k and v from that of out."""
+    """Launch the backward. Returns the gradients of q, k and v."""
     grad, q, k, v = (_heads_together(x) for x in (grad, q, k, v))
     total_q, heads, width = q.shape
     grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
@@ -216,7 +225,7 @@ def varlen_attention_backward(
 
 
 def _heads_together(x: Tensor) -> Tensor:
-    """Rows may lie apart, by multiples of 8; the heads of one follow each other. (16-byte loads need both.)"""
+    """Returns x with the heads of a row adjacent and rows a multiple of 8 apart, as 16-byte loads need."""
     return (
         x if x.stride()[1:] == (x.shape[2], 1) and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 else x.contiguous()
     )
@@ -235,7 +244,7 @@ def _constants(width: int, blocks: Blocks) -> dict[str, int]:
 
 
 def variants() -> list[Variant]:
-    """What the compile gate compiles."""
+    """Returns what the compile gate compiles."""
     found = []
     for dtype in FLOATS:
         for width in HEAD_SIZES:

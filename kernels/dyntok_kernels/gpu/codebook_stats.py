@@ -1,4 +1,4 @@
-"""Counts and sums of the vectors of each code, in an order that is always the same (no atomic addition)."""
+"""Counts and sums of the vectors of each code, always added in the same order (no atomic addition)."""
 
 import torch
 import triton
@@ -14,7 +14,7 @@ _BLOCKS = Blocks(1, 16, warps=1)  # a code, vectors at a time
 def codebook_stats_kernel(
     z, order, bounds, counts, sums, WIDTH: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One program per code. order: rows of z sorted by code; bounds: where each code's begin, int64 [K+1]."""
+    """One program per code. order: rows of z sorted by code; bounds: int64 [K+1], where each code begins in it."""
     code = tl.program_id(0)
     start = tl.load(bounds + code)
     end = tl.load(bounds + code + 1)
@@ -30,7 +30,7 @@ def codebook_stats_kernel(
 
 
 def codebook_stats(z: Tensor, codes: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Launches it; see `ops.codebook_stats`."""
+    """Launch the kernel; see `ops.codebook_stats`."""
     check(z.dtype in FLOATS, f"vectors are {z.dtype}, expected one of {FLOATS}")
     z, width = z.contiguous(), z.shape[1]
     counts = torch.empty(size, dtype=torch.float32, device=z.device)

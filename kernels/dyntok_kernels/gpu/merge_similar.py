@@ -1,4 +1,4 @@
-"""Every dropped patch into its most similar kept one (ToMe, arXiv 2210.09461, ragged): no matrix of similarities in memory."""
+"""Merges dropped patches into their most similar kept ones (ToMe, arXiv 2210.09461) without a similarity matrix."""
 
 import torch
 import triton
@@ -17,7 +17,10 @@ def assign_kernel(
     x, scale, kept, cu_kept, dropped, cu_dropped, owner, images, WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """owner[patch] = the kept row (counted over the batch) of greatest cosine; the lowest of equal ones. scale: 1 / norm of each patch."""
+    """owner[patch] = the kept row of greatest cosine, numbered over the batch; the lowest of equal ones.
+
+    scale: 1 / norm of each patch.
+    """
     image, first, start, end = find_block(cu_dropped, images, tl.program_id(0), BLOCK_M)
     if first >= end:
         return
@@ -50,7 +53,7 @@ def average_kernel(
     x, weights, owner, kept, cu_kept, dropped, cu_dropped, merged, sizes, images, WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """merged[t] = weighted mean of the patches that row t owns, sizes[t] = the sum of their weights."""
+    """merged[t] = the weighted mean of the patches that row t owns; sizes[t] = the sum of their weights."""
     image, first, start, end = find_block(cu_kept, images, tl.program_id(0), BLOCK_M)
     if first >= end:
         return
@@ -78,7 +81,7 @@ def average_kernel(
 def merge_similar(
     x: Tensor, weights: Tensor, kept: Tensor, cu_kept: Tensor, dropped: Tensor, cu_dropped: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launches both; see `ops.merge_similar`."""
+    """Launch both kernels; see `ops.merge_similar`."""
     check(x.dtype in FLOATS, f"patches are {x.dtype}, expected one of {FLOATS}")
     x, weights, width = x.contiguous(), weights.float().contiguous(), x.shape[1]
     merged = torch.empty(len(kept), width, dtype=x.dtype, device=x.device)

@@ -1,4 +1,4 @@
-"""The nearest codebook row of every vector, in one pass over the codebook: T x K scores exist a block at a time, in registers."""
+"""Finds the nearest codebook row of every vector in one pass. Scores exist only as blocks in registers."""
 
 import torch
 import triton
@@ -21,7 +21,7 @@ def nearest_code_kernel(
     z, codebook, half_norms, codes, rows, size, normalize,
     WIDTH: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """half_norms: |c|^2 / 2 in float32 [K]. |z - c|^2 is least where z.c - |c|^2 / 2 is greatest."""
+    """half_norms: |c|^2 / 2, float32 [K]. |z - c|^2 is smallest where z.c - |c|^2 / 2 is greatest."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_C)
     inside = (row < rows)[:, None] & (columns < WIDTH)[None, :]
@@ -47,7 +47,7 @@ def nearest_code_kernel(
 
 
 def nearest_code(z: Tensor, codebook: Tensor, normalize: bool) -> Tensor:
-    """Launches the search: LongTensor [T]. Arguments as in `ops.nearest_code`; scores are float32."""
+    """Launch the search. Returns int64 [T]; see `ops.nearest_code`. Scores are float32."""
     check(
         z.dtype in FLOATS and z.dtype == codebook.dtype,
         f"z is {z.dtype} and the codebook {codebook.dtype}, expected one of {FLOATS}",

@@ -1,4 +1,4 @@
-"""Between the grid of patches and the packed rows of kept ones: which rows (compaction), there (gather) and back (scatter)."""
+"""Moves rows between the grid of patches and the packed rows of kept ones: compaction, gather, scatter."""
 
 import torch
 import triton
@@ -13,7 +13,7 @@ _COMPACT = Blocks(1, 1024)  # an image, patches at a time
 
 @kernel("patches")
 def compact_kernel(keep, cu_seqlens, indices, patches, BLOCK: tl.constexpr):
-    """One program per image: the places of its True entries, in order, from its own offset on."""
+    """One program per image writes the places of its True entries, in order, from the image's offset on."""
     image = tl.program_id(0)
     place = tl.load(cu_seqlens + image)
     for start in range(0, patches, BLOCK):
@@ -64,7 +64,7 @@ def scatter_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """out[m] = rows[inverse[m]], or nothing where that is -1 (+ base[m % patches])."""
+    """out[m] = rows[inverse[m]], or zeros where that is -1 (+ base[m % patches])."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     source = tl.load(inverse + row, mask=row < total, other=-1).to(tl.int64)
@@ -77,7 +77,7 @@ def scatter_kernel(
 
 
 def compact(keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Launches the compaction; see `ops.compact`."""
+    """Launch the compaction; see `ops.compact`."""
     images, patches = keep.shape
     cu_seqlens = torch.zeros(images + 1, dtype=torch.int32, device=keep.device)
     torch.cumsum(keep.sum(1), 0, out=cu_seqlens[1:])
@@ -90,7 +90,7 @@ def compact(keep: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gather_rows(x: Tensor, index: Tensor, embed: Tensor | None) -> Tensor:
-    """Launches the gather; see `ops.gather_rows`."""
+    """Launch the gather; see `ops.gather_rows`."""
     check(x.dtype in FLOATS, f"rows are {x.dtype}, expected one of {FLOATS}")
     x, width = x.contiguous(), x.shape[1]
     out = torch.empty(len(index), width, dtype=x.dtype, device=x.device)
@@ -104,7 +104,7 @@ def gather_rows(x: Tensor, index: Tensor, embed: Tensor | None) -> Tensor:
 
 
 def scatter_rows(rows: Tensor, index: Tensor, base: Tensor | None, total: int) -> Tensor:
-    """Launches the scatter; see `ops.scatter_rows`."""
+    """Launch the scatter; see `ops.scatter_rows`."""
     check(rows.dtype in FLOATS, f"rows are {rows.dtype}, expected one of {FLOATS}")
     rows, width = rows.contiguous(), rows.shape[1]
     out = torch.empty(total, width, dtype=rows.dtype, device=rows.device)
@@ -138,10 +138,9 @@ def variants() -> list[Variant]:
         for width, fused in ((192, False), (1408, False), (192, True), (1408, True)):
             constants = {"WIDTH": width, **_SIZES}
             types = {"x": dtype, "index": torch.int32, "embed": dtype, "out": dtype, "rows": "i32", "patches": "i32"}
-            gather = Variant(
-                f"gather_rows d={width}{' embedded' * fused}", dtype, gather_kernel, types, {**constants, "EMBEDDED": fused}, _BLOCKS,
-                multiplies=False,
-            )  # fmt: skip
+            name = f"gather_rows d={width} embedded" if fused else f"gather_rows d={width}"
+            constants["EMBEDDED"] = fused
+            gather = Variant(name, dtype, gather_kernel, types, constants, _BLOCKS, multiplies=False)
             types = {
                 "rows": dtype,
                 "inverse": torch.int32,
@@ -149,9 +148,8 @@ def variants() -> list[Variant]:
                 "out": dtype,
                 **{n: numbers[n] for n in ("total", "patches")},
             }
-            scatter = Variant(
-                f"scatter_rows d={width}{' based' * fused}", dtype, scatter_kernel, types, {**constants, "BASED": fused}, _BLOCKS,
-                multiplies=False,
-            )  # fmt: skip
+            name = f"scatter_rows d={width} based" if fused else f"scatter_rows d={width}"
+            constants = {"WIDTH": width, **_SIZES, "BASED": fused}
+            scatter = Variant(name, dtype, scatter_kernel, types, constants, _BLOCKS, multiplies=False)
             found += [gather, scatter]
     return found

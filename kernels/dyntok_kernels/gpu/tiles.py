@@ -1,4 +1,4 @@
-"""What the kernels share: how blocks of rows are dealt out over ragged images, and how a launch is described."""
+"""What all kernels share: how blocks of rows are assigned to ragged images, and how a launch is described."""
 
 import os
 from collections.abc import Callable
@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 
 _NAMES = {
-    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32", torch.bool: "i1",
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
+    torch.int64: "i64", torch.int32: "i32", torch.bool: "i1",
 }  # fmt: skip
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -18,7 +19,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Blocks:
-    """Rows of queries (or outputs) and of keys (or inputs) per program, and how it is compiled."""
+    """Rows of queries (or outputs) and of keys (or inputs) per program, and compilation options."""
 
     m: int
     n: int
@@ -28,7 +29,7 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Variant:
-    """One compilation of a kernel as a launcher would ask for it: types of its arguments in order, and constants."""
+    """One compilation of a kernel as a launcher would request it: argument types in order, and constants."""
 
     what: str
     dtype: torch.dtype
@@ -44,7 +45,7 @@ class Variant:
 
     @property
     def matrix(self) -> bool:
-        """Whether it must contain the target's matrix instructions."""
+        """Whether the code must contain the target's matrix instructions."""
         return self.multiplies and self.dtype in (torch.float16, torch.bfloat16)
 
     @property
@@ -54,25 +55,27 @@ class Variant:
 
 
 def padded(width: int, least: int = 16) -> int:
-    """The power of two that holds `width` columns, at least what tl.dot takes."""
+    """Returns the smallest power of two of at least `width` and of at least what tl.dot accepts."""
     return max(least, triton.next_power_of_2(width))
 
 
 def slots(rows: int, images: int, block: int) -> int:
-    """Enough programs for blocks of `block` rows of a ragged batch, whatever the lengths are: see `find_block`."""
+    """Returns enough programs for blocks of `block` rows of a ragged batch with any lengths; see `find_block`."""
     return rows // block + images
 
 
 def kernel(*numbers: str) -> Callable:
-    """`triton.jit` that compiles once for all values of these arguments. (It would make constants of numbers that are 1, and the compile
-    gate would look at another program than the one that runs.)
+    """Returns `triton.jit` that compiles once for all values of these arguments.
+
+    By default Triton turns a number that is 1 into a constant, and the compile gate would check another program than
+    the one that runs.
     """
     return triton.jit(do_not_specialize=numbers)
 
 
 @triton.jit
 def dot(a, b):
-    """Matrix product with float32 sums, float32 factors unrounded."""
+    """Returns the matrix product with float32 sums; float32 factors are not rounded."""
     if _INTERPRETED:  # numpy has no bfloat16, and the interpreter would multiply its bits
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -81,8 +84,9 @@ def dot(a, b):
 
 @triton.jit
 def alike_dot(a, b):
-    """`dot`, where equal columns of b must give equal results: on a GPU every entry is summed alike, but numpy's library rounds columns
-    differently by their place.
+    """Returns `dot` with equal results for equal columns of b.
+
+    On a GPU every entry is summed in the same way, but NumPy's library rounds columns differently by their place.
     """
     if _INTERPRETED:
         product = tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
@@ -93,7 +97,7 @@ def alike_dot(a, b):
 
 @triton.jit
 def cast(x, dtype: tl.constexpr):
-    """float32 values in another floating type, rounded to the nearest."""
+    """Returns float32 values in another floating type, rounded to the nearest."""
     if _INTERPRETED and dtype == tl.bfloat16:  # the interpreter cuts the low bits off; GPUs round, ties to even
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
@@ -103,13 +107,14 @@ def cast(x, dtype: tl.constexpr):
 
 @triton.jit
 def find_block(cu_seqlens, images, slot, BLOCK: tl.constexpr):
-    """The image of a slot, the first row of its block, and the image's first row and end, with nothing but `cu_seqlens` to go by.
+    """Returns the image of a slot, the first row of its block, and the image's first row and end.
 
-    Image i owns the slots from cu[i] // BLOCK + i on: never fewer than its blocks. Where there are more, the first row lies past the end.
+    Image i owns the slots from cu[i] // BLOCK + i on, never fewer than its blocks. If it owns more, the first row is
+    past the end.
     """
     low = 0
     high = images
-    while high - low > 1:  # the last image whose first slot is not behind this one
+    while high - low > 1:  # the last image whose first slot is not past this one
         middle = (low + high) // 2
         before = tl.load(cu_seqlens + middle) // BLOCK + middle <= slot
         low = tl.where(before, middle, low)
