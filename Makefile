@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all lint docs kernels bench
 
-help:  ## this list
+help:  ## lists the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(VENV)/.installed: setup.py pyproject.toml
@@ -18,24 +18,25 @@ $(VENV)/.developed: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	touch $@
 
-demo: $(VENV)/.installed  ## a photograph into integers and back; leaves demo.png
+demo: $(VENV)/.installed  ## encodes and decodes a photograph; writes demo.png
 	$(BIN)/dyntok demo -o demo.png
 
-test: $(VENV)/.developed  ## the ordinary tests; at least 90 % of the lines must run
+test: $(VENV)/.developed  ## runs the ordinary tests; at least 90 % of the lines must run
 	$(BIN)/python -m pytest -m "not slow" --cov
 
-test-all: $(VENV)/.developed  ## the slow ones, too
+test-all: $(VENV)/.developed  ## runs all tests, the slow ones too
 	$(BIN)/python -m pytest
 
-lint: $(VENV)/.developed  ## ruff
+lint: $(VENV)/.developed  ## ruff for style, mypy for types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
 
-docs: $(VENV)/.developed  ## the documentation, as pages in site/; warnings are errors
+docs: $(VENV)/.developed  ## builds the documentation in site/; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-kernels: $(VENV)/.developed  ## Triton kernels compiled for GPUs that need not be there
+kernels: $(VENV)/.developed  ## compiles the Triton kernels; no GPU is needed
 	$(BIN)/python kernels/gate.py
 
-bench: $(VENV)/.developed  ## images/s of encode on this machine, and where the time goes
+bench: $(VENV)/.developed  ## measures images/s of encode and where the time goes
 	$(BIN)/python benchmarks/encode.py
