@@ -7,6 +7,7 @@ import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,8 @@ def load_chunks(
     single = is_single(images)
 
     def readable() -> Iterator[tuple[int, Tensor]]:
-        for index, image in enumerate([images] if single else images):
+        sources: Iterable[Any] = [images] if single else images  # type: ignore[assignment]  # see is_single
+        for index, image in enumerate(sources):
             try:
                 yield index, to_pixels(image, config, max_pixels=max_pixels)
             except ImageError as error:

@@ -98,7 +98,7 @@ class KeepPolicy:
             keep = rank < count
         elif self.threshold is not None:
             keep = log_probs[..., KEEP].exp() >= self.threshold
-        elif self.sample is not None:
+        elif self.seed is not None:
             indices = range(len(score)) if input_indices is None else input_indices[: len(score)]
             noise = torch.stack([_gumbel_difference(self.seed, index, num_patches) for index in indices])
             keep = score + noise.to(score) > 0

@@ -38,7 +38,7 @@ def build(cls: type[T], values: Any, where: str = "", *, what: str = "the config
     if not isinstance(values, dict):
         raise ConfigError(f"{where or what} is {_value_and_type(values)}, expected a mapping")
     prefix = f"{where}." if where else ""
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]  # cls is a dataclass
     if unknown := sorted(map(str, set(values) - set(fields))):
         raise ConfigError(f"unknown {prefix}{', '.join(unknown)}; expected some of {', '.join(fields)}")
     missing = [name for name, field in fields.items() if name not in values and not _has_default(field)]
@@ -59,7 +59,7 @@ def without_unused(cls: type, values: Any) -> Any:
     for name, value in values.items():
         if name in hints:
             kinds = typing.get_args(hints[name]) or (hints[name],)
-            section = next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
+            section: Any = next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
             kept[name] = value if section is None else without_unused(section, value)
         elif value is not None:
             kept[name] = value
@@ -114,11 +114,13 @@ def _has_default(field: dataclasses.Field) -> bool:
 
 
 def _convert(expected: Any, value: Any, where: str) -> Any:
-    kind, arguments = typing.get_origin(expected) or expected, typing.get_args(expected)
+    kind: Any = typing.get_origin(expected) or expected
+    arguments = typing.get_args(expected)
     if kind in (types.UnionType, typing.Union):
         return _convert_union(arguments, value, where)
     if dataclasses.is_dataclass(kind):
-        return value if isinstance(value, kind) else build(kind, value, where)
+        section: Any = kind
+        return value if isinstance(value, section) else build(section, value, where)
     if kind is Literal:
         return _convert_literal(arguments, value, where)
     if kind is Any:

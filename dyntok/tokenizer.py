@@ -56,13 +56,13 @@ class DynamicVisualTokenizer(PretrainedModule):
         width, code_dim = self.backbone.embed_dim, config.codebook.dim
         self.selector = Selector(width, self.backbone.grid, config.selector.dither)
         self.merger = build_merger(width, config.merger)
-        self.projection = nn.Linear(width, code_dim)
+        self.projection: nn.Linear | nn.Sequential = nn.Linear(width, code_dim)
         if config.codebook.projection == "mlp":
             self.projection = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, code_dim))
         self.codebook = Codebook(config.codebook.size, code_dim)
         self.decoder = None if config.decoder is None else self._build_decoder(config.decoder)
         self.pixel_head: PixelHead | None = None
-        if config.decoder is not None and config.decoder.pixels:
+        if config.decoder is not None and config.decoder.pixels and self.decoder is not None:
             self.pixel_head = PixelHead(self.decoder.out_dim, self.backbone.grid, self.backbone.patch_size)
 
     # Pictures in, pictures out.
@@ -210,12 +210,12 @@ class DynamicVisualTokenizer(PretrainedModule):
         return self.backbone.grid
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> torch.device:  # type: ignore[override]  # accelerate and timm expect the same
         """The device of the weights."""
         return self.codebook.embedding.device
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
         """The dtype of most weights; see `in_precision`."""
         return next(self.backbone.parameters()).dtype
 

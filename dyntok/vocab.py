@@ -292,7 +292,7 @@ class VisualVocab(IdRanges):
             raise CodeError(
                 f"an image has the grid {tuple(grid)}, expected {self.grid}; VisualVocab.of(..., any_grid=True) writes any"
             )
-        grid = self.grid if grid is None else tuple(grid)
+        grid = self.grid if grid is None else (grid[0], grid[1])
         if grid is None and self.sides:
             raise CodeError("this vocabulary writes each image's grid; give grid=(rows, columns)")
         return grid

@@ -100,11 +100,13 @@ def save(
         raise CheckpointError(f"can't write the checkpoint to {folder}: {error}") from error
     finally:
         _remove(folder, _TEMPORARY)
-    return header["fingerprint"]
+    return str(header["fingerprint"])
 
 
 def load(
-    folder: str | os.PathLike, config_class: type[C] = TokenizerConfig, kind: str | None = None
+    folder: str | os.PathLike,
+    config_class: type[C] = TokenizerConfig,  # type: ignore[assignment]  # PEP 696 defaults need Python 3.13
+    kind: str | None = None,
 ) -> tuple[C, dict[str, Tensor]]:
     """Returns the configuration and the tensors, on the CPU in the dtype they are stored in.
 

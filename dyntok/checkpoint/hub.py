@@ -97,7 +97,7 @@ class Origin:
                 )
             return self.path / name
         options = {"force_download": self.force_download, **self._options}
-        return self._asked(name, lambda: Path(huggingface_hub.hf_hub_download(self.name_or_path, name, **options)))
+        return self._asked(name, lambda: Path(huggingface_hub.hf_hub_download(str(self.name_or_path), name, **options)))
 
     def folder(self, name: str, patterns: Sequence[str] = ("*",)) -> Path:
         """What matches the patterns below one folder of the repository. Raises `CheckpointError`."""
@@ -126,7 +126,7 @@ class Origin:
             "allow_patterns": list(allow_patterns),
             **more,
         }
-        return Path(huggingface_hub.snapshot_download(self.name_or_path, **options))
+        return Path(huggingface_hub.snapshot_download(str(self.name_or_path), **options))
 
     def _asked(self, name: str, fetch: Callable[[], Path]) -> Path:
         try:
@@ -178,7 +178,7 @@ def upload(
             for name in api.list_repo_files(repo_id, revision=branch)
             if WEIGHTS.fullmatch(name) and name not in names
         ]
-        operations = [huggingface_hub.CommitOperationDelete(name) for name in stale]
+        operations: list[Any] = [huggingface_hub.CommitOperationDelete(name) for name in stale]
         operations += [huggingface_hub.CommitOperationAdd(name, folder / name) for name in names]
         commit = api.create_commit(
             repo_id, operations, commit_message=commit_message, revision=branch, create_pr=create_pr

@@ -72,9 +72,11 @@ def decode(data: bytes, name: str, check_size: CheckSize) -> Picture:
         container = replace(container, white=65535)
     rawmode = _rawmode(image)
     load(image)
+    picture: Image.Image = image
     if format == "PNG" and container.white:
-        image = _by_significant_bits(image, container, rawmode)
-    return Picture(image, container.orientation, container.profile or image.info.get("icc_profile"), container.white)
+        picture = _by_significant_bits(image, container, rawmode)
+    profile = container.profile or picture.info.get("icc_profile")
+    return Picture(picture, container.orientation, profile, container.white)
 
 
 def _container(data: bytes, format: str, name: str) -> Container:
@@ -119,7 +121,7 @@ def _open(data: bytes, format: str) -> ImageFile.ImageFile:
             import pillow_heif
 
             return pillow_heif.HeifImageFile(io.BytesIO(data))
-    from pillow_jxl import JXLImagePlugin
+    from pillow_jxl import JXLImagePlugin  # type: ignore[attr-defined]  # pillow_jxl has no types
 
     return JXLImagePlugin.JXLImageFile(io.BytesIO(data))
 
@@ -138,13 +140,13 @@ def load(image: ImageFile.ImageFile) -> None:
     """Decode a Pillow image in place. Raises an error unless every pixel was in the file."""
     progress = _Progress()
     if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tile:
-        image.im = Image.new(
-            image.mode, image._tile_size, None
-        ).im  # else Pillow compares the size with MAX_IMAGE_PIXELS
-    image.tile = [_strict(tile, progress) for tile in image.tile]
+        # Otherwise Pillow compares the size with MAX_IMAGE_PIXELS.
+        image.im = Image.new(image.mode, image._tile_size, None).im
+    image.tile = [_strict(tile, progress) for tile in image.tile]  # type: ignore[misc]  # plain tuples are tiles, too
     image.decodermaxblock = _BLOCK
     if isinstance(image, JpegImagePlugin.JpegImageFile) and image.fp is not None:
-        image.load_read = image.fp.read  # Pillow's own adds an end where there is none, if LOAD_TRUNCATED_IMAGES is set
+        # Pillow's own adds an end where there is none, if LOAD_TRUNCATED_IMAGES is set.
+        image.load_read = image.fp.read  # type: ignore[method-assign,assignment]
     image.load()
     if progress.started != progress.finished:
         raise OSError("image file is truncated")
@@ -183,7 +185,7 @@ class _StrictDecoder:
         return consumed, error
 
 
-Image.register_decoder(_STRICT, _StrictDecoder)
+Image.register_decoder(_STRICT, _StrictDecoder)  # type: ignore[arg-type]  # only its methods are used
 
 
 def _rawmode(image: ImageFile.ImageFile) -> str:

@@ -16,7 +16,8 @@ _TRANSPARENCY_BYTES = {0: 2, 2: 6}  # by color type
 
 def read(data: bytes) -> Container:
     """Returns the file without ancillary chunks, except valid transparency."""
-    kept, found = [data[:_SIGNATURE]], {}
+    kept: list[bytes | memoryview] = [data[:_SIGNATURE]]
+    found: dict[bytes, bytes] = {}
     header = data[_SIGNATURE + 8 : _SIGNATURE + 21]
     depth, color_type = (header[8], header[9]) if len(header) == 13 else (0, 0)
     for kind, chunk in _chunks(data):

@@ -60,6 +60,7 @@ def unpacked(rows: np.ndarray, packing: Packing) -> np.ndarray:
         bits = np.unpackbits(rows, axis=1)[:, : count * packing.bits].reshape(height, count, packing.bits)
         values = np.zeros((height, count), np.uint16)
         for bit in range(packing.bits):
-            values = values << 1 | bits[:, :, bit]
+            values <<= 1
+            values |= bits[:, :, bit]
     values = values.reshape(height, packing.width, packing.channels)
     return np.cumsum(values, axis=1, dtype=np.uint16) if packing.differences else values

@@ -6,7 +6,7 @@ Samples of 9 to 16 bits that Pillow can't read, or whose white the file states, 
 
 import struct
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from dyntok.errors import ImageError
 from dyntok.imaging.container import Container, Packing, orientation
@@ -30,14 +30,14 @@ _BLACK_IS_ZERO, _RGB = 1, 2
 
 class _Entry(NamedTuple):
     kind: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count
     field: bytes  # as it stands in the directory: the value, or where it lies
     start: int  # of the value in the file
     length: int
 
 
 class _Directory(NamedTuple):
-    order: str  # "<" or ">", as in `struct`
+    order: Literal["<", ">"]  # as in `struct`
     big: bool  # BigTIFF
     entries: dict[int, _Entry]
     data: bytes
@@ -66,7 +66,7 @@ def read(data: bytes, name: str) -> Container:
         raise ImageError(
             f"{name}: camera raw, of which only a small preview could be read; develop it to PNG or JPEG first"
         )
-    state = directory.number(_ORIENTATION, 1)
+    state = int(directory.number(_ORIENTATION, 1))
     upright = state if state in range(1, 9) and state != 1 else orientation(None, directory.content(_XMP))
     packings = _packings(directory)
     entries = {tag: entry for tag, entry in directory.entries.items() if tag in _DECODED}
@@ -94,7 +94,7 @@ def as_bytes(data: bytes, packing: Packing) -> bytes:
 
 def _directory(data: bytes) -> _Directory:
     """The first directory, without entries that lie outside the file. Raises `struct.error` if there is none."""
-    order = "<" if data[:2] == b"II" else ">"
+    order: Literal["<", ">"] = "<" if data[:2] == b"II" else ">"
     big = 43 in data[2:4]
     offset, counter, record = ("Q", "Q", 20) if big else ("I", "H", 12)
     inline = struct.calcsize(offset)

@@ -10,7 +10,9 @@ _PICTURE = (b"VP8 ", b"VP8L", b"ANMF")
 
 def read(data: bytes) -> Container:
     """Returns the file without metadata and without further frames."""
-    kept, found, position, pictures = [], {}, 12, 0
+    kept: list[bytes] = []
+    found: dict[bytes, bytes] = {}
+    position, pictures = 12, 0
     while position + 8 <= len(data):
         kind, length = struct.unpack_from("<4sI", data, position)
         chunk = data[position : position + 8 + length + length % 2]

@@ -10,7 +10,7 @@ import torch
 from dyntok.checkpoint.hub import Origin
 from dyntok.errors import ConfigError
 from dyntok.lavit.release import DIFFUSION_FOLDERS, FILES, is_release, load_release
-from dyntok.lavit.tokenizer import LavitTokenizer
+from dyntok.lavit.tokenizer import LavitTokenizer, Part
 
 PARTS = ("decoder", "highres_decoder", "understanding", "pixels")
 
@@ -45,7 +45,7 @@ def convert(
     def wanted(name: str, path: str) -> bool:
         return name in parts if parts is not None else released is None or (released / path).exists()
 
-    taken = [name for name in ("decoder", "highres_decoder", "understanding") if wanted(name, FILES[name])]
+    taken: list[Part] = [name for name in ("decoder", "highres_decoder", "understanding") if wanted(name, FILES[name])]
     for name in taken:
         tokenizer.part(name)
     models = [model for name, model in DIFFUSION_FOLDERS.items() if name in taken and wanted("pixels", model)]

@@ -71,7 +71,7 @@ def encoder_config(backbone: ReleasedWeights, encoder: ReleasedWeights, sizes: S
     sizes.check(encoder.file, dim=dim, merger_depth=depth, mlp_hidden=hidden, codebook=codebook, code_dim=code_dim)
     released = {"img_size": 224, "patch_size": 14, "embed_dim": 1408, "depth": 40, "num_heads": 16, "mlp_ratio": 6144}
     found = dict(zip(released, (grid * patch, patch, vit_dim, vit_depth, sizes.vit_heads, vit_hidden), strict=True))
-    other = {name: value for name, value in found.items() if value != released[name]}
+    other: dict[str, Any] = {name: value for name, value in found.items() if value != released[name]}
     if "mlp_ratio" in other or "embed_dim" in other:
         other["mlp_ratio"] = (vit_hidden + 0.5) / vit_dim
     return LavitConfig(

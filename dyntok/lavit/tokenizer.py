@@ -218,7 +218,9 @@ class LavitTokenizer(DynamicVisualTokenizer):
         return self._decoder(highres=False)
 
     def _decoder(self, highres: bool) -> LavitDecoder:
-        return self.part("highres_decoder" if highres else "decoder")
+        decoder = self.part("highres_decoder" if highres else "decoder")
+        assert isinstance(decoder, LavitDecoder)
+        return decoder
 
     def _build_decoder(self, config: DecoderConfig) -> LavitDecoder:
         assert isinstance(config, LavitDecoderConfig)

@@ -4,6 +4,7 @@ Pickles from strangers can run code. PyTorch's `weights_only` prevents that; eve
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ class ReleasedWeights:
     @classmethod
     def read(cls, file: Path) -> "ReleasedWeights":
         """Raises `CheckpointError` where the file can't be read or holds anything but dense floating-point tensors."""
-        tensors = _unpickle(file)
+        tensors: Any = _unpickle(file)
         names = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
         if not names or not all(isinstance(value, Tensor) for value in tensors.values()):
             raise CheckpointError(f"{file} holds {type(tensors).__name__}, expected a mapping of names to tensors")

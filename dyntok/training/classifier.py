@@ -4,6 +4,7 @@ The network is any timm model with its classifier. Not here: the teacher of a tr
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,8 +33,8 @@ class Classifier:
     chooses. There are no classes and no guesses with fewer than two wnids, or without an ImageNet classifier.
     """
 
-    def __init__(self, network: nn.Module, labels: Sequence[str | None]) -> None:
-        self.network = network.eval()
+    def __init__(self, network: Any, labels: Sequence[str | None]) -> None:
+        self.network = network.eval()  # of timm, which has no types
         config = network.pretrained_cfg
         self.name = str(config.get("architecture") or type(network).__name__)
         self.size = tuple(config["input_size"][-2:])

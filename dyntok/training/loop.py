@@ -7,6 +7,7 @@ A run's folder holds `log.jsonl` (see `log.py`), and from the first checkpoint o
 import dataclasses
 import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -175,7 +176,7 @@ class Trainer:
                 self.save()
                 saved = now
 
-    def batches(self, first: int, last: int) -> "torch.utils.data.DataLoader[Tensor]":
+    def batches(self, first: int, last: int) -> Iterator[Tensor]:
         """Yields this rank's batches of the steps `first` to `last`. Raises `DataError` if no images can be read."""
         workers = self.recipe.workers
         loader = torch.utils.data.DataLoader(
@@ -250,8 +251,8 @@ class Trainer:
             vectors.append(self.code_vectors(step))
             step += 1
         generator, codebook = torch.Generator().manual_seed(self.recipe.seed), self.objective.tokenizer.codebook
-        vectors = torch.cat(vectors)[: self.kmeans_vectors]
-        self.objective.codebook_trainer.start(codebook, vectors, generator=generator)
+        start = torch.cat(vectors)[: self.kmeans_vectors]
+        self.objective.codebook_trainer.start(codebook, start, generator=generator)
         self.quantizing = True
 
     def save(self) -> str:

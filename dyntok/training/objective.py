@@ -33,7 +33,7 @@ class StepResult:
 
     def summary(self) -> str:
         """Returns the figures that a person follows, as text."""
-        shown = {name: float(self.metrics[name]) for name in ("loss", "psnr") if name in self.metrics}
+        shown = {name: float(value) for name, value in self.metrics.items() if name in ("loss", "psnr")}
         shown["tokens"] = float(self.lengths.float().mean())
         return ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
 

@@ -4,6 +4,7 @@ Not here: the classifier that evaluates a trained tokenizer (`classifier.py`).
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import timm
 import torch
@@ -60,17 +61,20 @@ class TeacherFeatures(nn.Module):
     Raises `ConfigError` and `CheckpointError` as `create_network`.
     """
 
+    factor: Tensor
+    shift: Tensor
+
     def __init__(self, teacher: Teacher, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
         self.layers, self.sizes = list(teacher.layers) or None, teacher.sizes
-        model = create_network(teacher, with_classifier=False)
+        model: Any = create_network(teacher, with_classifier=False)
         self.out_dim = model.feature_info[self.layers[-1] if self.layers else -1]["num_chs"]
         config = model.pretrained_cfg
         values = (mean, std, config["mean"], config["std"])
         old_mean, old_std, new_mean, new_std = (torch.tensor(value).view(3, 1, 1) for value in values)
         self.register_buffer("factor", old_std / new_std)
         self.register_buffer("shift", (old_mean - new_mean) / new_std)
-        self.model = model.to(memory_format=torch.channels_last).requires_grad_(False)
+        self.model: Any = model.to(memory_format=torch.channels_last).requires_grad_(False)
 
     def train(self, mode: bool = True) -> "TeacherFeatures":
         """Keeps the network in evaluation mode."""
