@@ -3,10 +3,11 @@
 Checkpoints may come from strangers. A configuration that asks for a larger model than the weights hold is refused while the model is built.
 """
 
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ M = TypeVar("M", bound=nn.Module)
 _ZERO_BUFFER = "k_bias"  # of timm's EVA: not stored, always zero
 _STORED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ADVICE = "Use the config.json that was saved with them."
+_COUNT = re.compile("depth|layer|block|repeat")  # in the names of options that count blocks
 # timm registers some modules and parameters that it removes again
 _REGISTRATIONS_PER_TENSOR, _MORE_REGISTRATIONS = 4, 1000
 
@@ -38,9 +40,18 @@ def new_on_meta(make: Callable[[], M], state: Mapping[str, Tensor] | None = None
         with _limited_registrations(_REGISTRATIONS_PER_TENSOR * len(state) + _MORE_REGISTRATIONS):
             return _on_meta_or_not(make, state)
     except _TooLargeError:
-        raise CheckpointError(
-            f"the weights do not fit the configuration: they hold only {len(state)} tensors, and it asks for a far larger model. {_ADVICE}"
-        ) from None
+        raise CheckpointError(_too_large(len(state))) from None
+
+
+def check_depth(options: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    """Raises `CheckpointError` where options of a timm model ask for more blocks than there are tensors.
+
+    timm computes a value for every block before it makes the first one.
+    """
+    for name, value in options.items():
+        counts = [count for count in (value if isinstance(value, list | tuple) else [value]) if isinstance(count, int)]
+        if _COUNT.search(name) and sum(counts) > len(state):
+            raise CheckpointError(_too_large(len(state), f"backbone.kwargs.{name} is {value}, and "))
 
 
 def fill(module: nn.Module, state: Mapping[str, Tensor], advice: str = _ADVICE) -> None:
@@ -95,6 +106,11 @@ def check_finite(state: Mapping[str, Tensor]) -> None:
 def few(names: list[str], count: int = 5) -> str:
     """Returns the first names for a message, and how many there are besides."""
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+def _too_large(tensors: int, why: str = "") -> str:
+    held = f"the weights hold only {tensors} tensors, and the configuration asks for a far larger model"
+    return f"{why}{held}. {_ADVICE}"
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -15,7 +15,7 @@ from torch import nn
 from typing_extensions import Self, TypedDict, Unpack
 
 from dyntok.checkpoint import card, hub
-from dyntok.checkpoint.assemble import fill, new_on_meta
+from dyntok.checkpoint.assemble import check_depth, fill, new_on_meta
 from dyntok.checkpoint.fingerprint import encoding_sections, fingerprint, makes_codes
 from dyntok.checkpoint.format import CONFIG_NAME, load, save
 from dyntok.checkpoint.hub import Origin
@@ -173,6 +173,7 @@ class PretrainedModule(nn.Module):
         device, dtype = check_device(device), dtype_named(dtype)
         folder, origin = origin.resolve()
         config, state = load(folder, cls.config_class, cls.kind)
+        check_depth(config.backbone.kwargs, state)
         try:
             tokenizer = new_on_meta(lambda: cls(config), state)
         except ConfigError as error:

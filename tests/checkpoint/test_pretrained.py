@@ -2,8 +2,10 @@
 
 import base64
 import copy
+import dataclasses
 import functools
 import json
+import pickle
 import re
 import shutil
 import socket
@@ -16,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 import dyntok
-from dyntok import CheckpointError, DynamicVisualTokenizer, FingerprintError, loading
+from dyntok import CheckpointError, ConfigError, DynamicVisualTokenizer, FingerprintError, loading
 from dyntok.checkpoint import format as checkpoint
 from dyntok.checkpoint import pretrained
 from dyntok.checkpoint.fingerprint import fingerprint
@@ -62,6 +64,38 @@ def test_the_fingerprint_is_not_worked_out_again_and_again(tokenizer, photos, mo
     for _ in range(3):
         tokenizer.decode(tokenizer.encode(photos[:2]))
     assert len(calls) == 1
+
+
+def test_the_configuration_cannot_be_replaced(tokenizer):
+    """Codes of another configuration under the same fingerprint would be wrong without an error."""
+    other = dataclasses.replace(tokenizer.config, image=dataclasses.replace(tokenizer.config.image, resize="squash"))
+    with pytest.raises(ConfigError, match=r"cannot be replaced.*make a new tokenizer: DynamicVisualTokenizer\(config\)"):
+        tokenizer.config = other
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        tokenizer.config.image.resize = "squash"
+    assert tokenizer.config.image.resize == "crop"
+
+
+def test_a_configuration_changed_by_force_changes_the_fingerprint(tokenizer):
+    first = tokenizer.fingerprint
+    object.__setattr__(tokenizer.config.image, "resize", "squash")
+    squashed = tokenizer.fingerprint
+    object.__setattr__(tokenizer.config.image, "resize", "crop")
+    assert squashed != first == tokenizer.fingerprint
+    tokenizer.config.backbone.kwargs["drop_rate"] = 0.5
+    assert tokenizer.fingerprint not in (first, squashed)
+    del tokenizer.config.backbone.kwargs["drop_rate"]
+
+
+def test_pickles_of_the_same_tokenizer_are_equal_and_carry_no_hash(tokenizer):
+    """What other libraries use as a key of their caches: it must not depend on addresses in memory."""
+    before = pickle.dumps(tokenizer)
+    first = tokenizer.fingerprint
+    assert pickle.dumps(tokenizer) == before
+    again = pickle.loads(before)
+    with torch.no_grad():
+        again.codebook.embedding.neg_()
+    assert again.fingerprint != first and pickle.dumps(again) != before
 
 
 def test_weights_made_in_inference_mode_have_a_fingerprint_too(tokenizer, checkpoint_folder, photos):

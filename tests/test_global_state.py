@@ -1,0 +1,140 @@
+"""Nothing outside the package changes: the state of Python, PyTorch and Pillow is the same before and after every public call."""
+
+import locale
+import os
+import random
+import signal
+import sys
+import threading
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFile
+from torch.nn.modules import module as torch_module
+
+import dyntok
+
+SIGNALS = [number for number in signal.valid_signals() if number not in (signal.SIGKILL, signal.SIGSTOP)]
+
+
+def state_of_everything():
+    """What a library could leave changed, by name."""
+    return {
+        "warnings filters": list(warnings.filters),
+        "showwarning": warnings.showwarning,
+        "signal handlers": [signal.getsignal(number) for number in SIGNALS],
+        "working directory": os.getcwd(),
+        "environment": {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"},
+        "locale": locale.setlocale(locale.LC_ALL),
+        "recursion limit": sys.getrecursionlimit(),
+        "digits of int": sys.get_int_max_str_digits(),
+        "excepthook": sys.excepthook,
+        "threads": {thread.name for thread in threading.enumerate()},
+        "random": random.getstate(),
+        "numpy random": [str(part) for part in np.random.get_state()],
+        "numpy errors": np.geterr(),
+        "torch random": torch.get_rng_state().tolist(),
+        "torch threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
+        "default dtype": torch.get_default_dtype(),
+        "default device": torch.get_default_device(),
+        "gradients": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_anomaly_enabled()),
+        "autocast": (
+            torch.is_autocast_enabled("cpu"),
+            torch.get_autocast_dtype("cpu"),
+            torch.is_autocast_cache_enabled(),
+        ),
+        "deterministic": (torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()),
+        "cudnn": (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32),
+        "attention": (torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled()),
+        "mkldnn": torch.backends.mkldnn.enabled,
+        "module hooks": [
+            len(hooks)
+            for name, hooks in vars(torch_module).items()
+            if name.startswith("_global") and hasattr(hooks, "keys")
+        ],
+        "Pillow": (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, ImageFile.MAXBLOCK),
+        "formats of Pillow": (sorted(Image.OPEN), sorted(Image.SAVE), sorted(Image.EXTENSION)),
+    }
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    """A tokenizer that was used once: first uses import modules, which may register formats."""
+    tokenizer = dyntok.load()
+    tokenizer.decode(tokenizer.encode(dyntok.example_image()))
+    return tokenizer
+
+
+@pytest.fixture
+def unchanged():
+    """Fails a test whose call leaves something changed."""
+    before = state_of_everything()
+    yield
+    after = state_of_everything()
+    assert {name for name in before if before[name] != after[name]} == set()
+
+
+CALLS = {
+    "load": lambda tok, path: dyntok.load(),
+    "load in half precision": lambda tok, path: dyntok.load("tiny", dtype="bf16"),
+    "list_models": lambda tok, path: dyntok.list_models(),
+    "example_image": lambda tok, path: dyntok.example_image(),
+    "encode": lambda tok, path: tok.encode(dyntok.example_image()),
+    "call": lambda tok, path: tok(dyntok.example_image(), budget=9),
+    "encode a file": lambda tok, path: tok.encode(path / "photo.jpg"),
+    "encode a damaged file": lambda tok, path: tok.encode(path / "damaged.jpg", errors="skip"),
+    "encode by chance": lambda tok, path: tok.encode(dyntok.example_image(), sample=3),
+    "encode_tensor": lambda tok, path: tok.encode_tensor(torch.zeros(1, 3, 128, 128)),
+    "features": lambda tok, path: tok.features(dyntok.example_image()),
+    "features_tensor": lambda tok, path: tok.features_tensor(torch.zeros(1, 3, 128, 128)),
+    "decode": lambda tok, path: tok.decode([[1, 2, 3]]),
+    "decode_to_pixels": lambda tok, path: tok.decode_to_pixels([[1, 2, 3]]),
+    "decode_to_features": lambda tok, path: tok.decode_to_features([[1, 2, 3]]),
+    "save_pretrained": lambda tok, path: tok.save_pretrained(path / "saved"),
+    "fingerprint": lambda tok, path: (tok.fingerprint, repr(tok)),
+    "preset": lambda tok, path: dyntok.TokenizerConfig.preset("tiny"),
+    "vocabulary": lambda tok, path: dyntok.VisualVocab.lavit().to_ids([1, 2]),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_a_call_leaves_no_traces(call, loaded, tmp_path, photos, unchanged):
+    Image.fromarray(photos[0]).save(tmp_path / "photo.jpg")
+    (tmp_path / "damaged.jpg").write_bytes((tmp_path / "photo.jpg").read_bytes()[:4000])
+    call(loaded, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "fails",
+    [
+        lambda tok: tok.encode(b"no image"),
+        lambda tok: tok.decode([[10**6]]),
+        lambda tok: tok.to("cuda:99"),
+        lambda tok: dyntok.load("no/such folder"),
+        lambda tok: dyntok.load(device="gpu"),
+    ],
+    ids=["encode", "decode", "to", "load", "device"],
+)
+def test_an_error_leaves_no_traces(fails, loaded, unchanged):
+    with pytest.raises(dyntok.DyntokError):
+        fails(loaded)
+
+
+def test_other_settings_stay_too(loaded):
+    """Settings that a user chose survive a call, not only the defaults."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("error", DeprecationWarning)
+    before = state_of_everything()
+    with torch.inference_mode(), np.errstate(all="raise"):
+        loaded.encode(dyntok.example_image())
+    after = state_of_everything()
+    assert {name for name in before if before[name] != after[name]} == set()
+
+
+def test_scikit_learn_works_after_encode(loaded):
+    """It reads the patterns of all warnings filters when it starts jobs."""
+    ensemble = pytest.importorskip("sklearn.ensemble")
+    loaded.encode(dyntok.example_image())
+    ensemble.RandomForestClassifier(2, n_jobs=1).fit(np.eye(4), [0, 1, 0, 1])

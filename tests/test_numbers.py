@@ -1,0 +1,97 @@
+"""NaN and infinite numbers never become codes: an error for each image, which names the dtypes to use."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+import dyntok
+from dyntok import ImageError
+from dyntok.chunks import Rows, without_failures
+from dyntok.image import to_pixels
+
+
+@pytest.fixture(scope="module")
+def overflowing(tmp_path_factory):
+    """The bundled tokenizer with a larger MLP in its backbone: its numbers fit float32, but not float16."""
+    tokenizer = dyntok.load()
+    with torch.no_grad():
+        for block in tokenizer.backbone.model.blocks:
+            block.mlp.fc2.weight.mul_(30_000)
+    folder = tmp_path_factory.mktemp("overflowing")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def stack(tokenizer, photos):
+    return torch.stack([to_pixels(photo, tokenizer.config.image) for photo in photos])
+
+
+def test_an_overflow_in_half_precision_is_an_error_that_names_the_dtypes(overflowing, photos):
+    tokenizer = dyntok.load(overflowing, dtype="fp16")
+    message = r"^input 0: the network computed NaN or infinite values in float16, .*bf16 or fp32.*torch\.bfloat16"
+    for encode in (tokenizer.encode, tokenizer.features, lambda images: tokenizer(images)):
+        with pytest.raises(ImageError, match=message):
+            encode(photos[:2])
+    for encode in (tokenizer.encode_tensor, tokenizer.features_tensor):
+        with pytest.raises(ImageError, match=message):
+            encode(stack(tokenizer, photos[:2]))
+    for dtype in ("bf16", "fp32"):
+        assert len(dyntok.load(overflowing, dtype=dtype).encode(photos[:2])) == 2
+
+
+def test_skipped_images_are_failures(overflowing, photos):
+    tokenizer = dyntok.load(overflowing, dtype="fp16")
+    pixels = stack(tokenizer, photos[:2])
+    for encoding in (
+        tokenizer.encode([photos[0], b"no image", photos[1]], errors="skip"),
+        tokenizer.encode_tensor(pixels, errors="skip"),
+    ):
+        assert len(encoding) == 0 and [index for index, _ in encoding.failures] == list(range(len(encoding.failures)))
+        assert len(encoding.failures) >= 2 and "NaN or infinite" in str(encoding.failures[0][1])
+
+
+@pytest.mark.parametrize("part", ["backbone.model.norm", "selector.head", "merger.blocks.0.mlp.2", "projection"])
+def test_every_stage_is_watched(tokenizer, photos, part):
+    """Weights may break after loading, as in training; the error then advises to look at them."""
+    module = (
+        tokenizer.backbone.model.blocks[0].mlp.fc2 if part.startswith("backbone") else tokenizer.get_submodule(part)
+    )
+    with torch.no_grad():
+        module.weight.view(-1)[0] = torch.nan
+    with pytest.raises(ImageError, match="values in float32, expected finite ones; check the weights and the pixels"):
+        tokenizer.encode(photos[0])
+
+
+def test_only_the_images_concerned_are_left_out(tokenizer, photos):
+    """The selector gives NaN for one image; its neighbors keep their codes."""
+    expected = tokenizer.encode(photos)
+    calls = []
+
+    def spoil(module, inputs, log_probs):
+        calls.append(None)
+        return log_probs * torch.nan if len(calls) == 3 else log_probs
+
+    hook = tokenizer.selector.register_forward_hook(spoil)
+    encoding = tokenizer.encode(photos, errors="skip")
+    hook.remove()
+    rest = [i for i in range(len(photos)) if i != 2]
+    assert encoding.source_index.tolist() == rest and [index for index, _ in encoding.failures] == [2]
+    assert encoding == dataclasses.replace(expected[rest])
+
+
+def test_images_of_one_chunk_are_told_apart():
+    keep = torch.tensor([[True, False, True], [False, True, False], [True, True, True]])
+    finite = torch.tensor([True, False, True])
+    rows, failures = Rows([4, 5, 7], torch.arange(6), keep, finite), []
+    (left,) = without_failures([rows], torch.float16, failures)
+    assert left.values.tolist() == [0, 1, 3, 4, 5] and left.input_indices == [4, 7]
+    assert torch.equal(left.keep, keep[[0, 2]]) and [index for index, _ in failures] == [5]
+
+
+def test_pixels_and_arrays_that_are_not_finite_are_refused(tokenizer):
+    with pytest.raises(ImageError, match="NaN or infinite"):
+        tokenizer.encode_tensor(torch.full((1, 3, 64, 64), torch.nan))
+    with pytest.raises(ImageError):
+        tokenizer.encode(np.full((64, 64, 3), np.nan, np.float32))
