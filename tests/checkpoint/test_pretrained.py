@@ -69,7 +69,9 @@ def test_the_fingerprint_is_not_worked_out_again_and_again(tokenizer, photos, mo
 def test_the_configuration_cannot_be_replaced(tokenizer):
     """Codes of another configuration under the same fingerprint would be wrong without an error."""
     other = dataclasses.replace(tokenizer.config, image=dataclasses.replace(tokenizer.config.image, resize="squash"))
-    with pytest.raises(ConfigError, match=r"cannot be replaced.*make a new tokenizer: DynamicVisualTokenizer\(config\)"):
+    with pytest.raises(
+        ConfigError, match=r"cannot be replaced.*make a new tokenizer: DynamicVisualTokenizer\(config\)"
+    ):
         tokenizer.config = other
     with pytest.raises(dataclasses.FrozenInstanceError):
         tokenizer.config.image.resize = "squash"
