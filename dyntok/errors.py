@@ -1,7 +1,7 @@
 """Every error that dyntok raises on purpose.
 
-All of them derive from `DyntokError`; the built-in type that a caller would expect (`ValueError`, `OSError`, `ImportError`)
-is mixed in. A message says what came, what was expected and what to do.
+All of them derive from `DyntokError`; the built-in type that a caller would expect (`ValueError`, `OSError`,
+`ImportError`) is mixed in. A message says what came, what was expected and what to do.
 """
 
 

@@ -1,4 +1,7 @@
-"""`load`: a tokenizer by name or folder, of the class that its files ask for. And the tokenizers that come with the package."""
+"""`load`: a tokenizer by name or folder, of the class that its files ask for.
+
+And the tokenizers that come with the package.
+"""
 
 import difflib
 import json
@@ -45,14 +48,15 @@ def load(
     >>> tok = dyntok.load("my-run/tokenizer")                # from a folder
 
     name_or_path: a bundled tokenizer (see `list_models`), a folder, or a repository on the hub. LaVIT's released files
-        ("rain1011/LaVIT-7B-v2", or a folder laid out like it) give a `LavitTokenizer`. A bundled name wins over a folder of the same name.
+        ("rain1011/LaVIT-7B-v2", or a folder laid out like it) give a `LavitTokenizer`. A bundled name wins over a
+        folder of the same name.
     config: head counts of LaVIT's files, see `lavit.sizes.Sizes`.
     revision, local_files_only, token, cache_dir, force_download: as in the hub's client.
     device: cpu, cuda, cuda:1, mps, ...
     dtype: fp32, bf16, fp16 or a torch.dtype; see `DynamicVisualTokenizer.in_precision`.
 
-    Raises `ConfigError` on a device that does not exist, before anything is read, and `CheckpointError` on files that are missing or do
-    not fit.
+    Raises `ConfigError` on a device that does not exist, before anything is read, and `CheckpointError` on files that
+    are missing or do not fit.
     """
     device, dtype = check_device(device), dtype_named(dtype)
     if config is not None and name_or_path is None:
@@ -104,13 +108,17 @@ def _resolve_name(source: str | os.PathLike) -> str | os.PathLike:
     similar = difflib.get_close_matches(source, names, 1)
     hint = f" Did you mean {similar[0]!r}?" if similar else ""
     raise CheckpointError(
-        f"there is no tokenizer {source!r}: no folder of that name exists here, and the bundled tokenizers are {', '.join(names)}.{hint} "
+        f"there is no tokenizer {source!r}: no folder of that name exists here, "
+        f"and the bundled tokenizers are {', '.join(names)}.{hint} "
         "Give one of these, the path of a folder, or a repository on the Hugging Face hub such as 'org/name'."
     )
 
 
 def _kind(header: Mapping[str, Any]) -> object:
-    """Returns the kind of tokenizer that config.json describes. Earlier versions did not write it, only the sections of LaVIT's."""
+    """Returns the kind of tokenizer that config.json describes.
+
+    Earlier versions did not write it, only the sections of LaVIT's.
+    """
     config = header.get("config")
     if "kind" in header or not isinstance(config, dict):
         return header.get("kind")

@@ -27,7 +27,8 @@ def dtype_named(dtype: torch.dtype | str) -> torch.dtype:
 def cast(module: M, dtype: torch.dtype) -> M:
     """Converts the weights to `dtype`, in place, and returns the module.
 
-    In half precision the selector, the codebook and every LayerNorm stay float32, so that rounding changes few decisions.
+    In half precision the selector, the codebook and every LayerNorm stay float32, so that rounding changes few
+    decisions.
     """
     if dtype not in HALF:
         return module.to(dtype)

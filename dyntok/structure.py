@@ -1,6 +1,7 @@
 """Frozen dataclasses from plain values (JSON, YAML), checked against their annotations; and checks that they share.
 
-The annotations decide which types are accepted. Ranges are checked by the dataclasses themselves, with the `require_*` functions below.
+The annotations decide which types are accepted. Ranges are checked by the dataclasses themselves, with the `require_*`
+functions below.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""What several test files share: photographs, a small untrained tokenizer, and values that LaVIT's own networks gave."""
+"""Fixtures of several test files: photographs, a small untrained tokenizer, values from LaVIT's own networks."""
 
 import json
 import os
@@ -66,7 +66,10 @@ def _untrained(config, photos):
 
 @pytest.fixture
 def tokenizer(small_config, photos):
-    """Untrained, in evaluation mode, the same weights every time; its selector keeps about half of the photographs' patches, not all."""
+    """Untrained, in evaluation mode, the same weights every time.
+
+    Its selector keeps about half of the photographs' patches, not all.
+    """
     return _untrained(small_config, photos)
 
 
@@ -80,7 +83,10 @@ def checkpoint_folder(small_config, photos, tmp_path_factory):
 
 @dataclass(frozen=True)
 class Parity:
-    """Weights and intermediate values of LaVIT's networks at a small size, random weights; every value was made by their own code."""
+    """Weights and intermediate values of LaVIT's networks at a small size, random weights.
+
+    Every value was made by their own code.
+    """
 
     tensors: dict[str, torch.Tensor]
     config: dict[str, int]
@@ -89,7 +95,7 @@ class Parity:
         return self.tensors[name]
 
     def weights(self, prefix: str, renamed: dict[str, str]) -> dict[str, torch.Tensor]:
-        """All tensors under a prefix, by the rest of their names, in which every key of `renamed` is replaced by its value."""
+        """Returns all tensors under a prefix by the rest of their names, after the replacements of `renamed`."""
         found = {}
         for name, tensor in self.tensors.items():
             if name.startswith(prefix):

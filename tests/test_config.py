@@ -198,10 +198,22 @@ def test_other_options_of_backbones_are_refused(value):
 @pytest.mark.parametrize(
     "option",
     [
-        "cache_dir", "checkpoint_path", "exportable", "feature_cfg", "features_only", "model_cfg", "num_classes", "out_indices",
-        "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_custom_load", "pretrained_strict", "scriptable",
+        "cache_dir",
+        "checkpoint_path",
+        "exportable",
+        "feature_cfg",
+        "features_only",
+        "model_cfg",
+        "num_classes",
+        "out_indices",
+        "pretrained",
+        "pretrained_cfg",
+        "pretrained_cfg_overlay",
+        "pretrained_custom_load",
+        "pretrained_strict",
+        "scriptable",
     ],
-)  # fmt: skip
+)
 def test_options_that_reach_for_files_or_the_network_are_refused(option):
     with pytest.raises(ConfigError, match=f"backbone.kwargs has '{option}', which a configuration may not set"):
         TokenizerConfig.from_dict({"backbone": {"kwargs": {option: 1}}})

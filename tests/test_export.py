@@ -1,4 +1,7 @@
-"""Encoder and decoder of fixed shapes give the tokenizer's own results, compiled, exported, run by onnxruntime; operations' contracts."""
+"""Encoder and decoder of fixed shapes give the tokenizer's own results, compiled, exported, run by onnxruntime.
+
+Operations' contracts.
+"""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Pictures depend on their bytes alone: not on broken metadata, other libraries' settings, or the size of the container of a sample."""
+"""Pixels depend on the bytes of the picture alone, not on broken metadata, other libraries or sample containers."""
 
 import io
 import struct
@@ -276,7 +276,8 @@ def test_formats_are_recognized_by_their_first_bytes():
 def test_heic_without_its_plugin_says_what_to_install():
     code = (
         "import sys; sys.modules['pillow_heif'] = None\n"
-        "import importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: None if n == 'pillow_heif' else f(n, *a)\n"
+        "import importlib.util as u; f = u.find_spec\n"
+        "u.find_spec = lambda n, *a: None if n == 'pillow_heif' else f(n, *a)\n"
         "import dyntok.image as i\n"
         "try: i.load_image(b'\\0\\0\\0\\x18ftypheic' + bytes(40))\n"
         "except i.ImageError as error: print(error)"

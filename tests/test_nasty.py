@@ -1,4 +1,5 @@
-"""Several hundred awkward and broken files, one at a time and mixed: read or refused with `ImageError`, no crash, no hang, at most 2 GB.
+"""Several hundred awkward and broken files, one at a time and mixed: read or refused with `ImageError`, no crash, no
+hang, at most 2 GB.
 
 Needs the folder `nasty` in the one that DYNTOK_DATA names.
 """
@@ -16,7 +17,8 @@ import dyntok.image
 
 SECONDS, MEGABYTES = 10, 2000
 
-# In a process of its own, since a file may crash it or run it out of memory. The watchdog ends it when one file takes too long.
+# In a process of its own, since a file may crash it or run it out of memory. The watchdog ends it when one file takes
+# too long.
 READ_ALL = """
 import faulthandler, json, resource, sys
 from pathlib import Path
@@ -41,7 +43,8 @@ for path in sorted(Path(sys.argv[1]).iterdir()):
     print(json.dumps([path.name, outcomes, kilobytes / 1000]), flush=True)
 """
 
-# The same through `encode`: alone, where a bad file must raise, and in batches with a good photograph at both ends and in the middle.
+# The same through `encode`: alone, where a bad file must raise, and in batches with a good photograph at both ends and
+# in the middle.
 ENCODE_ALL = """
 import faulthandler, json, resource, sys
 from pathlib import Path

@@ -1,6 +1,7 @@
 """A module and its stored weights: built without wasting memory or time, checked, put together.
 
-Checkpoints may come from strangers. A configuration that asks for a larger model than the weights hold is refused while the model is built.
+Checkpoints may come from strangers. A configuration that asks for a larger model than the weights hold is refused while
+the model is built.
 """
 
 import re
@@ -30,9 +31,11 @@ class _TooLargeError(Exception):
 
 
 def new_on_meta(make: Callable[[], M], state: Mapping[str, Tensor] | None = None) -> M:
-    """Returns a module without memory or initial values, for `fill`; with both where the meta device would lose computed values.
+    """Returns a module without memory or initial values, for `fill`; with both where the meta device would lose
+    computed values.
 
-    state: the tensors that will fill it. Raises `CheckpointError` where they do not fit, before anything large is built.
+    state: the tensors that will fill it. Raises `CheckpointError` where they do not fit, before anything large is
+    built.
     """
     if state is None:
         return _on_meta_or_not(make, None)
@@ -69,7 +72,7 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], advice: str = _ADVICE) 
 
 
 def check_state_dict(module: nn.Module, state: Mapping[str, Tensor], advice: str = _ADVICE) -> None:
-    """Raises a `CheckpointError` that names the tensors which are missing, not expected, or of another shape or type than the module's."""
+    """Raise a `CheckpointError` that names missing and unexpected tensors, and those of a wrong shape or type."""
     expected = module.state_dict()
     both = [name for name in expected if name in state]
     shapes = [
@@ -98,7 +101,8 @@ def check_finite(state: Mapping[str, Tensor]) -> None:
     bad = [name for name, tensor in state.items() if tensor.dtype in _STORED and not _is_finite(tensor)]
     if bad:
         raise CheckpointError(
-            f"the weights hold NaN or infinite values in {len(bad)} tensors: {few(bad)}; they are damaged or their training diverged, "
+            f"the weights hold NaN or infinite values in {len(bad)} tensors: {few(bad)}; "
+            "they are damaged or their training diverged, "
             "use another checkpoint"
         )
 
@@ -135,7 +139,7 @@ def _on_meta_or_not(make: Callable[[], M], state: Mapping[str, Tensor] | None) -
 
 @contextmanager
 def _limited_registrations(limit: int) -> Iterator[None]:
-    """Raises `_TooLargeError` inside the block as soon as this thread registers more than `limit` modules and parameters."""
+    """Raises `_TooLargeError` in the block once this thread registers more than `limit` modules and parameters."""
     thread, count = threading.get_ident(), 0
 
     def registered(*_: object) -> None:

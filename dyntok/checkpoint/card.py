@@ -12,7 +12,8 @@ tags:
 
 # A dyntok tokenizer
 
-Turns an image into a short sequence of integers whose length depends on the picture, and back. `config.json` describes its parts.
+Turns an image into a short sequence of integers whose length depends on the picture, and back.
+`config.json` describes its parts.
 
 ```python
 import dyntok
@@ -31,7 +32,7 @@ def write(folder: Path, card: str | None) -> None:
 
 
 def licensed_card(folder: Path) -> str | None:
-    """Returns the README.md of a checkpoint if it names another license than Apache-2.0: such a card stays with its weights."""
+    """Returns the README.md of a checkpoint if it names another license than Apache-2.0, which then stays."""
     try:
         with open(folder / "README.md", encoding="utf-8", errors="replace") as file:
             text = file.read(_MAX_BYTES)

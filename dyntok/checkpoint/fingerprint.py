@@ -22,7 +22,8 @@ def makes_codes(name: str) -> bool:
 
 
 def encoding_sections(config: TokenizerConfig) -> str:
-    """Returns, as JSON, the sections that codes depend on, without default values: a later version with more options agrees.
+    """Returns, as JSON, the sections that codes depend on, without default values: a later version with more options
+    agrees.
 
     Raises `ConfigError` where a value cannot be written as JSON.
     """
@@ -36,11 +37,12 @@ def encoding_sections(config: TokenizerConfig) -> str:
 def fingerprint(config: TokenizerConfig, state_dict: Mapping[str, Tensor], *, dtype: torch.dtype | None = None) -> str:
     """Returns 16 hexadecimal digits (of SHA-256).
 
-    Hashed are the configuration and the tensors from the image to the codebook, by name, shape and value. Decoders, the pixel head and
-    every other part that only reads codes may change or be missing.
+    Hashed are the configuration and the tensors from the image to the codebook, by name, shape and value. Decoders, the
+    pixel head and every other part that only reads codes may change or be missing.
 
-    Floating-point tensors count as their float32 values, so a checkpoint stored in fp16 and its float32 form agree. With `dtype`: the
-    fingerprint after storing them as that. The model is read piece by piece and never copied as a whole.
+    Floating-point tensors count as their float32 values, so a checkpoint stored in fp16 and its float32 form agree.
+    With `dtype`: the fingerprint after storing them as that. The model is read piece by piece and never copied as a
+    whole.
     """
     digest = hashlib.sha256(encoding_sections(config).encode())
     for name in sorted(filter(makes_codes, state_dict)):

@@ -1,7 +1,7 @@
 """Checkpoints on disk: a folder with `config.json` and safetensors.
 
-No pickle is ever read, and nothing here builds a model: `save` takes and `load` returns a configuration and named tensors.
-Not here: the way to a folder on the Hugging Face hub (`hub.py`).
+No pickle is ever read, and nothing here builds a model: `save` takes and `load` returns a configuration and named
+tensors. Not here: the way to a folder on the Hugging Face hub (`hub.py`).
 """
 
 import json
@@ -50,12 +50,14 @@ def save(
     kind: str = "dynamic",
     dtype: torch.dtype | None = None,
 ) -> str:
-    """Writes a checkpoint into `folder` and returns the fingerprint. The folder is made if needed; a checkpoint in it is replaced.
+    """Writes a checkpoint into `folder` and returns the fingerprint. The folder is made if needed; a checkpoint in it
+    is replaced.
 
-    kind: of the tokenizer, for whoever loads it. dtype: of the stored floating-point tensors; by default they are stored as they are.
+    kind: of the tokenizer, for whoever loads it. dtype: of the stored floating-point tensors; by default they are
+    stored as they are.
 
-    Everything is written under temporary names first. While files are moved into place the folder has no config.json, so that a reader
-    sees the old checkpoint, the new one or a clear error, never a mixture.
+    Everything is written under temporary names first. While files are moved into place the folder has no config.json,
+    so that a reader sees the old checkpoint, the new one or a clear error, never a mixture.
 
     Raises `CheckpointError` on what can't be stored, such as a value too large for `dtype`, and on a full disk.
     """
@@ -119,13 +121,17 @@ def load(
     written = header.get("kind", kind)
     if kind not in (None, written):
         raise CheckpointError(
-            f"{folder} holds a tokenizer of the kind {str(written)[:40]!r}, expected {kind!r}; load it with dyntok.load, or upgrade: pip install -U dyntok"
+            f"{folder} holds a tokenizer of the kind {str(written)[:40]!r}, expected {kind!r}; "
+            "load it with dyntok.load, or upgrade: pip install -U dyntok"
         )
     return _build_config(folder, header, config_class), _load_weights(folder)
 
 
 def read_header(folder: Path) -> dict[str, Any]:
-    """Returns the content of config.json. Raises `CheckpointError` where it was not written by dyntok, or by a newer version."""
+    """Returns the content of config.json.
+
+    Raises `CheckpointError` where it was not written by dyntok, or by a newer version.
+    """
     path = folder / CONFIG_NAME
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {folder}; expected one with {CONFIG_NAME} and {WEIGHTS_NAME}")

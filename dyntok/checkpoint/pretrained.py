@@ -58,13 +58,15 @@ class PretrainedModule(nn.Module):
     @config.setter
     def config(self, value: TokenizerConfig) -> None:
         raise ConfigError(
-            "the configuration of a tokenizer cannot be replaced, because codes and weights belong to it; make a new tokenizer: "
+            "the configuration of a tokenizer cannot be replaced, because codes and weights belong to it; "
+            "make a new tokenizer: "
             f"{type(self).__name__}(config)"
         )
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the configuration and the weights of everything that makes codes. Whatever stores codes stores it with them.
+        """Hash of the configuration and the weights of everything that makes codes. Whatever stores codes stores it
+        with them.
 
         Computed again after any change that PyTorch notices; writing through `.data` is not noticed.
         """
@@ -93,8 +95,9 @@ class PretrainedModule(nn.Module):
     def in_precision(self, dtype: torch.dtype) -> Self:
         """Casts most weights to `dtype`, in place.
 
-        In half precision the selector, the codebook and every LayerNorm stay float32 and the rest runs under autocast, so that rounding
-        changes few decisions. It still changes some: codes in half precision are not promised to equal those in float32.
+        In half precision the selector, the codebook and every LayerNorm stay float32 and the rest runs under autocast,
+        so that rounding changes few decisions. It still changes some: codes in half precision are not promised to equal
+        those in float32.
         """
         return cast(self, dtype)
 
@@ -123,8 +126,10 @@ class PretrainedModule(nn.Module):
     ) -> str | None:
         """Writes `config.json`, `model.safetensors` and, where there is none, a short model card into a folder.
 
-        dtype: of the stored weights. Codes are defined on what is stored: rounding to half precision makes another tokenizer.
-        push_to_hub: send the folder's checkpoint to the hub as `repo_id` (default: the folder's name); options as in `push_to_hub`.
+        dtype: of the stored weights. Codes are defined on what is stored: rounding to half precision makes another
+        tokenizer.
+        push_to_hub: send the folder's checkpoint to the hub as `repo_id` (default: the folder's name); options as in
+        `push_to_hub`.
 
         Returns the address of the hub's commit, if there is one. Raises `CheckpointError`.
         """
@@ -139,9 +144,11 @@ class PretrainedModule(nn.Module):
     def push_to_hub(
         self, repo_id: str, *, dtype: torch.dtype | None = None, **push_options: Unpack[PushOptions]
     ) -> str:
-        """Sends the tokenizer to the hub with a short model card; for a card of your own use `save_pretrained(..., push_to_hub=True)`.
+        """Sends the tokenizer to the hub with a short model card; for a card of your own use `save_pretrained(...,
+        push_to_hub=True)`.
 
-        push_options: private, token, branch, create_pr, commit_message. Returns the commit's address. Raises `CheckpointError`.
+        push_options: private, token, branch, create_pr, commit_message. Returns the commit's address. Raises
+        `CheckpointError`.
         """
         with tempfile.TemporaryDirectory() as folder:
             subfolders = self._save(Path(folder), dtype)

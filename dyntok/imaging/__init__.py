@@ -1,1 +1,1 @@
-"""Image files of every accepted format to upright 8-bit RGB, whatever their metadata say and however other libraries are set."""
+"""Decodes image files to upright 8-bit RGB, independent of their metadata and of other libraries' settings."""

@@ -1,7 +1,8 @@
 """Colors to sRGB by the ICC profile that a file embeds.
 
-The intent is relative colorimetric with black point compensation: a color that sRGB holds stays what it is, and only others are clipped,
-while the perceptual intent would change all of them. A broken profile, or one of another kind of color than the picture's, is ignored.
+The intent is relative colorimetric with black point compensation: a color that sRGB holds stays what it is, and only
+others are clipped, while the perceptual intent would change all of them. A broken profile, or one of another kind of
+color than the picture's, is ignored.
 """
 
 import functools
@@ -16,7 +17,7 @@ _SAME = 1  # levels: profiles of sRGB differ from each other by rounding
 
 
 def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Returns an image of mode RGB, L or CMYK as sRGB: a new image of mode RGB, or `image` itself where nothing changes."""
+    """Returns an image of mode RGB, L or CMYK as sRGB in mode RGB, or `image` itself if nothing changes."""
     transform = _transform(profile, image.mode) if profile and image.mode in _SPACES else None
     if transform is None:
         return image

@@ -1,4 +1,5 @@
-"""What a file says about its picture besides the compressed pixels, and how each part is read so that a broken one does no harm.
+"""What a file says about its picture besides the compressed pixels, and how each part is read so that a broken one does
+no harm.
 
 Not here: finding these parts in a file; the module of each format does that (`jpeg.py`, `png.py`, ...).
 """
@@ -38,7 +39,10 @@ class Container:
 
 
 def exif_orientation(exif: bytes) -> int | None:
-    """Returns the orientation stated by the first directory of an EXIF block; None if there is none or the block is broken."""
+    """Returns the orientation stated by the first directory of an EXIF block.
+
+    None if there is none or the block is broken.
+    """
     exif = exif.removeprefix(b"Exif\0\0")
     order = {b"II": "<", b"MM": ">"}.get(exif[:2])
     if order is None:

@@ -1,8 +1,8 @@
 """The bytes of an image file to a decoded Pillow image, with results that depend on the bytes alone.
 
-Pillow reads `ImageFile.LOAD_TRUNCATED_IMAGES`, `Image.MAX_IMAGE_PIXELS` and its table of plugins from module globals, which other
-libraries change. So its plugins are called without `Image.open`, files reach them without metadata (of which Pillow warns), and each
-decoder runs inside a `_StrictDecoder` that insists on a complete picture.
+Pillow reads `ImageFile.LOAD_TRUNCATED_IMAGES`, `Image.MAX_IMAGE_PIXELS` and its table of plugins from module globals,
+which other libraries change. So its plugins are called without `Image.open`, files reach them without metadata (of
+which Pillow warns), and each decoder runs inside a `_StrictDecoder` that insists on a complete picture.
 """
 
 import io
@@ -129,7 +129,8 @@ def _open(data: bytes, format: str) -> ImageFile.ImageFile:
 class _ShortFirstRead(io.BytesIO):
     """Gives 16 bytes at first, as a pipe might.
 
-    Pillow's WebP plugin compares the size in bytes 24 to 29 of its first read with `Image.MAX_IMAGE_PIXELS`, if they came.
+    Pillow's WebP plugin compares the size in bytes 24 to 29 of its first read with `Image.MAX_IMAGE_PIXELS`, if they
+    came.
     """
 
     def read(self, size: int | None = -1, /) -> bytes:

@@ -30,7 +30,8 @@ _AVIF = "" if importlib.util.find_spec("PIL._avif") else "AVIF needs: pip instal
 _HEIC = _advice_unless_installed("pillow_heif", "pillow-heif", "HEIC")
 _JXL = _advice_unless_installed("pillow_jxl", "pillow-jxl-plugin", "JPEG XL")
 
-# None of the formats without advice starts another program, as EPS does with Ghostscript. The first match of `magic` counts.
+# None of the formats without advice starts another program, as EPS does with Ghostscript. The first match of `magic`
+# counts.
 FORMATS = (
     Format("JPEG", (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"), r"\xff\xd8\xff"),
     Format("PNG", (".png", ".apng"), r"\x89PNG\r\n\x1a\n"),
@@ -40,7 +41,9 @@ FORMATS = (
     Format("Canon raw", (".cr2", ".cr3", ".crw"), r"II\*\x00....CR|....ftypcrx ", _CONVERT),
     Format("TIFF", (".tif", ".tiff"), r"II\*\x00|MM\x00\*|MM\*\x00|II\x00\*|MM\x00\+|II\+\x00"),
     Format("AVIF", (".avif", ".avifs"), r"....ftyp(avif|avis|(mif1|msf1)....(....){0,8}?avi[fs])", _AVIF),
-    Format("JPEG2000", (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"), r"\x00\x00\x00\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51"),
+    Format(
+        "JPEG2000", (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"), r"\x00\x00\x00\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51"
+    ),
     Format("PPM", (".ppm", ".pgm", ".pbm", ".pnm"), r"P[1-6][\s#]"),
     Format("HEIC", (".heic", ".heif", ".hif"), r"....ftyp(hei[cxms]|hev[cxms]|mif1|msf1)", _HEIC),
     Format("JPEG XL", (".jxl",), r"\xff\x0a|\x00\x00\x00\x0cJXL \r\n\x87\n", _JXL),
@@ -64,13 +67,19 @@ FORMATS = (
     Format("DjVu", (".djvu",), r"AT&TFORM", _CONVERT),
     Format("SVG", (".svg",), r"(\xef\xbb\xbf)?\s*<(svg|(\?xml|!--|!DOCTYPE svg).*<svg)[\s>]", _CONVERT),
     Format("PDF", (), r"%PDF-", _CONVERT),
-    Format("camera raw", (".dng", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pef"), r"FUJIFILMCCD-RAW|IIU\x00|IIR[OS]", _CONVERT),
-)  # fmt: skip
+    Format(
+        "camera raw",
+        (".dng", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pef"),
+        r"FUJIFILMCCD-RAW|IIU\x00|IIR[OS]",
+        _CONVERT,
+    ),
+)
 
 BY_NAME = {format.name: format for format in FORMATS}
 ACCEPTED_FORMATS = tuple(format.name for format in FORMATS if not format.advice)
 
-# Suffix -> format. A file of the first table can be read; one of the second is a picture, but reading it is an `ImageError`.
+# Suffix -> format. A file of the first table can be read; one of the second is a picture, but reading it is an
+# `ImageError`.
 IMAGE_SUFFIXES = {suffix: format.name for format in FORMATS for suffix in format.suffixes if not format.advice}
 UNREADABLE_SUFFIXES = {suffix: format.name for format in FORMATS for suffix in format.suffixes if format.advice}
 

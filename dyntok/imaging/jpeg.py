@@ -50,7 +50,10 @@ def read(data: bytes, name: str) -> Container:
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """(marker, start, stop) of every segment; bytes between them (compressed data, junk) are skipped, as libjpeg does."""
+    """(marker, start, stop) of every segment.
+
+    Bytes between them (compressed data, junk) are skipped, as libjpeg does.
+    """
     position = 2
     while match := _MARKER.search(data, position):
         marker, start = match[1][0], match.end() - 2

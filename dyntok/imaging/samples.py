@@ -46,7 +46,10 @@ def gray_8bit(image: Image.Image, name: str, white: float | None) -> np.ndarray:
 
 
 def rgb_8bit(high: np.ndarray, low: np.ndarray, white: float) -> np.ndarray | None:
-    """Returns uint8 [H, W, C] from the two halves of 16-bit samples; None if `white` is not the white of this picture."""
+    """Returns uint8 [H, W, C] from the two halves of 16-bit samples.
+
+    None if `white` is not the white of this picture.
+    """
     values = high.astype(np.uint16) << 8 | low
     return scaled(values, white) if values.max() <= white else None
 

@@ -52,7 +52,10 @@ def _printable(text: str, longest: int = 120) -> str:
 
 
 def read_bytes(source: Any, name: str) -> bytes | None:
-    """Returns the content of a path, a file object or a buffer; None for any other kind of source. Raises `ImageError`."""
+    """Returns the content of a path, a file object or a buffer; None for any other kind of source.
+
+    Raises `ImageError`.
+    """
     if isinstance(source, str | os.PathLike):
         data = _read_file(source, name)
     elif isinstance(source, bytes | bytearray | memoryview):

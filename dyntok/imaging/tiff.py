@@ -1,7 +1,7 @@
 """TIFF files: the decoder sees one directory that holds only the tags that pixels depend on.
 
-Samples of 9 to 16 bits that Pillow can't read, or whose white the file states, are decoded as plain bytes (`Packing`) and unpacked in
-`samples.py`.
+Samples of 9 to 16 bits that Pillow can't read, or whose white the file states, are decoded as plain bytes (`Packing`)
+and unpacked in `samples.py`.
 """
 
 import struct
@@ -14,14 +14,57 @@ from dyntok.imaging.container import Container, Packing, orientation
 _WIDTH, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER, _STRIPS, _ORIENTATION = 256, 258, 259, 262, 266, 273, 274
 _SAMPLES, _STRIP_BYTES, _MAX_SAMPLE, _PLANAR, _PREDICTOR, _TILE_WIDTH = 277, 279, 281, 284, 317, 322
 _TILE_BYTES, _EXTRA, _SAMPLE_FORMAT, _SMAX_SAMPLE, _XMP, _PROFILE = 325, 338, 339, 341, 700, 34675
-_DECODED = frozenset([
-    _WIDTH, 257, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER, _STRIPS, _SAMPLES, 278, _STRIP_BYTES, _PLANAR, 292, 293, _PREDICTOR, 320,
-    _TILE_WIDTH, 323, 324, _TILE_BYTES, 332, _EXTRA, _SAMPLE_FORMAT, 347, *range(512, 522), *range(529, 533), 0xBC01,
-])  # fmt: skip
+_DECODED = frozenset(
+    [
+        _WIDTH,
+        257,
+        _BITS,
+        _COMPRESSION,
+        _PHOTOMETRIC,
+        _FILL_ORDER,
+        _STRIPS,
+        _SAMPLES,
+        278,
+        _STRIP_BYTES,
+        _PLANAR,
+        292,
+        293,
+        _PREDICTOR,
+        320,
+        _TILE_WIDTH,
+        323,
+        324,
+        _TILE_BYTES,
+        332,
+        _EXTRA,
+        _SAMPLE_FORMAT,
+        347,
+        *range(512, 522),
+        *range(529, 533),
+        0xBC01,
+    ]
+)
 _SINGLE = frozenset(
     [_WIDTH, 257, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER, _SAMPLES, 278, _PLANAR, _PREDICTOR, _TILE_WIDTH, 323]
 )
-_LETTERS = {1: "B", 2: "s", 3: "H", 4: "I", 5: "II", 6: "b", 7: "s", 8: "h", 9: "i", 10: "ii", 11: "f", 12: "d", 13: "I", 16: "Q", 17: "q", 18: "Q"}  # fmt: skip
+_LETTERS = {
+    1: "B",
+    2: "s",
+    3: "H",
+    4: "I",
+    5: "II",
+    6: "b",
+    7: "s",
+    8: "h",
+    9: "i",
+    10: "ii",
+    11: "f",
+    12: "d",
+    13: "I",
+    16: "Q",
+    17: "q",
+    18: "Q",
+}
 _LONG = 4
 _MOST_NUMBERS = 1 << 20  # of a tag that is read here: a picture has no more strips
 _SUBFILE, _SUBDIRECTORIES, _DNG = 254, 330, 50706
@@ -133,7 +176,10 @@ def _with_entries(data: bytes, directory: _Directory, entries: dict[int, _Entry]
 
 
 def _white(directory: _Directory) -> float | None:
-    """SMaxSampleValue as it is. MaxSampleValue may be a statistic of this picture, so it only tells the number of bits."""
+    """SMaxSampleValue as it is.
+
+    MaxSampleValue may be a statistic of this picture, so it only tells the number of bits.
+    """
     stated = max(directory.numbers(_SMAX_SAMPLE), default=0)
     if stated > 0:
         return float(stated)

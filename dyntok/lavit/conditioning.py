@@ -13,7 +13,8 @@ from dyntok.lavit.config import ConditioningConfig
 
 
 class Conditioning(nn.Module):
-    """Features [B, N, D] -> prompt embeddings [B, N, E], where E is the sum of `embed_dims`, and the pooled embedding [B, P] or None.
+    """Features [B, N, D] -> prompt embeddings [B, N, E], where E is the sum of `embed_dims`, and the pooled embedding
+    [B, P] or None.
 
     Raises `ConfigError` where num_heads does not divide the width.
     """
@@ -30,7 +31,7 @@ class Conditioning(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """The mean of all tokens, put in front of them, attends to them and itself (CLIP, arXiv 2103.00020). [B, N, D] -> [B, P]"""
+    """Returns [B, P] of tokens [B, N, D]: their mean attends to itself and to them (CLIP, arXiv 2103.00020)."""
 
     def __init__(self, embed_dim: int, num_tokens: int, out_dim: int, num_heads: int) -> None:
         super().__init__()

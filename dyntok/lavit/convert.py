@@ -24,14 +24,16 @@ def convert(
     dtype: torch.dtype | str = torch.float32,
     revision: str | None = None,
 ) -> LavitTokenizer:
-    """Writes the released files as an ordinary checkpoint, with the license note that must stay with it, and returns the tokenizer.
+    """Writes the released files as an ordinary checkpoint, with the license note that must stay with it, and returns
+    the tokenizer.
 
-    parts: which of `PARTS` to convert besides the encoder; None: everything that is there. "pixels" are the diffusion models of the
+    parts: which of `PARTS` to convert besides the encoder; None: everything that is there. "pixels" are the diffusion
+    models of the
         decoders (extra `diffusion`).
     config, dtype: see `load_release`. revision: of the repository on the hub.
 
-    Raises as `load_release` does, `ConfigError` on an unknown part, pixels without a decoder or a folder that holds released files, and
-    `CheckpointError` where the folder can't be written.
+    Raises as `load_release` does, `ConfigError` on an unknown part, pixels without a decoder or a folder that holds
+    released files, and `CheckpointError` where the folder can't be written.
     """
     _check_parts(parts)
     if is_release(folder):

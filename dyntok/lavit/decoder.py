@@ -6,7 +6,7 @@ from dyntok.model.decoder import Decoder
 
 
 class LavitDecoder(Decoder):
-    """A `Decoder` with layers that turn its features into the conditioning of a diffusion model, where its configuration has them."""
+    """A `Decoder` whose features may become the conditioning of a diffusion model, by its configuration."""
 
     def __init__(
         self, grid: tuple[int, int], code_dim: int, width: int, config: LavitDecoderConfig, *, dithered: bool = False

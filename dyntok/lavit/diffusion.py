@@ -1,7 +1,9 @@
-"""LaVIT's conditions to pictures: the U-Net, VAE and DDIM scheduler of its released folders, run by diffusers' own classes.
+"""LaVIT's conditions to pictures: the U-Net, VAE and DDIM scheduler of its released folders, run by diffusers' own
+classes.
 
-Not here: making the conditions from codes, and image files (`image.py`). Importing this file does not import diffusers (extra
-`diffusion`); loading a `DiffusionDecoder` does. Weights are read from safetensors or, as released, from a torch pickle of nothing but tensors.
+Not here: making the conditions from codes, and image files (`image.py`). Importing this file does not import diffusers
+(extra `diffusion`); loading a `DiffusionDecoder` does. Weights are read from safetensors or, as released, from a torch
+pickle of nothing but tensors.
 """
 
 import math
@@ -38,14 +40,19 @@ _DTYPES = (*HALF, torch.float32, torch.float64)
 class DiffusionDecoder:
     """U-Net, VAE and DDIM scheduler of one of LaVIT's released folders: conditions in, pictures out.
 
-    There are two styles. The 512 px one is conditioned on embeddings alone, and its unconditional embedding is stored; the 1024 px
-    one (as SDXL) also wants a pooled embedding and the size of the picture, and its unconditional embeddings are zeros.
+    There are two styles. The 512 px one is conditioned on embeddings alone, and its unconditional embedding is stored;
+    the 1024 px one (as SDXL) also wants a pooled embedding and the size of the picture, and its unconditional
+    embeddings are zeros.
     """
 
     def __init__(self, unet: Any, vae: Any, scheduler: Any, uncond_embeddings: Tensor | None = None) -> None:
-        """From diffusers' `UNet2DConditionModel`, `AutoencoderKL` and `DDIMScheduler`, and float [L, E] for a U-Net without a
-        pooled embedding. Both networks are put into evaluation mode; a half-precision VAE with `force_upcast` becomes float32.
-        Raises `ConfigError` on parts that do not fit together."""
+        """Takes diffusers' `UNet2DConditionModel`, `AutoencoderKL` and `DDIMScheduler`.
+
+        A U-Net without a pooled embedding also needs float [L, E]. Both networks are put into evaluation mode. A
+        half-precision VAE with `force_upcast` becomes float32.
+
+        Raises `ConfigError` on parts that do not fit together.
+        """
         _check_parts(unet.config, vae.config)
         if vae.config.force_upcast and vae.dtype in HALF:
             vae = vae.float()  # its activations overflow float16: pictures would be black
@@ -69,12 +76,14 @@ class DiffusionDecoder:
     ) -> "DiffusionDecoder":
         """From a folder with the diffusers folders `unet`, `vae` and `scheduler`; nothing is downloaded.
 
-        pickles: also read weights that are torch pickles, as released; only of what a user named as LaVIT's. No code in them runs.
-        A U-Net without a pooled embedding also needs `uncond_file`, a torch pickle of one tensor [L, E] or [1, L, E], or safetensors
-        with the key `uncond_embeddings`; by default the one of that name in `folder`. It is not read for other U-Nets. `dtype` is
-        the networks'; a VAE with `force_upcast` is float32 where that is a half-precision one.
+        pickles: also read weights that are torch pickles, as released; only of what a user named as LaVIT's. No code in
+        them runs. A U-Net without a pooled embedding also needs `uncond_file`, a torch pickle of one tensor [L, E] or
+        [1, L, E], or safetensors with the key `uncond_embeddings`; by default the one of that name in `folder`. It is
+        not read for other U-Nets. `dtype` is the networks'; a VAE with `force_upcast` is float32 where that is a
+        half-precision one.
 
-        Raises `CheckpointError` on a file that is missing, damaged, refused or does not fit, `MissingDependencyError` without diffusers.
+        Raises `CheckpointError` on a file that is missing, damaged, refused or does not fit, `MissingDependencyError`
+        without diffusers.
         """
         _check(dtype in _DTYPES, f"dtype is {dtype!r}, expected one of {', '.join(map(str, _DTYPES))}")
         try:
@@ -125,8 +134,8 @@ class DiffusionDecoder:
     def sizes(self) -> tuple[tuple[int, int], ...]:
         """The (height, width) that can be painted, the default first.
 
-        With a pooled embedding: LaVIT's six sizes, scaled from 1024 to the U-Net's own size and rounded to whole latent pixels
-        (of small U-Nets some may coincide; each is listed once). Without: the U-Net's own size, square.
+        With a pooled embedding: LaVIT's six sizes, scaled from 1024 to the U-Net's own size and rounded to whole latent
+        pixels (of small U-Nets some may coincide; each is listed once). Without: the U-Net's own size, square.
         """
         sizes = LAVIT_SIZES if self.wants_pooled else LAVIT_SIZES[:1]
         latent = (tuple(max(1, round(side * self.unet.config.sample_size / 1024)) for side in size) for size in sizes)
@@ -149,12 +158,14 @@ class DiffusionDecoder:
         generator: torch.Generator | None = None,
         batch_size: int = 1,
     ) -> Tensor:
-        """Float embeddings [B, N, E], and pooled [B, P] where the U-Net wants it -> float32 pixels [B, 3, H, W] in [0, 1], on the CPU.
+        """Float embeddings [B, N, E], and pooled [B, P] where the U-Net wants it -> float32 pixels [B, 3, H, W] in [0,
+        1], on the CPU.
 
-        `size` is one of `sizes`. With a pooled embedding `steps` is 50 and `guidance` 5.0, as LaVIT paints; without, 25 and 3.0, our
-        choice. A guidance of 1 or less leaves the unconditional half of the work out. `batch_size` images are painted at a time: it
-        bounds the memory and does not change the pictures, because the only noise is that of the start, drawn image by image on the
-        generator's device (without one, from PyTorch's global generator on the CPU). Raises `ConfigError` on an argument that does not fit.
+        `size` is one of `sizes`. With a pooled embedding `steps` is 50 and `guidance` 5.0, as LaVIT paints; without, 25
+        and 3.0, our choice. A guidance of 1 or less leaves the unconditional half of the work out. `batch_size` images
+        are painted at a time: it bounds the memory and does not change the pictures, because the only noise is that of
+        the start, drawn image by image on the generator's device (without one, from PyTorch's global generator on the
+        CPU). Raises `ConfigError` on an argument that does not fit.
         """
         steps = (50 if self.wants_pooled else 25) if steps is None else steps
         guidance = (5.0 if self.wants_pooled else 3.0) if guidance is None else guidance
@@ -202,7 +213,10 @@ class DiffusionDecoder:
         return {"encoder_hidden_states": torch.cat([plain, wanted]), "encoder_attention_mask": mask.flatten(0, 1)}
 
     def _denoise(self, latents: Tensor, conditions: dict[str, Any], steps: int, guidance: float) -> Tensor:
-        """Noise to clean latents, float32 [B, C, h, w]. The latents stay float32 in a half-precision U-Net, so that steps add up."""
+        """Noise to clean latents, float32 [B, C, h, w].
+
+        The latents stay float32 in a half-precision U-Net, so that steps add up.
+        """
         scheduler = type(self.scheduler).from_config(
             self.scheduler.config
         )  # it keeps state: a fresh one for every call

@@ -1,6 +1,7 @@
 """LaVIT's released files as a tokenizer, one file at a time, when it is needed.
 
-The weights are under the Llama 2 license; nothing of them is in this package. Not here: the diffusion models (`diffusion.py`).
+The weights are under the Llama 2 license; nothing of them is in this package. Not here: the diffusion models
+(`diffusion.py`).
 """
 
 import os
@@ -42,11 +43,13 @@ tags: [image-tokenizer, dyntok, lavit]
 ---
 # LaVIT's visual tokenizer as a dyntok checkpoint
 
-The weights of LaVIT (ICLR 2024, arXiv 2309.04669) as its authors released them, from {source}, converted by `dyntok import-lavit`.
+The weights of LaVIT (ICLR 2024, arXiv 2309.04669) as its authors released them, from {source},
+converted by `dyntok import-lavit`.
 
-**License.** These weights are under the LLAMA 2 Community License and its acceptable use policy, as stated by their authors: Llama 2 is
-licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. All Rights Reserved. Whoever passes this folder on passes
-the license on with it. dyntok's own Apache-2.0 license covers the code that reads the weights, not the weights.
+**License.** These weights are under the LLAMA 2 Community License and its acceptable use policy, as stated by their
+authors: Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. All Rights
+Reserved. Whoever passes this folder on passes the license on with it. dyntok's own Apache-2.0 license covers the code
+that reads the weights, not the weights.
 """
 
 _DIFFUSION_FILES = ("unet/*", "vae/*", "scheduler/*", "uncond_embeddings.bin")
@@ -55,7 +58,7 @@ _ADVICE = "Check heads and vit_heads in config=, or fetch the file again."
 
 
 def is_release(name_or_path: str | os.PathLike) -> bool:
-    """Returns whether this is a repository of LaVIT's released files, or a folder laid out like it (which need not be complete)."""
+    """Returns whether this is a repository of LaVIT's released files, or a folder laid out like one."""
     folder = Path(os.path.expanduser(name_or_path))
     if not folder.is_dir():
         return str(name_or_path) in RELEASES
@@ -69,13 +72,15 @@ def load_release(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | str = torch.float32,
 ) -> LavitTokenizer:
-    """Returns LaVIT's tokenizer from its released files: a folder laid out like the repository, or the repository on the hub.
+    """Returns LaVIT's tokenizer from its released files: a folder laid out like the repository, or the repository on
+    the hub.
 
-    Only the backbone and the encoder are fetched now (about 3 GB); a decoder, the understanding path and the diffusion models follow when
-    they are first needed. config: see `Sizes`; head counts must be given where they are not the released ones.
+    Only the backbone and the encoder are fetched now (about 3 GB); a decoder, the understanding path and the diffusion
+    models follow when they are first needed. config: see `Sizes`; head counts must be given where they are not the
+    released ones.
 
-    Raises `CheckpointError` on a file that can't be fetched, holds anything but tensors, or lacks a tensor or has one too many, and
-    `ConfigError` on a config that does not fit the files.
+    Raises `CheckpointError` on a file that can't be fetched, holds anything but tensors, or lacks a tensor or has one
+    too many, and `ConfigError` on a config that does not fit the files.
     """
     device, dtype, sizes = check_device(device), dtype_named(dtype), Sizes.of(config)
     backbone = ReleasedWeights.read(origin.file(FILES["backbone"]))

@@ -1,7 +1,7 @@
 """`LavitTokenizer`: a tokenizer with the parts that only LaVIT has.
 
-Those are a decoder for large pictures, the understanding path, and diffusion models that make pictures of patch features. Not here: how
-LaVIT's released files are read (`release.py`).
+Those are a decoder for large pictures, the understanding path, and diffusion models that make pictures of patch
+features. Not here: how LaVIT's released files are read (`release.py`).
 """
 
 import dataclasses
@@ -106,8 +106,10 @@ class LavitTokenizer(DynamicVisualTokenizer):
     ) -> Features:
         """Returns continuous merged tokens; other arguments and errors as in `encode`.
 
-        path: "codes" gives the tokens that `encode` would quantize. "understanding" gives what LaVIT feeds its LLM, made by a merger and a
-            projection of their own, which are loaded when first needed. Raises `ConfigError` where the tokenizer has no such path.
+        path: "codes" gives the tokens that `encode` would quantize. "understanding" gives what LaVIT feeds its LLM,
+        made by a merger and a
+            projection of their own, which are loaded when first needed. Raises `ConfigError` where the tokenizer has no
+            such path.
         """
         keep, merge = KeepPolicy.of(policy, options), self._merge(path, lavit_softmax)
         chunks = load_chunks(images, self.config.image, self._at_once(batch_size), max_pixels=max_pixels)
@@ -128,8 +130,8 @@ class LavitTokenizer(DynamicVisualTokenizer):
     ) -> list[Image.Image]:
         """Returns one image for each row of codes, made by a diffusion model that is loaded when first needed.
 
-        codes, positions, grid: as in `DynamicVisualTokenizer.decode`. highres: use the decoder and the model for larger pictures.
-        size, steps, guidance, generator, batch_size: see `DiffusionDecoder`.
+        codes, positions, grid: as in `DynamicVisualTokenizer.decode`. highres: use the decoder and the model for larger
+        pictures. size, steps, guidance, generator, batch_size: see `DiffusionDecoder`.
 
         Raises as `DynamicVisualTokenizer.decode` does, and `ConfigError` on an option that does not fit.
         """
@@ -184,7 +186,10 @@ class LavitTokenizer(DynamicVisualTokenizer):
         grid: tuple[int, int] | None = None,
         highres: bool = False,
     ) -> Tensor:
-        """Returns patch features [B, N, D] for codes; arguments and errors as in `decode`, but no diffusion model is needed."""
+        """Returns patch features [B, N, D] for codes.
+
+        Arguments and errors as in `decode`, but no diffusion model is needed.
+        """
         encoding = self._encoding_for(codes, positions, grid, highres)
         return self._decode_features(encoding, self._decoder(highres))
 
@@ -196,7 +201,7 @@ class LavitTokenizer(DynamicVisualTokenizer):
         grid: tuple[int, int] | None = None,
         highres: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns what a diffusion U-Net reads: prompt embeddings [B, N, E], and the pooled embedding [B, P] or None."""
+        """Returns a U-Net's conditioning: prompt embeddings [B, N, E], and the pooled embedding [B, P] or None."""
         conditioning = self._conditioning(highres)
         with self.inference():
             return conditioning(self.decode_to_features(codes, positions=positions, grid=grid, highres=highres))
@@ -245,7 +250,8 @@ class LavitTokenizer(DynamicVisualTokenizer):
         conditioning = self._decoder(highres).conditions
         if conditioning is None:
             raise CodeError(
-                "this tokenizer has neither a pixel head nor conditions for a diffusion model, so it cannot make images; "
+                "this tokenizer has neither a pixel head nor conditions for a diffusion model, "
+                "so it cannot make images; "
                 "decode_to_features(codes) gives patch features"
             )
         return conditioning

@@ -12,7 +12,10 @@ from dyntok_kernels import nearest_code
 
 
 class Codebook(nn.Module):
-    """K rows of dimension C. Search compares l2-normalized vectors with the rows as stored; the lowest index wins a tie."""
+    """K rows of dimension C.
+
+    Search compares l2-normalized vectors with the rows as stored; the lowest index wins a tie.
+    """
 
     embedding: Tensor
 
@@ -21,7 +24,10 @@ class Codebook(nn.Module):
         self.register_buffer("embedding", F.normalize(torch.randn(size, dim), dim=-1))
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """Vectors [T, C] of any length, on any scale -> codes, LongTensor [T]. Computed in the codebook's dtype, at least float32."""
+        """Vectors [T, C] of any length, on any scale -> codes, LongTensor [T].
+
+        Computed in the codebook's dtype, at least float32.
+        """
         with torch.autocast(vectors.device.type, enabled=False):
             rows = self.embedding if self.embedding.dtype == torch.float64 else self.embedding.float()
             return nearest_code(vectors.to(rows.dtype), rows)
@@ -43,7 +49,7 @@ class Codebook(nn.Module):
 
 
 def perplexity(counts: Tensor) -> float:
-    """exp(entropy) of code counts [K]: the number of codes that, equally used, would be as varied. 0 where nothing was counted."""
+    """Returns exp(entropy) of code counts [K]: the number of equally used codes with that entropy; 0 if all are 0."""
     total = counts.sum()
     if total == 0:
         return 0.0

@@ -24,13 +24,14 @@ def pca_init(tokenizer: DynamicVisualTokenizer, pixels: Tensor) -> None:
     """
     embed = getattr(getattr(tokenizer.backbone.model, "patch_embed", None), "proj", None)
     decoder, head, projection, config = tokenizer.decoder, tokenizer.pixel_head, tokenizer.projection, tokenizer.config
-    linear = (
-        isinstance(embed, nn.Conv2d)
-        and isinstance(projection, nn.Linear)
-        and head is not None
-        and decoder.placement == "grid"
-    )
-    if not linear or config.backbone.norm or config.merger.norm or config.decoder.head != "none":
+    linear = isinstance(embed, nn.Conv2d) and head is not None and decoder.placement == "grid"
+    if (
+        not linear
+        or not isinstance(projection, nn.Linear)
+        or config.backbone.norm
+        or config.merger.norm
+        or config.decoder.head != "none"
+    ):
         raise ConfigError(
             "pca_init needs a ViT backbone with norm: false, merger.norm: false, codebook.projection: linear, and a "
             "decoder with placement: grid, head: none and pixels: true"

@@ -42,7 +42,7 @@ def photographs(source: Path) -> Iterator[tuple[str, bytes, list[str]]]:
 
 
 def prepare(source: Path, folder: Path) -> Path:
-    """A file in the form that `dyntok batch` writes: every photograph encoded, those for training once more, mirrored and cropped."""
+    """Writes what `dyntok batch` would write. Training photographs are encoded again, mirrored and cropped."""
     path = folder / CODES
     if path.exists():
         return path

@@ -1,4 +1,5 @@
-"""What the trained model knows of held-out photographs: figures, and a page with captions for pictures and pictures for captions.
+"""What the trained model knows of held-out photographs: figures, and a page with captions for pictures and pictures for
+captions.
 
 python examples/tiny_any_to_any/generate.py runs/any_to_any    writes figures.json and report.html there
 """
@@ -45,7 +46,7 @@ class Evaluation:
 
     @torch.no_grad()
     def losses(self, pairs: list[tuple[list[int], list[int]]]) -> list[float]:
-        """For each (what goes before, what is judged): the sum of losses in nats over the latter but its first token (the image start)."""
+        """Returns for each (context, target) the sum of losses in nats over the target without its first token."""
         found = []
         for start in range(0, len(pairs), BATCH):
             rows = [[self.tokenizer.bos_token_id, *before, *judged] for before, judged in pairs[start : start + BATCH]]
@@ -115,9 +116,13 @@ class Evaluation:
         rules = ImageGrammar(self.vocab, max_tokens=data.MAX_TOKENS, eos=self.tokenizer.eos_token_id, max_images=1)
         processors = [ImageLogitsProcessor(rules, longest, new)] if grammar else []
         rows = self.model.generate(
-            ids, attention_mask=(ids != self.tokenizer.pad_token_id).long(), max_new_tokens=new, logits_processor=processors,
-            pad_token_id=self.tokenizer.pad_token_id, **options,
-        )  # fmt: skip
+            ids,
+            attention_mask=(ids != self.tokenizer.pad_token_id).long(),
+            max_new_tokens=new,
+            logits_processor=processors,
+            pad_token_id=self.tokenizer.pad_token_id,
+            **options,
+        )
         return rows[:, longest - 1 :]
 
     def share_of_images(self, grammar: bool, count: int) -> dict[str, dict[str, float]]:
@@ -139,9 +144,13 @@ class Evaluation:
         prompt = torch.tensor([[self.tokenizer.bos_token_id, *self.image(document)]])
         rules = ImageGrammar(self.vocab, max_tokens=data.MAX_TOKENS, eos=self.tokenizer.eos_token_id, max_images=0)
         ids = self.model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=30, pad_token_id=self.tokenizer.pad_token_id, num_beams=3,
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=30,
+            pad_token_id=self.tokenizer.pad_token_id,
+            num_beams=3,
             logits_processor=[ImageLogitsProcessor(rules, prompt.shape[1])],
-        )  # fmt: skip
+        )
         return self.tokenizer.decode(ids[0, prompt.shape[1] :], skip_special_tokens=True).strip()
 
     def page(self) -> str:
@@ -156,7 +165,10 @@ class Evaluation:
             (words,) = (s for s in document.segments if isinstance(s, str))
             cells = [_picture(real), html.escape(self.caption(document)), html.escape(words), _picture(painted)]
             rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-        head = "<tr><th>picture (its codes)</th><th>caption written for it</th><th>its own caption</th><th>picture written for that</th></tr>"
+        head = (
+            "<tr><th>picture (its codes)</th><th>caption written for it</th>"
+            "<th>its own caption</th><th>picture written for that</th></tr>"
+        )
         style = "<style>body{font:16px sans-serif}td,th{padding:8px;max-width:20em}</style>"
         return (
             f"<!doctype html><meta charset=utf-8><title>any to any</title>{style}<table>{head}{''.join(rows)}</table>\n"

@@ -18,10 +18,17 @@ def new(
     """Untrained; code embeddings start as far from each other as the codebook's vectors are."""
     tokenizer = text_tokenizer(text for texts in captions(folder / CODES, "train").values() for text in texts)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=8,
-        max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    )
     model = LlamaForCausalLM(config)
     vocab = dyntok.VisualVocab.after(len(tokenizer), size=visual.config.codebook.size)
     extend_tokenizer(tokenizer, vocab)

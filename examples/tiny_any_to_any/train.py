@@ -111,14 +111,24 @@ def main() -> None:
         sums += torch.tensor(by_modality(losses.detach(), batch["labels"], vocab))
         if step % 50 == 0 or step == options.steps:
             line = {
-                "step": step, "epoch": epoch, "text": round(float(sums[0] / sums[2]), 4), "image": round(float(sums[1] / sums[3]), 4),
+                "step": step,
+                "epoch": epoch,
+                "text": round(float(sums[0] / sums[2]), 4),
+                "image": round(float(sums[1] / sums[3]), 4),
                 "tokens_per_s": round(float(sums[2:].sum()) / (time.perf_counter() - begun)),
-            }  # fmt: skip
+            }
             if step % 250 == 0 or step == options.steps:
                 line |= validate(model, validation, vocab)
-            write_state(state_path, {
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "epoch": epoch, "number": number,
-            })  # fmt: skip
+            write_state(
+                state_path,
+                {
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "step": step,
+                    "epoch": epoch,
+                    "number": number,
+                },
+            )
             with open(log_path, "a") as log:
                 log.write(json.dumps(line) + "\n")
             print(json.dumps(line), flush=True)

@@ -1,4 +1,4 @@
-"""Nothing of an input is left out in silence: links, unsorted tars, unusual names, archives, paths in lists and tables."""
+"""No input is left out in silence: links, unsorted tars, unusual names, archives, paths in lists and tables."""
 
 import errno
 import gzip

@@ -1,4 +1,4 @@
-"""The bundled tokenizer's quality: floors half a decibel below what was measured, so that worse weights do not pass unseen."""
+"""The bundled tokenizer's quality: at most half a decibel below the measured figures, so worse weights are noticed."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: round trips, shards, fingerprints, interrupted writes, damaged and hostile folders, foreign weights."""
+"""Checkpoints on disk: round trips, shards, fingerprints, interrupted writes, damaged and hostile folders."""
 
 import json
 import os

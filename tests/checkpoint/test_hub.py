@@ -112,7 +112,8 @@ def test_a_private_repository_needs_the_token(hub):
         (
             "org/none",
             {},
-            "no folder 'org/none' on this machine; .*'org/none': it does not exist or is private.*token=.*folder works without",
+            "no folder 'org/none' on this machine; .*'org/none': it does not exist or is private"
+            ".*token=.*folder works without",
         ),
         ("org/whole", {"revision": "v9"}, "'org/whole' at revision 'v9': it has no such revision"),
         ("org/gated", {}, "'org/gated': it is gated; ask for access"),

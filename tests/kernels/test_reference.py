@@ -1,4 +1,4 @@
-"""Ragged attention, weighted attention and code search against their naive references, and the references against numbers made by hand."""
+"""Attention and code search against their naive references, and the references against numbers made by hand."""
 
 import math
 

@@ -67,7 +67,8 @@ def test_attention_and_its_gradients(dtype, width, shape, causal):
     own = [x.requires_grad_() for x in (q, k, v)]
     outputs = pytorch_attention(*own, lengths_q, lengths_k, causal)
     own = outputs, *torch.autograd.grad(outputs, own, towards)
-    # the delta of FlashAttention's backward and the product it is subtracted from are rounded apart, even where both are equal
+    # the delta of FlashAttention's backward and the product it is subtracted from are rounded apart, even where both
+    # are equal
     noise = (
         torch.finfo(torch.float32).eps * float(towards.norm(dim=-1).max() * v.detach().norm(dim=-1).max()) / width**0.5
     )

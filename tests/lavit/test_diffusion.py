@@ -1,4 +1,4 @@
-"""Painting with diffusers' own networks at toy size, saved as LaVIT released them: against a DDIM loop written out by hand."""
+"""Diffusion with diffusers' networks at toy size, saved as LaVIT released them, against a DDIM loop made by hand."""
 
 import functools
 import json
@@ -56,7 +56,10 @@ def conditions(count=3):
 
 
 def paint_by_hand(decoder, shape, steps, predict):
-    """DDIM as in the paper, without added noise, from seeded latents [B, 4, h, w]; `predict` gives the noise in them at a time."""
+    """DDIM as in the paper, without added noise, from seeded latents [B, 4, h, w].
+
+    `predict` gives the noise in them at a time.
+    """
     generator = seeded()
     latents = torch.stack([torch.randn(shape[1:], generator=generator) for _ in range(shape[0])])
     alphas = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2).cumprod(0)

@@ -1,4 +1,7 @@
-"""Checkpoints of LaVIT that earlier versions wrote: config.json has no kind, only the sections. They load, with the same fingerprint."""
+"""Checkpoints of LaVIT that earlier versions wrote: config.json has no kind, only the sections.
+
+They load, with the same fingerprint.
+"""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""LaVIT's files from a hub: the real client against a loopback server, which files are asked for, and a download that breaks off."""
+"""LaVIT's files from a hub, with the real client and a loopback server: requested files, interrupted downloads."""
 
 import os
 import subprocess

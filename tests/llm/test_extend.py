@@ -1,4 +1,4 @@
-"""Room for pictures in real (small) language models and tokenizers of transformers, and generation that the grammar holds to pictures."""
+"""Visual tokens in real (small) models and tokenizers of transformers, and generation under the grammar."""
 
 import pytest
 import torch
@@ -107,9 +107,14 @@ def test_models_grow_save_reload_and_write_pictures(name, tmp_path):
     for options in ({}, {"do_sample": True, "temperature": 3.0}, {"num_beams": 3}, {"guidance_scale": 3.0}):
         torch.manual_seed(0)
         rows = again.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, logits_processor=[processor], eos_token_id=2, pad_token_id=0,
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=20,
+            logits_processor=[processor],
+            eos_token_id=2,
+            pad_token_id=0,
             **options,
-        )  # fmt: skip
+        )
         for row in rows[:, 7:]:
             images = [s for s in parse_ids(row, vocab) if s.kind != "text"]
             assert [s.kind for s in images] == ["image"] and 2 <= len(images[0].codes) <= 8

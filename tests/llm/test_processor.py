@@ -1,4 +1,4 @@
-"""Text and pictures through a processor, chat templates, and pictures as a prefix of embeddings, with real (small) models."""
+"""Text and pictures through a processor, chat templates, and prefixes of embeddings, with real (small) models."""
 
 import numpy as np
 import pytest

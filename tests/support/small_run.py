@@ -16,7 +16,7 @@ EXTRA = {"name": "more", "images": 8, "quantize": True, "weights": {"pixel": 1}}
 
 
 def write_recipe(folder, photos, config):
-    """Pieces of photographs as files in a folder, and the values of a recipe of two stages on them, as YAML gives them."""
+    """Writes pieces of photographs to a folder, and returns the values of a recipe with two stages on them."""
     for i, photo in enumerate(photos):
         height, width = (side // 2 for side in photo.shape[:2])
         for j in range(4):

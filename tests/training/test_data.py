@@ -1,4 +1,4 @@
-"""Training data: folders, tars, the split, batches that follow from seed and step alone, and images that can't be read."""
+"""Training data: folders, tars, the split, batches that depend on seed and step alone, and unreadable images."""
 
 import hashlib
 import io

@@ -249,7 +249,7 @@ def test_options_that_do_not_fit_are_refused(tokenizer, photographs, options, me
 
 
 class FakeTeacher(nn.Module):
-    """Knows a picture's class, as long as it is not noise: the logits follow from the mean of its pixels before normalisation."""
+    """Knows the class of a picture that is not noise: the logits follow from the mean of its raw pixels."""
 
     num_classes = 1000
     pretrained_cfg = {

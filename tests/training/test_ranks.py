@@ -152,7 +152,7 @@ def test_codebook_statistics_are_those_of_one_process_with_the_whole_batch(ranks
 
 
 def test_both_processes_hold_the_same_weights_to_the_end(ranks):
-    """Although each drew other masks, froze parts at first that were trained later, and started the codebook in between."""
+    """Ranks agree although each drew other masks, parts were frozen at first, and the codebook started in between."""
     (first, second), _ = ranks
     for name, value in first["trained"].items():
         assert torch.equal(value, second["trained"][name]), name

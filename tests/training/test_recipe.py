@@ -52,7 +52,8 @@ def test_everything(tmp_path):
         teacher: {name: mobilenetv2_100, weights: file.safetensors, kwargs: {pad_type: same}, layers: [0, 2]}
         precision: fp32
         stages:
-          - {name: one, images: 10, weights: {pixel: 1, perceptual: 0.5}, masks: {random: 1}, budgets: [0.5, 1], freeze: [selector]}
+          - {name: one, images: 10, weights: {pixel: 1, perceptual: 0.5}, masks: {random: 1},
+             budgets: [0.5, 1], freeze: [selector]}
           - {name: two, images: 5, quantize: true, decay: linear, weights: {pixel: 1}}
     """
     recipe = load(tmp_path, textwrap.dedent(text))

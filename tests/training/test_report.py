@@ -7,11 +7,22 @@ from dyntok.training.report import ClassifierResult, EvaluationReport, ProbeResu
 
 def report_of_everything():
     return EvaluationReport(
-        images=897, failed=(("bad", "not an image"),), policy="learned", selection="learned", positions=True,
-        tokens=TokenCounts(95.25, 31.0, 12, 201), bits_per_pixel=0.0755, codebook_size=8192, usage=0.713, perplexity=3120.4,
-        jpeg_correlation=0.62, psnr=19.714, ssim=0.531, teacher=ClassifierResult("mobilenetv2_100", 0.71, 300, 10, 0.98, 0.612),
+        images=897,
+        failed=(("bad", "not an image"),),
+        policy="learned",
+        selection="learned",
+        positions=True,
+        tokens=TokenCounts(95.25, 31.0, 12, 201),
+        bits_per_pixel=0.0755,
+        codebook_size=8192,
+        usage=0.713,
+        perplexity=3120.4,
+        jpeg_correlation=0.62,
+        psnr=19.714,
+        ssim=0.531,
+        teacher=ClassifierResult("mobilenetv2_100", 0.71, 300, 10, 0.98, 0.612),
         probe=ProbeResult(300, 2000, 0, 10, 10, 0.451, 0.312, 0.139, 0.09, 0.188),
-    )  # fmt: skip
+    )
 
 
 def test_report_is_plain_json():

@@ -44,7 +44,10 @@ def list_files(fs: fsspec.AbstractFileSystem, root: str, left_out: LeftOut) -> I
 def find_unnamed_images(
     fs: fsspec.AbstractFileSystem, files: Iterable[ListedFile]
 ) -> Iterator[tuple[ListedFile, bool]]:
-    """Yields every file, and whether it is an image without a suffix; such files are recognized by their first bytes."""
+    """Yields every file, and whether it is an image without a suffix.
+
+    Such files are recognized by their first bytes.
+    """
     for some in batched(files, _HEADS_AT_ONCE):
         unnamed = [file for file in some if not suffix_of(file.key)]
         heads = _read_heads(fs, [file.path for file in unnamed]) if unnamed else []

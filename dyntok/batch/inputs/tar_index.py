@@ -29,7 +29,10 @@ def tar_members(file: IO[bytes], start: int) -> Iterator[tuple[tarfile.TarFile, 
 
 
 def _next_tar(file: IO[bytes], end: int) -> int | None:
-    """Returns where another tar begins after the end of one. `tar.next` takes a damaged header and a cut for the end."""
+    """Returns where another tar begins after the end of one.
+
+    `tar.next` takes a damaged header and a cut for the end.
+    """
     file.seek(end)
     block = file.read(tarfile.BLOCKSIZE)
     if len(block) < tarfile.BLOCKSIZE:
