@@ -148,7 +148,10 @@ class Output:
                 return None
 
     def read_jsons(self, names: Sequence[str]) -> list[Any]:
-        """Returns the contents of JSON files, which are requested together if the file system can. Raises `BatchError`."""
+        """Returns the contents of JSON files, which are requested together if the file system can.
+
+        Raises `BatchError`.
+        """
         everything = [None] * len(names)  # `cat` would take brackets in a path for a pattern
         with wrap_storage_errors("read", f"{self.address.rstrip('/')}/{RUN}", self.options):
             contents = self.fs.cat_ranges([self.path(name) for name in names], everything, everything, on_error="raise")

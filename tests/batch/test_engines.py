@@ -90,9 +90,15 @@ def test_an_error_in_a_model_process_is_told(inputs, checkpoint_folder, tmp_path
 
 def test_engines_that_do_not_fit():
     for options in (
-        {"name": "spark"}, {"workers": -1}, {"batch_size": 0}, {"address": "auto"}, {"actors": 2}, {"name": "ray", "workers": 2},
-        {"name": "ray", "devices": ("cpu",)}, {"threads": 0},
-    ):  # fmt: skip
+        {"name": "spark"},
+        {"workers": -1},
+        {"batch_size": 0},
+        {"address": "auto"},
+        {"actors": 2},
+        {"name": "ray", "workers": 2},
+        {"name": "ray", "devices": ("cpu",)},
+        {"threads": 0},
+    ):
         with pytest.raises(ConfigError):
             EngineOptions(**options)
 

@@ -1,4 +1,7 @@
-"""`dyntok batch` reads every kind of input the same way: keys, companions, codes; and what shards from the wild hold."""
+"""`dyntok batch` reads every kind of input the same way: keys, companions, codes.
+
+And what shards from the wild hold.
+"""
 
 import io
 import os
@@ -300,10 +303,17 @@ def test_several_images_per_sample_of_a_tar(images, wanted, checkpoint_folder, t
 
 def test_options_that_do_not_fit():
     for options in (
-        {"format": "csv"}, {"kind": "rar"}, {"shard_size": 0}, {"keep_columns": ["key"]}, {"keep_columns": ["a", "a"]}, {"budget": 2, "threshold": 0.5},
-        {"format": "megatron"}, {"vocab_size": 100}, {"format": "megatron", "vocab_size": 100, "keep_columns": ["txt"]},
+        {"format": "csv"},
+        {"kind": "rar"},
+        {"shard_size": 0},
+        {"keep_columns": ["key"]},
+        {"keep_columns": ["a", "a"]},
+        {"budget": 2, "threshold": 0.5},
+        {"format": "megatron"},
+        {"vocab_size": 100},
+        {"format": "megatron", "vocab_size": 100, "keep_columns": ["txt"]},
         {"format": "webdataset", "interleaved": True},
-    ):  # fmt: skip
+    ):
         with pytest.raises(ConfigError):
             BatchOptions(**options)
 

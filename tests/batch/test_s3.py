@@ -19,7 +19,10 @@ SECRET = "a-secret-nobody-may-see"
 
 
 class Failing:
-    """Every so many requests are answered with an error of the server's, as S3 does under load; `deny` refuses writing."""
+    """Every so many requests are answered with an error of the server's, as S3 does under load.
+
+    `deny` refuses writing.
+    """
 
     def __init__(self, app):
         self.app, self.every, self.deny, self.requests, self.failed = app, 0, False, 0, 0

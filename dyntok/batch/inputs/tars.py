@@ -1,7 +1,7 @@
 """Webdataset tars, plain or compressed: members with the same key are one sample, `KEY.jpg` with `KEY.txt`.
 
-A key is a name, never a path that is written to. Links within a tar are resolved. A tar that is damaged or cut off gives
-the samples before the damage, and one more row with an error.
+A key is a name, never a path that is written to. Links within a tar are resolved. A tar that is damaged or cut off
+gives the samples before the damage, and one more row with an error.
 """
 
 import tarfile
@@ -121,7 +121,10 @@ class _TarReader:
             group.images = {extension: group.images[extension] for extension in images}
 
     def _groups(self) -> Iterator[tuple[Group, int]]:
-        """Yields the members of each sample, and where the next one starts; damage is raised after what comes before."""
+        """Yields the members of each sample, and where the next one starts.
+
+        Damage is raised after what comes before.
+        """
         damage, group = None, Group("")
         try:
             for name, role, content, offset in self._members():
