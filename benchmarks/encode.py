@@ -53,7 +53,7 @@ def main() -> None:
 
     with torch.no_grad():
         features = torch.cat([tokenizer.backbone(p[None]) for p in pixels])
-        keep = dyntok.KeepPolicy()(tokenizer.selector(features))
+        keep = dyntok.KeepPolicy()(tokenizer.selector(features, tokenizer.grid))
         rows = list(zip(features.split(1), keep.split(1), strict=True))
         merged = [tokenizer.merger(f, k) for f, k in rows]
         projected = [tokenizer.projection(m) for m in merged]
@@ -61,7 +61,7 @@ def main() -> None:
             "encode, all": lambda: tokenizer.encode(files),
             "  decode JPEG and resize": lambda: [to_pixels(file, tokenizer.config.image) for file in files],
             "  backbone": lambda: [tokenizer.backbone(p[None]) for p in pixels],
-            "  selector": lambda: [tokenizer.selector(f) for f, _ in rows],
+            "  selector": lambda: [tokenizer.selector(f, tokenizer.grid) for f, _ in rows],
             "  merger": lambda: [tokenizer.merger(f, k) for f, k in rows],
             "  projection": lambda: [tokenizer.projection(m) for m in merged],
             "  code search": lambda: [tokenizer.codebook(p) for p in projected],

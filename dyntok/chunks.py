@@ -15,7 +15,9 @@ from torch import Tensor
 from dyntok.config import ImageConfig
 from dyntok.errors import ImageError
 from dyntok.image import ImageSource, is_single, to_pixels
+from dyntok.ragged import cu_seqlens_from_lengths
 
+_MAX_WAITING = 256  # images of different shapes
 Failures = list[tuple[int, ImageError]]  # input index and error
 
 
@@ -23,7 +25,7 @@ Failures = list[tuple[int, ImageError]]  # input index and error
 class Chunk:
     """Images that go through the network together.
 
-    input_indices: the index of each among all inputs of the call. pixels: normalized, float [B, 3, S, S].
+    input_indices: the index of each among all inputs of the call. pixels: normalized, float [B, 3, H, W].
     """
 
     input_indices: Sequence[int]
@@ -34,14 +36,15 @@ class Chunk:
 class Rows:
     """What the network made of a chunk.
 
-    values: one row per kept patch, codes [T] or tokens [T, D]. keep: keep mask, bool [B, N]. finite: bool [B], False where a number on
-    the way to an image's rows was NaN or infinite.
+    values: one row per kept patch, codes [T] or tokens [T, D]. keep: keep mask, bool [B, N]. finite: bool [B], False
+    where a number on the way to an image's rows was NaN or infinite. grid: (rows, columns) of all images of the chunk.
     """
 
     input_indices: Sequence[int]
     values: Tensor
     keep: Tensor
     finite: Tensor
+    grid: tuple[int, int]
 
 
 def load_chunks(
@@ -52,7 +55,10 @@ def load_chunks(
     max_pixels: int,
     failures: Failures | None = None,
 ) -> Iterator[Chunk]:
-    """Yields chunks of at most `size` readable images. Errors are added to `failures`, or raised where that is None."""
+    """Yields chunks of at most `size` readable images of one shape. Images of one shape stay in order.
+
+    Errors are added to `failures`, or raised where that is None.
+    """
     single = is_single(images)
 
     def readable() -> Iterator[tuple[int, Tensor]]:
@@ -68,13 +74,47 @@ def load_chunks(
                 else:
                     raise ImageError(f"input {index}: {error}") from error
 
-    for chunk in batched(readable(), size):
-        indices, pixels = zip(*chunk, strict=True)
-        yield Chunk(indices, torch.stack(pixels))
+    waiting: dict[torch.Size, list[tuple[int, Tensor]]] = {}  # by shape, fewer than `size` of each
+    for index, pixels in readable():
+        group = waiting.setdefault(pixels.shape, [])
+        group.append((index, pixels))
+        if len(group) == size or sum(map(len, waiting.values())) > _MAX_WAITING:
+            fullest = max(waiting, key=lambda shape: len(waiting[shape]))
+            yield _stack(waiting.pop(fullest))
+    for group in waiting.values():
+        yield _stack(group)
+
+
+def _stack(group: Sequence[tuple[int, Tensor]]) -> Chunk:
+    indices, pixels = zip(*group, strict=True)
+    return Chunk(indices, torch.stack(pixels))
+
+
+def join_images(parts: Sequence[Rows], nothing: Tensor) -> tuple[list[int], Tensor, Tensor, Tensor, Tensor]:
+    """Returns input indices, rows [T, ...], positions [T], cu_seqlens [B+1] and grids [B, 2], images in input order.
+
+    nothing: rows [0, ...] in the dtype and on the device of all others.
+    """
+    images = []
+    for part in parts:
+        lengths = part.keep.sum(1).tolist()
+        values, positions = part.values.split(lengths), part.keep.nonzero()[:, 1].split(lengths)
+        rows = zip(part.input_indices, values, positions, lengths, strict=True)
+        images += [(*row, part.grid) for row in rows]
+    images.sort(key=lambda image: image[0])
+    device = nothing.device
+    none = torch.empty(0, dtype=torch.long, device=device)
+    return (
+        [image[0] for image in images],
+        torch.cat([nothing, *(image[1] for image in images)]),
+        torch.cat([none, *(image[2] for image in images)]),
+        cu_seqlens_from_lengths(torch.tensor([image[3] for image in images], dtype=torch.long, device=device)),
+        torch.tensor([image[4] for image in images], dtype=torch.long, device=device).view(-1, 2),
+    )
 
 
 def split_chunks(pixels: Tensor, size: int) -> Iterator[Chunk]:
-    """Yields chunks of at most `size` images of normalized pixels [B, 3, S, S]."""
+    """Yields chunks of at most `size` images of normalized pixels [B, 3, H, W]."""
     for start in range(0, len(pixels), size):
         part = pixels[start : start + size]
         # a copy with one layout and alignment: both may change how a kernel rounds
@@ -119,7 +159,7 @@ def _checked(rows: Rows, dtype: torch.dtype, failures: Failures | None) -> Rows:
             failures.append((index, error))
     indices = [index for index, fine in zip(rows.input_indices, finite, strict=True) if fine]
     kept_tokens = rows.finite[:, None].expand_as(rows.keep)[rows.keep]  # bool [T]
-    return Rows(indices, rows.values[kept_tokens], rows.keep[rows.finite], rows.finite[rows.finite])
+    return Rows(indices, rows.values[kept_tokens], rows.keep[rows.finite], rows.finite[rows.finite], rows.grid)
 
 
 def _not_finite(dtype: torch.dtype) -> str:

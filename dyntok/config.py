@@ -11,12 +11,14 @@ from typing import Any, Literal
 from typing_extensions import Self
 
 from dyntok.errors import ConfigError
+from dyntok.layout import MAX_SIDE
 from dyntok.structure import MAX_COUNT, brief, build, is_number, require, require_bool, require_whole, stated
 
 OPENAI_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
+MAX_PATCHES = 4096  # of one picture
 _MAX_SIDE = 1 << 14  # pixels
 _MAX_TEXT = 64  # characters of a backbone's option
 
@@ -29,17 +31,26 @@ _REFUSED_OPTIONS = {
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """How a picture becomes a normalized float tensor [3, img_size, img_size]."""
+    """How a picture becomes a normalized float tensor [3, H, W].
+
+    Without `max_patches` every picture becomes the square of `img_size`. With it, pictures have grids of their own.
+
+    resize: "keep" keeps the whole picture and its aspect ratio, and chooses a grid that suits it. The others fit it to
+        a rectangle: "crop" cuts its center, "squash" stretches it, "pad" adds white borders.
+    """
 
     img_size: int = 224
-    resize: Literal["crop", "squash"] = "crop"  # keep the aspect ratio and cut the centre, or stretch to the square
+    resize: Literal["crop", "squash", "pad", "keep"] = "crop"
+    max_patches: int | None = None  # of one picture, 64 to 4,096; needs a backbone and decoder that take any grid
+    patch_size: int | None = None  # of the backbone, in pixels; needed with max_patches
+    size: tuple[int, int] | None = None  # (height, width) of the rectangle in pixels, where it is not a square
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     color: Literal["ignore", "srgb"] = "ignore"  # of embedded ICC profiles: ignore them, or convert to sRGB by them
 
     def __post_init__(self) -> None:
         require_whole("image.img_size", self.img_size, 1, _MAX_SIDE)
-        require(self.resize in ("crop", "squash"), f"image.resize is {self.resize!r}, expected 'crop' or 'squash'")
+        self._require_shape()
         require(self.color in ("ignore", "srgb"), f"image.color is {brief(self.color)}, expected 'ignore' or 'srgb'")
         for name in ("mean", "std"):
             value = getattr(self, name)
@@ -47,6 +58,25 @@ class ImageConfig:
             require(isinstance(value, tuple | list) and len(value) == 3 and all(map(is_number, value)), wanted)
             object.__setattr__(self, name, tuple(float(v) for v in value))
         require(min(self.std) > 0, f"image.std is {self.std}, expected positive values")
+
+    def _require_shape(self) -> None:
+        kinds = ("crop", "squash", "pad", "keep")
+        require(self.resize in kinds, f"image.resize is {brief(self.resize)}, expected one of {', '.join(kinds)}")
+        if self.max_patches is None:
+            given = self.resize == "keep" or self.size is not None
+            require(not given, "image.resize: keep and image.size need image.max_patches, which is not set")
+            return
+        require_whole("image.max_patches", self.max_patches, 64, MAX_PATCHES)
+        require_whole("image.patch_size", self.patch_size, 1, _MAX_SIDE)
+        if self.size is None:
+            return
+        patch = self.patch_size
+        pair = isinstance(self.size, tuple | list) and len(self.size) == 2 and all(type(n) is int for n in self.size)
+        fits = pair and all(n >= patch and n % patch == 0 for n in self.size)
+        fits = fits and max(self.size) <= MAX_SIDE * patch and self.size[0] * self.size[1] <= MAX_PATCHES * patch**2
+        expected = f"expected (height, width), multiples of {patch} pixels, at most {MAX_PATCHES:,} patches in all"
+        require(fits, f"image.size is {brief(self.size)}, {expected} and {MAX_SIDE} along a side")
+        object.__setattr__(self, "size", tuple(self.size))
 
 
 @dataclass(frozen=True)
@@ -102,9 +132,16 @@ def _is_plain(value: Any) -> bool:
 class SelectorConfig:
     """The head that scores patches."""
 
-    dither: float = 0.0  # amplitude of the position bias at the start, in logits; 0: no position bias
+    dither: float = 0.0  # amplitude of the position bias, in logits; 0: no position bias
+    bias: Literal["table", "fixed"] = "table"  # a learned bias per patch of one grid, or an ordered dither of any grid
+    places: Literal["free", "map", "lattice"] = "free"  # which masks are allowed; see dyntok/layout.py
 
     def __post_init__(self) -> None:
+        require(self.bias in ("table", "fixed"), f"selector.bias is {brief(self.bias)}, expected 'table' or 'fixed'")
+        require(
+            self.places in ("free", "map", "lattice"),
+            f"selector.places is {brief(self.places)}, expected 'free', 'map' or 'lattice'",
+        )
         require(
             is_number(self.dither) and self.dither >= 0,
             f"selector.dither is {brief(self.dither)}, expected a number of 0 or more",
@@ -123,9 +160,14 @@ class MergerConfig:
     norm: bool = True  # final LayerNorm
     init_scale: float = 1.0  # factor on the output layer of every residual branch at the start of training
     kind: Literal["blocks", "similar"] = "blocks"
+    position: Literal["none", "rotary"] = "none"  # rotary: attention knows where patches lie, on any grid
 
     def __post_init__(self) -> None:
         _check_blocks("merger", self)
+        require(
+            self.position in ("none", "rotary"),
+            f"merger.position is {brief(self.position)}, expected 'none' or 'rotary'",
+        )
         require(
             self.kind in ("blocks", "similar"), f"merger.kind is {brief(self.kind)}, expected 'blocks' or 'similar'"
         )
@@ -175,6 +217,7 @@ class DecoderConfig:
     head: Literal["mlp", "none"] = "mlp"  # mlp: norm, Linear, Tanh, Linear as in LaVIT; none: the last block's output
     pixels: bool = False  # features -> image with the pixel head (pixels.py)
     init_scale: float = 1.0
+    position: Literal["table", "rotary"] = "table"  # a learned query per patch of one grid, or rotary for any grid
 
     def __post_init__(self) -> None:
         _check_blocks("decoder", self)
@@ -182,6 +225,10 @@ class DecoderConfig:
             if getattr(self, name) is not None:
                 require_whole(f"decoder.{name}", getattr(self, name), 1)
         require(not (self.out_dim and self.head == "none"), "decoder.out_dim needs decoder.head: mlp")
+        require(
+            self.position == "table" or (self.position == "rotary" and self.placement == "grid"),
+            f"decoder.position is {brief(self.position)}, expected 'table', or 'rotary' with placement: grid",
+        )
         require_bool("decoder.conv", self.conv)
         require_bool("decoder.pixels", self.pixels)
         require(

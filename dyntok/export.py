@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyntok.errors import ConfigError, MissingDependencyError
+from dyntok.layout import canonical_mask
 from dyntok.policy import KeepPolicy
 from dyntok.ragged import cu_seqlens_from_mask
 from dyntok.tokenizer import DynamicVisualTokenizer
@@ -18,15 +19,19 @@ from dyntok_kernels import compact
 
 
 class FixedEncoder(nn.Module):
-    """Encodes normalized pixels [B, 3, S, S] as codes and positions, int64 [B, budget].
+    """Encodes normalized pixels [B, 3, H, W] as codes and positions, int64 [B, budget].
 
-    The codes are those of `encode_tensor(pixels, budget=budget)`. Raises `ConfigError` unless the budget is from 1 to
-    the number of patches.
+    The codes are those of `encode_tensor(pixels, budget=budget)`. grid: (rows, columns) of the images, by default the
+    tokenizer's own.
+
+    Raises `ConfigError` unless the budget is from 1 to the number of patches, and on a grid the tokenizer can't take.
     """
 
-    def __init__(self, tokenizer: DynamicVisualTokenizer, budget: int) -> None:
+    def __init__(self, tokenizer: DynamicVisualTokenizer, budget: int, grid: tuple[int, int] | None = None) -> None:
         super().__init__()
-        patches = tokenizer.grid[0] * tokenizer.grid[1]
+        self.grid = fixed_grid(tokenizer, grid)
+        self.places = tokenizer.config.selector.places
+        patches = self.grid[0] * self.grid[1]
         if not 1 <= budget <= patches:
             raise ConfigError(f"budget is {budget} tokens, expected 1 to {patches}, the number of patches")
         self.budget, self.policy, self.patches = budget, KeepPolicy(budget=budget), patches
@@ -37,33 +42,48 @@ class FixedEncoder(nn.Module):
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         images = len(pixels)
         features = self.backbone(pixels)
-        keep = self.policy(self.selector(features))
-        codes = self.codebook(self.projection(self.merger(features, keep, total=images * self.budget)))
+        keep = canonical_mask(self.policy(self.selector(features, self.grid)), self.grid, self.places)
+        merged = self.merger(features, keep, total=images * self.budget, grid=self.grid)
+        codes = self.codebook(self.projection(merged))
         positions = compact(keep)[0][: images * self.budget] % self.patches
         return codes.view(images, -1), positions.long().view(images, -1)
 
 
 class FixedDecoder(nn.Module):
-    """Decodes codes and positions, int64 [B, n], into normalized pixels [B, 3, S, S].
+    """Decodes codes and positions, int64 [B, n], into normalized pixels [B, 3, H, W].
 
     If the positions of an image are unknown, all of them are -1. A tokenizer without a pixel head gives patch features
-    [B, N, D]. Codes are not checked.
+    [B, N, D]. Codes are not checked. grid: (rows, columns) of the images, by default the tokenizer's own.
+
+    Raises `ConfigError` on a grid that the tokenizer can't take.
     """
 
     embedding: Tensor
 
-    def __init__(self, tokenizer: DynamicVisualTokenizer) -> None:
+    def __init__(self, tokenizer: DynamicVisualTokenizer, grid: tuple[int, int] | None = None) -> None:
         super().__init__()
+        self.grid = fixed_grid(tokenizer, grid)
         self.register_buffer("embedding", tokenizer.codebook.embedding)
         self.decoder = tokenizer.require_decoder()
-        self.head = tokenizer.pixel_head or nn.Identity()
+        self.head = tokenizer.pixel_head
         self.eval()
 
     def forward(self, codes: Tensor, positions: Tensor) -> Tensor:
         images, count = codes.shape
         cu_seqlens = torch.arange(images + 1, dtype=torch.int32, device=codes.device) * count
         vectors = F.embedding(codes.flatten(), self.embedding)
-        return self.head(self.decoder(vectors, cu_seqlens, positions.flatten(), [count] * images))
+        features = self.decoder(vectors, cu_seqlens, positions.flatten(), [count] * images, self.grid)
+        return features if self.head is None else self.head(features, self.grid)
+
+
+def fixed_grid(tokenizer: DynamicVisualTokenizer, grid: tuple[int, int] | None) -> tuple[int, int]:
+    """Returns the grid, or the tokenizer's own for None. Raises `ConfigError` where the tokenizer can't take it."""
+    if grid is None or tuple(grid) == tokenizer.grid:
+        return tokenizer.grid
+    if not tokenizer.any_grid:
+        rows, columns = tokenizer.grid
+        raise ConfigError(f"grid is {grid}, but this tokenizer knows the grid {rows} x {columns} alone")
+    return tuple(grid)
 
 
 def export(module: FixedEncoder | FixedDecoder, *inputs: Tensor) -> torch.export.ExportedProgram:

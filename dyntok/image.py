@@ -16,6 +16,7 @@ from PIL import Image, ImageFile
 
 from dyntok.config import ImageConfig
 from dyntok.errors import ImageError
+from dyntok.fitting import fit
 from dyntok.imaging import jpeg
 from dyntok.imaging.color import to_srgb
 from dyntok.imaging.container import orientation
@@ -85,9 +86,9 @@ def load_image(
 
 
 def to_pixels(source: ImageSource, config: ImageConfig, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> torch.Tensor:
-    """Return normalized pixels [3, S, S], float32: (value / 255 - mean) / std. Sources and errors as in `load_image`.
+    """Return normalized pixels [3, H, W], float32: (value / 255 - mean) / std. Sources and errors as in `load_image`.
 
-    Resized in 8 bits with Pillow's antialiased bicubic filter: `crop` scales the central square, `squash` the whole picture.
+    The picture is resized in 8 bits with Pillow's antialiased bicubic filter; `ImageConfig` says to which size.
     """
     return normalized(to_array(source, config, max_pixels=max_pixels)[0], config)
 
@@ -95,14 +96,17 @@ def to_pixels(source: ImageSource, config: ImageConfig, *, max_pixels: int = DEF
 def to_array(
     source: ImageSource, config: ImageConfig, *, max_pixels: int = DEFAULT_MAX_PIXELS
 ) -> tuple[np.ndarray, tuple[int, int]]:
-    """Return the resized picture, uint8 [S, S, 3], and (width, height) of the upright original: the first half of `to_pixels`."""
+    """Return the resized picture, uint8 [H, W, 3], and (width, height) of the upright original.
+
+    This is the first half of `to_pixels`.
+    """
     with _failures_named(source) as name:
         image = _load(source, name, max_pixels, config.color)
         return np.asarray(_resize(image, config)), image.size
 
 
 def normalized(array: np.ndarray, config: ImageConfig) -> torch.Tensor:
-    """Return float32 [..., 3, S, S] for uint8 [..., S, S, 3]: the second half of `to_pixels`."""
+    """Return float32 [..., 3, H, W] for uint8 [..., H, W, 3]: the second half of `to_pixels`."""
     pixels = np.moveaxis(array, -1, -3).astype(np.float32, order="C")  # NumPy, since torch would start threads
     pixels /= 255
     pixels -= _per_channel(config.mean).numpy()
@@ -120,6 +124,11 @@ def to_image(pixels: torch.Tensor, config: ImageConfig) -> Image.Image:
         raise ImageError(f"{name}: holds NaN or infinite values, expected finite ones")
     values = values * _per_channel(config.std) + _per_channel(config.mean)
     return Image.fromarray(values.clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
+
+
+def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Return the image at (height, width) in pixels, by the antialiased bicubic filter."""
+    return image.resize(size[::-1], Image.Resampling.BICUBIC)
 
 
 @contextmanager
@@ -230,17 +239,18 @@ def _rgb(image: Image.Image, name: str, white: float | None, profile: bytes | No
 
 
 def _resize(image: Image.Image, config: ImageConfig) -> Image.Image:
-    size, (width, height) = config.img_size, image.size
-    if config.resize == "crop":
-        side = min(width, height)
-        left, top = (
-            (width - side) // 2,
-            (height - side) // 2,
-        )  # whole pixels: a picture of the right size is not blurred
-        return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
-    if height > 64 * width:  # Pillow scales the width first, which would blow up a tall sliver before it shrinks
-        image = image.resize((width, size), Image.Resampling.BICUBIC)
-    return image.resize((size, size), Image.Resampling.BICUBIC)
+    place = fit(*image.size, config)
+    left, top, right, bottom = place.inner
+    size, box = (right - left, bottom - top), place.box
+    if image.height > 64 * image.width:  # Pillow scales the width first, which would blow up a tall sliver
+        image = image.resize((image.width, size[1]), Image.Resampling.BICUBIC, box=box)
+        box = (0, 0, *image.size)
+    resized = image.resize(size, Image.Resampling.BICUBIC, box=box)
+    if place.size == size[::-1]:
+        return resized
+    canvas = Image.new("RGB", place.size[::-1], "white")
+    canvas.paste(resized, (left, top))
+    return canvas
 
 
 def _per_channel(values: tuple[float, float, float]) -> torch.Tensor:

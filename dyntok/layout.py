@@ -22,13 +22,9 @@ from dyntok.errors import CodeError
 
 _Table = TypeVar("_Table", bound=Callable[..., object])
 
+MAX_SIDE = 128  # patches along one side of a grid that a tokenizer makes
 MAP_VALUES = 5**4  # four counts of 0 to 4
-_CELL_ORDER = (
-    2,
-    1,
-    3,
-    0,
-)  # bottom left, top right, bottom right, top left: as `bayer_pattern` orders any 2 x 2 patches
+_CELL_ORDER = (2, 1, 3, 0)  # bottom left, top right, bottom right, top left: the order of `bayer_pattern`
 _PLACE_VALUES = (1, 5, 25, 125)  # of the four cells of a block, in raster order
 
 
@@ -102,6 +98,23 @@ def mask_to_counts(mask: Tensor, grid: tuple[int, int]) -> Tensor:
             'this mask; encode with places="map", or write positions'
         )
     return counts
+
+
+def canonical_mask(mask: Tensor, grid: tuple[int, int], places: str) -> Tensor:
+    """Returns a mask that keeps equally many patches where `places` wants them: bool [B, N].
+
+    places: "map" keeps each cell's count, and of its patches the first of the fixed order; "lattice" keeps each image's
+        count; "free" returns the mask itself.
+    """
+    if places == "map":
+        cell, rank, capacity = (table.to(mask.device) for table in _cells(grid))
+        counts = torch.zeros(len(mask), len(capacity), dtype=torch.long, device=mask.device)
+        counts.scatter_add_(1, cell.expand(mask.shape), mask.long())
+        return rank < counts[:, cell]
+    if places == "lattice":
+        rank = lattice_order(grid).argsort().to(mask.device)
+        return rank < mask.sum(1, keepdim=True)
+    return mask
 
 
 def counts_to_map(counts: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ class KeepOptions(TypedDict, total=False):
     threshold: float | None
     sample: int | torch.Generator | None
     max_tokens: int | None
+    places: Literal["free", "map", "lattice"] | None
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,16 @@ class KeepPolicy:
     sample: keep patches at random with their keep probabilities, as in the paper. A seed, or a generator whose initial seed is used.
         Image i of a call draws from that seed and i, so the result depends neither on the batch nor on earlier calls.
     max_tokens: an upper limit. Works with every other option; the patches with the best scores stay.
+    places: which masks are allowed (see `layout.py`); by default what the tokenizer was trained for. "map": scores decide
+        how many patches each cell of 2 x 2 keeps, and a fixed order decides which. "lattice": scores decide how many the
+        picture keeps, and a fixed order decides which. "free": scores decide everything.
     """
 
     budget: int | float | None = None
     threshold: float | None = None
     sample: int | torch.Generator | None = None
     max_tokens: int | None = None
+    places: Literal["free", "map", "lattice"] | None = None
 
     def __post_init__(self) -> None:
         for name in ("budget", "threshold", "sample", "max_tokens"):
@@ -59,6 +64,8 @@ class KeepPolicy:
             raise ConfigError(f"sample is {self.sample!r}, expected a seed of 0 or more, or a torch.Generator")
         if self.max_tokens is not None and (type(self.max_tokens) is not int or self.max_tokens < 1):
             raise ConfigError(f"max_tokens is {self.max_tokens!r}, expected an int of at least 1")
+        if self.places not in (None, "free", "map", "lattice"):
+            raise ConfigError(f"places is {self.places!r}, expected 'free', 'map' or 'lattice'")
 
     @classmethod
     def of(cls, policy: "KeepPolicy | None", options: Mapping[str, Any]) -> "KeepPolicy":

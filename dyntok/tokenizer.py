@@ -3,6 +3,7 @@
 Not here: what a part computes (`model/`), files and the hub (`checkpoint/`), LaVIT's further parts (`lavit/`).
 """
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, TypeAlias
@@ -13,12 +14,14 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from dyntok.checkpoint.pretrained import PretrainedModule
-from dyntok.chunks import Chunk, Failures, Rows, finite_images, load_chunks, split_chunks, without_failures
-from dyntok.config import DecoderConfig, TokenizerConfig
+from dyntok.chunks import Chunk, Failures, Rows, finite_images, join_images, load_chunks, split_chunks, without_failures
+from dyntok.config import MAX_PATCHES, DecoderConfig, ImageConfig, TokenizerConfig
 from dyntok.encoding import Encoding
 from dyntok.errors import CodeError, ConfigError, FingerprintError, ImageError
 from dyntok.features import Features
-from dyntok.image import DEFAULT_MAX_PIXELS, ImageSource, to_image
+from dyntok.fitting import target_size
+from dyntok.image import DEFAULT_MAX_PIXELS, ImageSource, resize, to_image
+from dyntok.layout import MAX_SIDE, canonical_mask
 from dyntok.model.backbone import Backbone
 from dyntok.model.codebook import Codebook
 from dyntok.model.decoder import Decoder
@@ -31,8 +34,10 @@ from dyntok.ragged import cu_seqlens_from_mask
 IntegerRows: TypeAlias = Iterable[Tensor | Sequence[int]]  # one row of integers per image
 Codes: TypeAlias = Encoding | IntegerRows
 OnError: TypeAlias = Literal["raise", "skip"]
+Fit: TypeAlias = Literal["keep", "crop", "squash", "pad"]
+Size: TypeAlias = int | tuple[int, int]  # (height, width) in pixels, or both
 Choice: TypeAlias = Callable[[Tensor, Sequence[int]], Tensor]  # log-probabilities [B, N, 2], input indices -> keep mask
-Merge: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # features [B, N, D], keep mask [B, N] -> tokens [T, D]
+Merge: TypeAlias = Callable[..., Tensor]  # features [B, N, D], keep mask [B, N], grid=(rows, columns) -> tokens [T, D]
 
 BATCH_SIZE = 32
 
@@ -54,7 +59,9 @@ class DynamicVisualTokenizer(PretrainedModule):
         super().__init__(config)
         self.backbone = Backbone(config.backbone, config.image.img_size, pretrained=pretrained_backbone)
         width, code_dim = self.backbone.embed_dim, config.codebook.dim
-        self.selector = Selector(width, self.backbone.grid, config.selector.dither)
+        self._check_any_grid()
+        table = self.backbone.grid if config.selector.bias == "table" else None
+        self.selector = Selector(width, table, config.selector.dither)
         self.merger = build_merger(width, config.merger)
         self.projection: nn.Linear | nn.Sequential = nn.Linear(width, code_dim)
         if config.codebook.projection == "mlp":
@@ -63,7 +70,7 @@ class DynamicVisualTokenizer(PretrainedModule):
         self.decoder = None if config.decoder is None else self._build_decoder(config.decoder)
         self.pixel_head: PixelHead | None = None
         if config.decoder is not None and config.decoder.pixels and self.decoder is not None:
-            self.pixel_head = PixelHead(self.decoder.out_dim, self.backbone.grid, self.backbone.patch_size)
+            self.pixel_head = PixelHead(self.decoder.out_dim, self.backbone.patch_size)
 
     # Pictures in, pictures out.
 
@@ -73,6 +80,9 @@ class DynamicVisualTokenizer(PretrainedModule):
         *,
         policy: KeepPolicy | None = None,
         errors: OnError = "raise",
+        fit: Fit | None = None,
+        max_patches: int | None = None,
+        size: Size | None = None,
         max_pixels: int = DEFAULT_MAX_PIXELS,
         batch_size: int = BATCH_SIZE,
         **options: Unpack[KeepOptions],
@@ -83,6 +93,11 @@ class DynamicVisualTokenizer(PretrainedModule):
         policy: how many patches each image keeps; the options of `KeepPolicy` (budget, threshold, sample, max_tokens) are accepted here,
             too. By default the selector decides.
         errors: "skip" leaves bad images out; `Encoding.failures` lists them and `source_index` gives the input of each row.
+        fit: how a picture meets its grid: "keep" (the whole picture in its own shape), "crop", "squash" or "pad". By
+            default as the configuration says.
+        max_patches: the most patches of a picture, 64 to 4,096. More patches show more detail and take more tokens.
+        size: (height, width) in pixels, or both as one number: the rectangle that pictures are fitted to. It takes the
+            place of `max_patches`.
         max_pixels: larger images are refused before they are decoded; `load_image` says more about limits.
         batch_size: the number of images that a GPU computes together; a CPU takes them one by one. It does not change the codes.
 
@@ -91,7 +106,11 @@ class DynamicVisualTokenizer(PretrainedModule):
         keep = KeepPolicy.of(policy, options)
         failures = self._failures(errors)
         chunks = load_chunks(
-            images, self.config.image, self._at_once(batch_size), max_pixels=max_pixels, failures=failures
+            images,
+            self.image_config(fit=fit, max_patches=max_patches, size=size),
+            self._at_once(batch_size),
+            max_pixels=max_pixels,
+            failures=failures,
         )
         return self._encode_chunks(chunks, keep, self.merger, failures)
 
@@ -100,7 +119,12 @@ class DynamicVisualTokenizer(PretrainedModule):
         return self.encode(images, **options)
 
     def decode(
-        self, codes: Codes, *, positions: IntegerRows | None = None, grid: tuple[int, int] | None = None
+        self,
+        codes: Codes,
+        *,
+        positions: IntegerRows | None = None,
+        grid: tuple[int, int] | None = None,
+        size: Size | None = None,
     ) -> list[Image.Image]:
         """Returns one image for each row of codes.
 
@@ -108,27 +132,40 @@ class DynamicVisualTokenizer(PretrainedModule):
         positions: of the codes, where they are not an `Encoding`. Pictures are sharper with positions; without them the decoder guesses.
             A decoder with placement "rank" does not use the positions of an `Encoding`.
         grid: (rows, columns) of patches, where it is not the tokenizer's own.
+        size: (height, width) of the images in pixels, or both as one number; by default that of their grids.
+
+        Codes alone are read as a lattice where the tokenizer keeps canonical masks: exact for codes that were encoded
+        with `places="lattice"`. Codes of other masks need their positions, and look wrong without.
 
         Raises `CodeError` on codes or positions out of range, an image without codes or with more codes than patches, positions for a
         decoder that cannot use them, or a tokenizer without a pixel head; and `FingerprintError` on codes of another tokenizer.
         """
         encoding = self._as_encoding(codes, positions, grid)
-        pieces = (encoding[i : i + BATCH_SIZE] for i in range(0, len(encoding), BATCH_SIZE))
         self._require_pixel_head()
-        return [to_image(pixels, self.config.image) for piece in pieces for pixels in self.decode_to_pixels(piece)]
+        height_width = None if size is None else _pair(size)
+        images: dict[int, Image.Image] = {}
+        for rows in _rows_by_grid(encoding, BATCH_SIZE):
+            for row, pixels in zip(rows, self.decode_to_pixels(encoding[rows]), strict=True):
+                image = to_image(pixels, self.config.image)
+                images[row] = image if height_width is None else resize(image, height_width)
+        return [images[row] for row in range(len(encoding))]
 
     def features(
         self,
         images: ImageSource | Iterable[ImageSource],
         *,
         policy: KeepPolicy | None = None,
+        fit: Fit | None = None,
+        max_patches: int | None = None,
+        size: Size | None = None,
         max_pixels: int = DEFAULT_MAX_PIXELS,
         batch_size: int = BATCH_SIZE,
         **options: Unpack[KeepOptions],
     ) -> Features:
         """Returns the merged tokens that `encode` would quantize, for LLMs that read embeddings; arguments and errors as in `encode`."""
         keep = KeepPolicy.of(policy, options)
-        chunks = load_chunks(images, self.config.image, self._at_once(batch_size), max_pixels=max_pixels)
+        config = self.image_config(fit=fit, max_patches=max_patches, size=size)
+        chunks = load_chunks(images, config, self._at_once(batch_size), max_pixels=max_pixels)
         return self._merge_chunks(chunks, keep, self.merger, self.backbone.embed_dim)
 
     # Tensors in, tensors out.
@@ -143,7 +180,7 @@ class DynamicVisualTokenizer(PretrainedModule):
         batch_size: int = BATCH_SIZE,
         **options: Unpack[KeepOptions],
     ) -> Encoding:
-        """Returns the codes of normalized pixels, float [B, 3, S, S]; other arguments are those of `encode`.
+        """Returns the codes of normalized pixels, float [B, 3, H, W]; other arguments are those of `encode`.
 
         keep_mask: bool [B, N], the patches to keep, at least one per image. It replaces every other choice, `max_tokens` included.
         errors: "skip" leaves out images for which the network computes NaN or infinite values.
@@ -161,23 +198,26 @@ class DynamicVisualTokenizer(PretrainedModule):
         batch_size: int = BATCH_SIZE,
         **options: Unpack[KeepOptions],
     ) -> Features:
-        """Returns the `features` of normalized pixels, float [B, 3, S, S]."""
+        """Returns the `features` of normalized pixels, float [B, 3, H, W]."""
         keep = KeepPolicy.of(policy, options)
         return self._merge_chunks(self._split(pixels, batch_size), keep, self.merger, self.backbone.embed_dim)
 
     def decode_to_features(
         self, codes: Codes, *, positions: IntegerRows | None = None, grid: tuple[int, int] | None = None
     ) -> Tensor:
-        """Returns patch features [B, N, D] for codes; arguments and errors as in `decode`, but no pixel head is needed."""
+        """Returns patch features [B, N, D] for codes of images with one grid; no pixel head is needed.
+
+        Arguments and errors are those of `decode`.
+        """
         return self._decode_features(self._as_encoding(codes, positions, grid), self.require_decoder())
 
     def decode_to_pixels(
         self, codes: Codes, *, positions: IntegerRows | None = None, grid: tuple[int, int] | None = None
     ) -> Tensor:
-        """Returns normalized pixels [B, 3, S, S] for codes; arguments and errors as in `decode`."""
-        head = self._require_pixel_head()
+        """Returns normalized pixels [B, 3, H, W] for codes of images with one grid; arguments and errors as in `decode`."""
+        head, encoding = self._require_pixel_head(), self._as_encoding(codes, positions, grid)
         with self.inference():
-            return head(self.decode_to_features(codes, positions=positions, grid=grid))
+            return head(self._decode_features(encoding, self.require_decoder()), self._one_grid(encoding))
 
     # What it is.
 
@@ -196,18 +236,46 @@ class DynamicVisualTokenizer(PretrainedModule):
 
     @property
     def max_tokens(self) -> int:
-        """The largest number of codes of an image, which is the number of its patches N."""
-        return self.grid[0] * self.grid[1]
+        """The largest number of codes of an image, which is the number of its patches."""
+        return self.config.image.max_patches or self.grid[0] * self.grid[1]
+
+    @property
+    def any_grid(self) -> bool:
+        """Whether images have grids of their own; otherwise every image has the same."""
+        return self.config.image.max_patches is not None
 
     @property
     def image_size(self) -> int:
-        """The side in pixels of the square that every image is resized to."""
-        return self.config.image.img_size
+        """The side in pixels of the square that images are fitted to, unless they keep their shape."""
+        return target_size(self.config.image)[0]
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(rows, columns) of patches."""
+        """(rows, columns) of patches of a square image, and of codes that come without a grid."""
+        if self.any_grid:
+            rows, columns = target_size(self.config.image)
+            return rows // self.backbone.patch_size, columns // self.backbone.patch_size
         return self.backbone.grid
+
+    def image_config(
+        self, *, fit: Fit | None = None, max_patches: int | None = None, size: Size | None = None
+    ) -> ImageConfig:
+        """Returns how pictures are prepared under these options of `encode`.
+
+        Raises `ConfigError` on values out of range, and where the tokenizer knows one grid alone.
+        """
+        config = self.config.image
+        given = max_patches is not None or size is not None or fit == "keep"
+        if given and not self.any_grid:
+            rows, columns = self.grid
+            raise ConfigError(
+                f"this tokenizer knows the grid {rows} x {columns} alone; leave out max_patches, size and fit='keep'"
+            )
+        if fit is not None:
+            config = dataclasses.replace(config, resize=fit)
+        if max_patches is not None:
+            config = dataclasses.replace(config, max_patches=max_patches)
+        return config if size is None else dataclasses.replace(config, size=_pair(size))
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]  # accelerate and timm expect the same
@@ -220,8 +288,10 @@ class DynamicVisualTokenizer(PretrainedModule):
         return next(self.backbone.parameters()).dtype
 
     def __repr__(self) -> str:
-        size, patches = self.image_size, f"{self.grid[0]} x {self.grid[1]} patches"
-        facts = f"{self.name}, {size} x {size} pixels, {patches}, {self.vocab_size} codes"
+        shape = f"{self.image_size} x {self.image_size} pixels, {self.grid[0]} x {self.grid[1]} patches"
+        if self.any_grid:
+            shape = f"images of any shape, up to {self.max_tokens} patches"
+        facts = f"{self.name}, {shape}, {self.vocab_size} codes"
         return f"{type(self).__name__}({facts}, fingerprint {self.fingerprint})"
 
     def require_decoder(self) -> Decoder:
@@ -233,6 +303,23 @@ class DynamicVisualTokenizer(PretrainedModule):
     def _build_decoder(self, config: DecoderConfig) -> Decoder:
         dithered = self.config.selector.dither > 0
         return Decoder(self.grid, self.config.codebook.dim, self.backbone.embed_dim, config, dithered=dithered)
+
+    def _check_any_grid(self) -> None:
+        """Raises `ConfigError` where the configuration allows any grid and one of the parts does not."""
+        config, backbone = self.config, self.backbone
+        if config.image.max_patches is None:
+            return
+        if config.image.patch_size != backbone.patch_size:
+            raise ConfigError(
+                f"image.patch_size is {config.image.patch_size}, but the backbone's patches have {backbone.patch_size} pixels"
+            )
+        fixed = {
+            "backbone.kwargs.dynamic_img_size: true": not backbone.any_grid,
+            "selector.bias: fixed": config.selector.dither > 0 and config.selector.bias == "table",
+            "decoder.position: rotary": config.decoder is not None and config.decoder.position == "table",
+        }
+        if wrong := [option for option, missing in fixed.items() if missing]:
+            raise ConfigError(f"image.max_patches needs parts that take any grid; set {', '.join(wrong)}")
 
     def _require_pixel_head(self) -> PixelHead:
         if self.pixel_head is None:
@@ -263,7 +350,8 @@ class DynamicVisualTokenizer(PretrainedModule):
         if policy != KeepPolicy():
             raise ConfigError("keep_mask was given with other options of a policy, expected the mask alone")
         self._check_pixels(pixels)
-        shape = [len(pixels), self.max_tokens]
+        rows, columns = self.backbone.grid_of(pixels)
+        shape = [len(pixels), rows * columns]
         if not isinstance(keep_mask, Tensor) or keep_mask.dtype != torch.bool or list(keep_mask.shape) != shape:
             got = f"{keep_mask.dtype} {list(keep_mask.shape)}" if isinstance(keep_mask, Tensor) else type(keep_mask)
             raise ConfigError(f"keep_mask is {got}, expected a bool tensor {shape}: a row of patches for each image")
@@ -278,49 +366,60 @@ class DynamicVisualTokenizer(PretrainedModule):
     ) -> Encoding:
         rows = (self._run(chunk, choice, merge, quantize=True) for chunk in chunks)
         done = list(without_failures(rows, self.dtype, failures))
-        packed = self._join(done, torch.empty(0, dtype=torch.long, device=self.device))
-        source = [index for part in done for index in part.input_indices]
+        source, *packed = join_images(done, torch.empty(0, dtype=torch.long, device=self.device))
         failed = tuple(sorted(failures or [], key=lambda failure: failure[0]))
         return Encoding(*packed, self.fingerprint, failed, torch.tensor(source, dtype=torch.long, device=self.device))
 
     def _merge_chunks(self, chunks: Iterable[Chunk], choice: Choice, merge: Merge, width: int) -> Features:
         rows = (self._run(chunk, choice, merge, quantize=False) for chunk in chunks)
         done = list(without_failures(rows, self.dtype))
-        return Features(*self._join(done, torch.empty(0, width, device=self.device, dtype=self.dtype)))
+        _, *packed = join_images(done, torch.empty(0, width, device=self.device, dtype=self.dtype))
+        return Features(*packed)
 
     def _run(self, chunk: Chunk, choice: Choice, merge: Merge, *, quantize: bool) -> Rows:
         """Returns the codes, or else the merged tokens, of a chunk."""
+        grid = self.backbone.grid_of(chunk.pixels)
         with self.inference():
             features = self.backbone(chunk.pixels.to(self.device, self.dtype))
-            log_probs = self.selector(features)
+            log_probs = self.selector(features, grid)
             keep = choice(log_probs, chunk.input_indices)
-            tokens = merge(features, keep)
+            if isinstance(choice, KeepPolicy):
+                keep = canonical_mask(keep, grid, choice.places or self.config.selector.places)
+            tokens = merge(features, keep, grid=grid)
             vectors = self.projection(tokens) if quantize else tokens
             finite = finite_images(features, log_probs, vectors, cu_seqlens_from_mask(keep))
-            return Rows(chunk.input_indices, self.codebook(vectors) if quantize else vectors, keep, finite)
-
-    def _join(self, parts: list[Rows], nothing: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns all rows [T, ...], their positions [T], cu_seqlens [B+1] and grids [B, 2]; `nothing` is rows [0, ...]."""
-        no_image = torch.empty(0, self.max_tokens, dtype=torch.bool, device=self.device)
-        keep = torch.cat([no_image, *(part.keep for part in parts)])
-        return (
-            torch.cat([nothing, *(part.values for part in parts)]),
-            keep.nonzero()[:, 1],
-            cu_seqlens_from_mask(keep),
-            torch.tensor(self.grid, device=self.device).repeat(len(keep), 1),
-        )
+            return Rows(chunk.input_indices, self.codebook(vectors) if quantize else vectors, keep, finite, grid)
 
     def _decode_features(self, encoding: Encoding, decoder: Decoder) -> Tensor:
+        grid = self._one_grid(encoding)
         with self.inference():
             vectors = self.codebook.lookup(encoding.packed_codes)
-            return decoder(vectors, encoding.cu_seqlens, encoding.packed_positions)
+            return decoder(vectors, encoding.cu_seqlens, encoding.packed_positions, grid=grid)
+
+    def _one_grid(self, encoding: Encoding) -> tuple[int, int]:
+        grids = encoding.grids.unique(dim=0).tolist()
+        if len(grids) > 1:
+            raise CodeError(
+                f"the images have {len(grids)} different grids, expected one in a batch of tensors; decode() takes any"
+            )
+        return tuple(grids[0]) if grids else self.grid
 
     def _check_pixels(self, pixels: Tensor) -> None:
-        shape = (3, self.image_size, self.image_size)
-        if not isinstance(pixels, Tensor) or tuple(pixels.shape[1:]) != shape or not pixels.is_floating_point():
+        shape, sides = f"3, {self.image_size}, {self.image_size}", (self.image_size, self.image_size)
+        limits = ""
+        fits = isinstance(pixels, Tensor) and pixels.dim() == 4 and pixels.is_floating_point() and pixels.shape[1] == 3
+        if self.any_grid:
+            patch = self.backbone.patch_size
+            shape = "3, H, W"
+            limits = f" with sides that are multiples of {patch}, and at most {MAX_PATCHES:,} patches"
+            sides = tuple(pixels.shape[2:]) if fits else ()
+            fits = fits and all(side and side % patch == 0 and side <= MAX_SIDE * patch for side in sides)
+            fits = fits and sides[0] * sides[1] <= MAX_PATCHES * patch**2
+        if not fits or tuple(pixels.shape[2:]) != sides:
             got = f"{pixels.dtype} {list(pixels.shape)}" if isinstance(pixels, Tensor) else type(pixels).__name__
-            expected = f"expected normalized floats [B, {', '.join(map(str, shape))}]"
-            raise ImageError(f"pixels are {got}, {expected}; encode() prepares images")
+            raise ImageError(
+                f"pixels are {got}, expected normalized floats [B, {shape}]{limits}; encode() prepares images"
+            )
         if not pixels.isfinite().all():
             raise ImageError("pixels hold NaN or infinite values, expected finite ones")
 
@@ -347,7 +446,24 @@ class DynamicVisualTokenizer(PretrainedModule):
                 f"these codes were written by the tokenizer {codes.fingerprint}, this one is {self.fingerprint}; "
                 "load the one that wrote them"
             )
-        if (codes.grids != torch.tensor(self.grid, device=codes.device)).any():
+        if not self.any_grid and (codes.grids != torch.tensor(self.grid, device=codes.device)).any():
             rows, columns = self.grid
             raise CodeError(f"an image has another grid than {rows} x {columns}, the only one this tokenizer decodes")
         return codes.to(self.device)
+
+
+def _rows_by_grid(encoding: Encoding, size: int) -> Iterator[list[int]]:
+    """Yields the numbers of at most `size` images with the same grid, until every image has its turn."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for row, grid in enumerate(encoding.grids.tolist()):
+        groups.setdefault(tuple(grid), []).append(row)
+    for rows in groups.values():
+        yield from (rows[i : i + size] for i in range(0, len(rows), size))
+
+
+def _pair(size: Size) -> tuple[int, int]:
+    pair = (size, size) if isinstance(size, int) else size
+    whole = isinstance(pair, tuple | list) and len(pair) == 2 and all(type(side) is int and side > 0 for side in pair)
+    if not whole:
+        raise ConfigError(f"size is {size!r}, expected (height, width) in pixels, or one number for both")
+    return tuple(pair)

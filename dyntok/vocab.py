@@ -18,6 +18,7 @@ from dyntok.ids import END_TOKEN as END_TOKEN
 from dyntok.ids import START_TOKEN as START_TOKEN
 from dyntok.ids import IdRange, IdRanges, Layout
 from dyntok.layout import (
+    MAX_SIDE,
     counts_to_map,
     counts_to_mask,
     lattice_positions,
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from dyntok.tokenizer import DynamicVisualTokenizer
 
 VOCAB_FILE = "dyntok.json"
-MAX_SIDE = 64  # patches; the tokens for rows, and for columns, where images have different grids
 LAVIT_IMAGE_START, LAVIT_IMAGE_END, LAVIT_OFFSET = 32000, 32001, 32002  # ids in LaVIT's LLM: code k is LAVIT_OFFSET + k
 LAVIT_CODES = 16384
 _LAYOUT_OF_PLACES: dict[str, Layout] = {"map": "map", "lattice": "lattice", "free": "positions"}
@@ -72,12 +72,12 @@ class VisualVocab(IdRanges):
     ) -> "VisualVocab":
         """Returns the vocabulary of a tokenizer, appended to the `after` entries of a language model's vocabulary.
 
-        In this order: image start, image end, codes, 64 rows and 64 columns (with `any_grid`), map tokens or position
+        In this order: image start, image end, codes, 128 rows and 128 columns (with `any_grid`), map tokens or position
         tokens.
 
         layout: by default what the tokenizer needs: "map" or "lattice" where it keeps only such patches, "none" where
             its decoder knows no places (LaVIT), otherwise "positions"
-        any_grid: images say their grid, of 1 to 64 rows and columns; otherwise all images have the tokenizer's grid
+        any_grid: images say their grid, of 1 to 128 rows and columns; otherwise all images have the tokenizer's grid
 
         >>> vocab = dyntok.VisualVocab.of(tok, after=len(tokenizer))
         >>> vocab.to_encoding(vocab.to_ids(tok.encode(photos)))

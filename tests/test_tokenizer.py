@@ -221,7 +221,7 @@ def test_codes_become_pictures(tokenizer, photos):
     pixels = tokenizer.decode_to_pixels(encoding)
     assert pixels.shape == (len(photos), 3, 64, 64) and not pixels.requires_grad
     assert [image.tobytes() for image in images] == [to_image(row, tokenizer.config.image).tobytes() for row in pixels]
-    assert torch.equal(tokenizer.pixel_head(tokenizer.decode_to_features(encoding)), pixels)
+    assert torch.equal(tokenizer.pixel_head(tokenizer.decode_to_features(encoding), tokenizer.grid), pixels)
     given = tokenizer.decode_to_pixels(encoding.codes, positions=encoding.positions, grid=(8, 8))
     assert torch.equal(given, pixels)
     assert not torch.equal(tokenizer.decode_to_pixels(encoding.codes), pixels)  # positions tell something

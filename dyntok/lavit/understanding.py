@@ -14,5 +14,7 @@ class Understanding(nn.Module):
         self.merger = build_merger(embed_dim, merger)
         self.proj = nn.Linear(embed_dim, out_dim)
 
-    def forward(self, features: Tensor, keep: Tensor, *, exact: bool = False) -> Tensor:
-        return self.proj(self.merger(features, keep, exact=exact))
+    def forward(
+        self, features: Tensor, keep: Tensor, *, exact: bool = False, grid: tuple[int, int] | None = None
+    ) -> Tensor:
+        return self.proj(self.merger(features, keep, exact=exact, grid=grid))

@@ -15,9 +15,10 @@ from dyntok.errors import CheckpointError, ConfigError
 
 
 class Backbone(nn.Module):
-    """A timm model cut after one of its layers.
+    """A timm model, cut after one of its layers.
 
-    Attributes: embed_dim D; grid (rows, columns) of the patch features.
+    Attributes: embed_dim D; patch_size in pixels; any_grid, whether it takes images of other shapes than the square of
+    `img_size` (timm's dynamic_img_size); grid (rows, columns) of that square.
 
     Raises `ConfigError` where timm has no such model or the model gives no intermediate features.
     """
@@ -65,6 +66,7 @@ class Backbone(nn.Module):
         self.patch_size: int = layer["reduction"]
         rows = -(-img_size // self.patch_size)
         self.grid = (rows, rows)
+        self.any_grid: bool = config.kwargs.get("dynamic_img_size") is True
         if hasattr(model, "prune_intermediate_layers"):
             model.prune_intermediate_layers([self.layer], prune_norm=not config.norm, prune_head=True)
         self.model = model
@@ -75,18 +77,24 @@ class Backbone(nn.Module):
         """A frozen backbone stays in evaluation mode: its batch statistics belong to its weights."""
         return super().train(mode and not self.frozen)
 
+    def grid_of(self, pixels: Tensor) -> tuple[int, int]:
+        """Returns the grid (rows, columns) of images [B, 3, H, W]; a patch that the border cuts counts."""
+        return -(-pixels.shape[2] // self.patch_size), -(-pixels.shape[3] // self.patch_size)
+
     def forward(self, pixels: Tensor) -> Tensor:
-        """[B, 3, H, W] normalized -> [B, N, D], patches in raster order, class tokens dropped.
+        """Returns features [B, N, D] for normalized pixels [B, 3, H, W], in raster order and without class tokens.
 
         Raises `ConfigError` where the model's feature map is not the grid that its stride promises for this image size.
         """
         (features,) = self.model.forward_intermediates(
             pixels, indices=[self.layer], norm=self.norm, output_fmt="NCHW", intermediates_only=True
         )
-        if tuple(features.shape[2:]) != self.grid:
-            got, side = " x ".join(map(str, features.shape[2:])), self.grid[0]
+        grid = self.grid_of(pixels)
+        if tuple(features.shape[2:]) != grid:
+            got, expected = (" x ".join(map(str, sides)) for sides in (features.shape[2:], grid))
             raise ConfigError(
-                f"the backbone gives {got} patches instead of {side} x {side}; choose an image.img_size divisible by {self.patch_size}"
+                f"the backbone gives {got} patches instead of {expected}; "
+                f"choose image sides divisible by {self.patch_size}"
             )
         return rearrange(features, "b d rows cols -> b (rows cols) d")
 

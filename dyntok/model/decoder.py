@@ -1,8 +1,10 @@
-"""Code vectors to features of all N patches, in one pass.
+"""Code vectors to features of all N patches, in one pass. Not here: pixels (`pixel_head.py`).
 
-Two ways to let tokens reach the patches: by cross-attention from learned queries, tokens known by their rank alone (LaVIT), or by
-putting them on the grid at their positions. Not here: pixels (`pixels.py`).
+Two ways for tokens to reach the patches: they lie on the grid at their positions, or learned queries read them by
+cross-attention and know them by their rank alone (LaVIT).
 """
+
+import math
 
 import torch
 from einops import rearrange
@@ -10,15 +12,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dyntok.config import DecoderConfig
+from dyntok.errors import ConfigError
 from dyntok.layout import lattice_positions
-from dyntok.model.merger import check_heads, scale_branches
+from dyntok.model.blocks import check_heads, feed_forward, scale_branches
+from dyntok.model.rotary import Rotary, rotate
 from dyntok_kernels import lengths_of, scatter_rows, varlen_attention
+
+_WAVES = 4  # frequencies per axis of the coordinate features
 
 
 def guessed_positions(length: int, grid: tuple[int, int], dithered: bool) -> Tensor:
-    """Places for tokens whose positions are unknown: LongTensor [length], strictly increasing, all N where length is N.
+    """Returns places for tokens whose positions are unknown: int64 [length], strictly increasing.
 
-    Evenly spread; or, where the selector has a dither, the patches that it favours: most kept ones lie on its lattice.
+    With a dithered selector they are the lattice, on which most kept patches lie. Otherwise they are evenly spread.
     """
     if dithered:
         return lattice_positions(length, grid)
@@ -26,102 +32,115 @@ def guessed_positions(length: int, grid: tuple[int, int], dithered: bool) -> Ten
 
 
 class Decoder(nn.Module):
-    """Code vectors [T, C] of B images -> features [B, N, out_dim].
+    """Code vectors [T, C] of B images with one grid -> features [B, N, out_dim].
 
-    placement "grid": tokens are added to the patch queries at their positions; where positions are unknown they are guessed from the
-    tokens' order (`guessed_positions`), and the blocks are told so. placement "rank": every block's queries attend to the tokens, which
-    carry an embedding of their rank; positions are not used.
+    placement "grid": tokens are added to the patch queries at their positions. Unknown positions are guessed from the
+    number of tokens (`guessed_positions`), and the blocks are informed. placement "rank": every block's queries attend
+    to the tokens, which carry an embedding of their rank. Positions are not used.
 
-    config: with its `embed_dim` and `out_dim`, or the backbone's `width` where they are None. Raises `ConfigError` where num_heads does
-    not divide the width. dithered: whether the selector has a dither.
+    position "table": every patch of one fixed grid has a learned query. position "rotary": any grid; queries follow
+    from coordinates, and self-attention from rotary embeddings.
+
+    config: `embed_dim` and `out_dim` default to the backbone's `width`. dithered: whether the selector has a dither.
+    Raises `ConfigError` where num_heads does not divide the width.
     """
 
     def __init__(
         self, grid: tuple[int, int], code_dim: int, width: int, config: DecoderConfig, *, dithered: bool = False
     ) -> None:
         super().__init__()
-        self.dithered = dithered
         embed_dim = config.embed_dim or width
-        self.out_dim = (config.out_dim or width) if config.head == "mlp" else embed_dim
         check_heads("decoder", embed_dim, config.num_heads)
-        self.grid = grid
-        self.placement = config.placement
-        self.num_patches = grid[0] * grid[1]
+        self.dithered, self.grid, self.placement = dithered, grid, config.placement
+        self.out_dim = (config.out_dim or width) if config.head == "mlp" else embed_dim
         self.in_proj = nn.Linear(code_dim, embed_dim)
-        self.query_embed = nn.Parameter(torch.randn(self.num_patches, embed_dim) * 0.02)
+        self.rotary = Rotary(embed_dim // config.num_heads) if config.position == "rotary" else None
+        queries = 1 if self.rotary else grid[0] * grid[1]
+        self.query_embed = nn.Parameter(torch.randn(queries, embed_dim) * 0.02)
+        self.coordinates = nn.Linear(4 * _WAVES + 2, embed_dim, bias=False) if self.rotary else None
         if self.placement == "rank":
-            self.rank_embed = nn.Parameter(torch.randn(self.num_patches, embed_dim) * 0.02)
+            self.rank_embed = nn.Parameter(torch.randn(queries, embed_dim) * 0.02)
         else:
             self.placed_embed = nn.Parameter(torch.zeros(2, embed_dim))  # at a known position, at a guessed one
-        self.blocks = nn.ModuleList(
-            DecoderBlock(
-                grid, embed_dim, config.num_heads, config.mlp_ratio,
-                cross=self.placement == "rank", conv=config.conv, init_scale=config.init_scale,
-            )
-            for _ in range(config.depth)
-        )  # fmt: skip
+        self.blocks = nn.ModuleList(DecoderBlock(embed_dim, config) for _ in range(config.depth))
         self.head = nn.Identity()
         if config.head == "mlp":
-            self.head = nn.Sequential(
-                nn.LayerNorm(embed_dim, eps=1e-5),
-                nn.Linear(embed_dim, embed_dim),
-                nn.Tanh(),
-                nn.Linear(embed_dim, self.out_dim),
-            )
+            norm = nn.LayerNorm(embed_dim, eps=1e-5)
+            hidden, out = nn.Linear(embed_dim, embed_dim), nn.Linear(embed_dim, self.out_dim)
+            self.head = nn.Sequential(norm, hidden, nn.Tanh(), out)
 
     def forward(
-        self, vectors: Tensor, cu_seqlens: Tensor, positions: Tensor | None = None, lengths: list[int] | None = None
+        self,
+        vectors: Tensor,
+        cu_seqlens: Tensor,
+        positions: Tensor | None = None,
+        lengths: list[int] | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> Tensor:
-        """vectors: [T, C]; cu_seqlens: int32 [B+1]; positions: LongTensor [T], -1 throughout an image whose positions are unknown, or
-        None where all are. lengths: B numbers of 1 to N, where the host knows them already. Returns [B, N, out_dim].
+        """Returns features [B, N, out_dim].
+
+        vectors: [T, C]. cu_seqlens: int32 [B+1].
+        positions: int64 [T], -1 throughout an image whose positions are unknown; None where all are unknown.
+        lengths: B numbers of 1 to N, where the host knows them. grid: (rows, columns) of all images of the call.
+
+        Raises `ConfigError` where a decoder with a table of positions gets another grid than its own.
         """
+        grid = self.grid if grid is None else grid
+        if self.rotary is None and grid != self.grid:
+            raise ConfigError(
+                f"this decoder knows the grid {self.grid[0]} x {self.grid[1]} alone, got {grid[0]} x {grid[1]}; "
+                "decoder.position: rotary takes any"
+            )
         lengths = lengths_of(cu_seqlens) if lengths is None else lengths
         tokens = self.in_proj(vectors)
         if self.placement == "rank":
             x = self.query_embed.expand(len(lengths), -1, -1)
             tokens = tokens + torch.cat([self.rank_embed[:n] for n in [0, *lengths]])
-            cu_queries = torch.arange(len(lengths) + 1, dtype=torch.int32, device=vectors.device) * self.num_patches
+            steps = torch.arange(len(lengths) + 1, dtype=torch.int32, device=vectors.device)
+            cu_queries = steps * len(self.query_embed)
         else:
-            x, tokens, cu_queries = self._place(tokens, lengths, positions), None, None
+            x, tokens, cu_queries = self._place(tokens, lengths, positions, grid), None, None
+        rotation = None if self.rotary is None else self.rotary(grid)
         for block in self.blocks:
-            x = block(x, tokens, cu_seqlens, cu_queries)
+            x = block(x, grid, rotation, tokens, cu_seqlens, cu_queries)
         return self.head(x)
 
-    def _place(self, tokens: Tensor, lengths: list[int], positions: Tensor | None) -> Tensor:
+    def _place(self, tokens: Tensor, lengths: list[int], positions: Tensor | None, grid: tuple[int, int]) -> Tensor:
         """Patch queries [B, N, D] with the tokens put on the grid."""
-        none = torch.empty(0, dtype=torch.long)  # so that a batch of no images is one, too
-        guessed = torch.cat([none, *(guessed_positions(n, self.grid, self.dithered) for n in lengths)]).to(
-            tokens.device
-        )
-        known = torch.zeros_like(guessed, dtype=torch.bool) if positions is None else positions >= 0
-        cell = guessed if positions is None else torch.where(known, positions, guessed)
-        image = torch.cat([none, *(torch.full((n,), i, dtype=torch.long) for i, n in enumerate(lengths))]).to(
-            tokens.device
-        )
+        none, num_patches = torch.empty(0, dtype=torch.long), grid[0] * grid[1]  # a batch may hold no image
+        guessed = [guessed_positions(n, grid, self.dithered) for n in lengths]
+        cell = torch.cat([none, *guessed]).to(tokens.device)
+        known = torch.zeros_like(cell, dtype=torch.bool) if positions is None else positions >= 0
+        cell = cell if positions is None else torch.where(known, positions, cell)
+        first = [torch.full((n,), i * num_patches) for i, n in enumerate(lengths)]
+        cell = cell + torch.cat([none, *first]).to(tokens.device)
         tokens = tokens + torch.where(known[:, None], self.placed_embed[0], self.placed_embed[1])
-        total = len(lengths) * self.num_patches
-        return scatter_rows(tokens, image * self.num_patches + cell, self.query_embed, total=total).unflatten(
-            0, (-1, self.num_patches)
-        )
+        queries = self.query_embed
+        if self.coordinates is not None:
+            features = coordinate_features(grid).to(self.coordinates.weight)
+            queries = queries + self.coordinates(features)
+        return scatter_rows(tokens, cell, queries, total=len(lengths) * num_patches).unflatten(0, (-1, num_patches))
+
+
+def coordinate_features(grid: tuple[int, int]) -> Tensor:
+    """Returns what a patch knows about its place in the picture: float [N, 18].
+
+    Cosines and sines of its coordinates, from 0 to 1 along each side, at four frequencies; and the grid's size.
+    """
+    axes = [(torch.arange(side) + 0.5) / side for side in grid]
+    places = torch.stack([axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")], 1)  # [N, 2]
+    angles = (places[:, :, None] * math.pi * torch.arange(1, _WAVES + 1)).flatten(1)
+    sizes = torch.tensor([math.log2(side / 16) for side in grid]).expand(len(places), 2)
+    return torch.cat([angles.cos(), angles.sin(), sizes], 1)
 
 
 class DecoderBlock(nn.Module):
-    """Self-attention over all patches, cross-attention to the tokens or a 3x3 convolution where wanted, MLP; pre-norm, residual."""
+    """Self-attention over all patches, cross-attention to tokens or a 3x3 convolution, MLP; pre-norm, residual."""
 
-    def __init__(
-        self,
-        grid: tuple[int, int],
-        embed_dim: int,
-        num_heads: int,
-        mlp_ratio: float,
-        *,
-        cross: bool,
-        conv: bool,
-        init_scale: float,
-    ) -> None:
+    def __init__(self, embed_dim: int, config: DecoderConfig) -> None:
         super().__init__()
-        hidden = int(mlp_ratio * embed_dim)
-        self.grid, self.num_heads = grid, num_heads
+        cross = config.placement == "rank"
+        self.num_heads = config.num_heads
         self.self_norm = nn.LayerNorm(embed_dim, eps=1e-5)
         self.self_qkv = nn.Linear(embed_dim, 3 * embed_dim)
         self.self_proj = nn.Linear(embed_dim, embed_dim)
@@ -129,25 +148,31 @@ class DecoderBlock(nn.Module):
         self.cross_query = nn.Linear(embed_dim, embed_dim) if cross else None
         self.cross_kv = nn.Linear(embed_dim, 2 * embed_dim) if cross else None
         self.cross_proj = nn.Linear(embed_dim, embed_dim) if cross else None
-        self.conv = nn.Conv2d(embed_dim, embed_dim, 3, padding=1, groups=embed_dim) if conv else None
+        self.conv = nn.Conv2d(embed_dim, embed_dim, 3, padding=1, groups=embed_dim) if config.conv else None
         self.mlp_norm = nn.LayerNorm(embed_dim, eps=1e-5)
-        self.mlp = nn.Sequential(nn.Linear(embed_dim, hidden), nn.GELU(), nn.Linear(hidden, embed_dim))
-        scale_branches(
-            init_scale,
-            *(layer for layer in (self.self_proj, self.cross_proj, self.mlp[-1], self.conv) if layer is not None),
-        )
+        self.mlp = feed_forward(embed_dim, config.mlp_ratio)
+        scale_branches(config.init_scale, self.self_proj, self.cross_proj, self.mlp[-1], self.conv)
 
-    def forward(self, x: Tensor, tokens: Tensor | None, cu_tokens: Tensor, cu_queries: Tensor | None) -> Tensor:
-        """x: [B, N, D]; tokens: [T, D] for the cross-attention."""
-        q, k, v = rearrange(
-            self.self_qkv(self.self_norm(x)), "b n (three h d) -> three b h n d", three=3, h=self.num_heads
-        )
-        x = x + self.self_proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
+    def forward(
+        self,
+        x: Tensor,
+        grid: tuple[int, int],
+        rotation: Tensor | None,
+        tokens: Tensor | None,
+        cu_tokens: Tensor,
+        cu_queries: Tensor | None,
+    ) -> Tensor:
+        """x: [B, N, D]; rotation: [N, 2 d] of the self-attention; tokens: [T, D] for the cross-attention."""
+        qkv = self.self_qkv(self.self_norm(x)).unflatten(-1, (3, self.num_heads, -1))  # [B, N, 3, H, d]
+        q, k, v = qkv.unbind(2)
+        q, k = rotate(q, rotation), rotate(k, rotation)
+        attended = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        x = x + self.self_proj(attended.transpose(1, 2).flatten(2))
         if self.cross_query is not None:
             q = rearrange(self.cross_query(self.cross_norm(x)), "b n (h d) -> (b n) h d", h=self.num_heads)
             k, v = rearrange(self.cross_kv(tokens), "t (two h d) -> two t h d", two=2, h=self.num_heads)
             x = x + self.cross_proj(varlen_attention(q, k, v, cu_queries, cu_tokens).flatten(-2)).view_as(x)
         if self.conv is not None:
-            grid = rearrange(x, "b (rows cols) d -> b d rows cols", rows=self.grid[0])
-            x = x + rearrange(self.conv(grid), "b d rows cols -> b (rows cols) d")
+            image = rearrange(x, "b (rows cols) d -> b d rows cols", rows=grid[0])
+            x = x + rearrange(self.conv(image), "b d rows cols -> b (rows cols) d")
         return x + self.mlp(self.mlp_norm(x))

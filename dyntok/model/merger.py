@@ -1,8 +1,8 @@
 """Folds the information of dropped patches into the kept ones (paper section 3.1).
 
-Only rows of kept patches are computed: dropped rows never reach them through the stream, and the keys and values of all blocks'
-cross-attention come from one fixed context, that of the dropped patches, in one matrix product. `SimilarMerger` does without weights. Not
-here: which patches are kept (`selector.py`).
+Only rows of kept patches are computed: dropped rows never reach them through the stream. The keys and values of all
+blocks' cross-attention come from one fixed context, that of the dropped patches, in one matrix product.
+`SimilarMerger` has no weights. Not here: which patches are kept (`selector.py`).
 """
 
 from collections.abc import Iterable
@@ -12,44 +12,31 @@ from torch import Tensor, nn
 
 from dyntok.config import MergerConfig
 from dyntok.errors import ConfigError
+from dyntok.model.blocks import check_heads, feed_forward, scale_branches
+from dyntok.model.rotary import Rotary, rotate
 from dyntok_kernels import compact, gather_rows, merge_similar, soft_masked_attention, total_of, varlen_attention
 
 LAVIT_EPS = 1e-6  # of the softmax formula in LaVIT's released code
 
 
-def cu_seqlens_of(mask: Tensor) -> Tensor:
-    """Bool [B, N] -> int32 [B+1]: where each image's True entries begin when all are packed."""
-    return torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
-
-
-def check_heads(part: str, embed_dim: int, num_heads: int) -> None:
-    if embed_dim % num_heads:
-        raise ConfigError(f"{part}.num_heads is {num_heads}, expected a divisor of its width {embed_dim}")
-
-
 class Merger(nn.Module):
-    """`depth` blocks over the raw features of kept patches; LayerNorm(features) is the context of every cross-attention.
+    """`depth` blocks over the features of kept patches. LayerNorm(features) is the context of every cross-attention.
+
+    position "none": tokens are told apart by their features alone. position "rotary": queries and keys are rotated by
+    their patch's place, so that a token knows where its neighbors lie on a grid of any size.
 
     Raises `ConfigError` where num_heads does not divide the width.
     """
 
-    def __init__(
-        self,
-        embed_dim: int,
-        depth: int,
-        num_heads: int,
-        mlp_ratio: float,
-        *,
-        norm: bool = True,
-        init_scale: float = 1.0,
-    ) -> None:
+    def __init__(self, embed_dim: int, config: MergerConfig) -> None:
         super().__init__()
-        check_heads("merger", embed_dim, num_heads)
-        self.num_heads = num_heads
+        check_heads("merger", embed_dim, config.num_heads)
+        self.num_heads = config.num_heads
+        self.rotary = Rotary(embed_dim // config.num_heads) if config.position == "rotary" else None
         self.context_norm = nn.LayerNorm(embed_dim, eps=1e-5)
-        self.context_kv = nn.Linear(embed_dim, 2 * depth * embed_dim)  # for each block its keys, then its values
-        self.blocks = nn.ModuleList(MergerBlock(embed_dim, num_heads, mlp_ratio, init_scale) for _ in range(depth))
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-5) if norm else nn.Identity()
+        self.context_kv = nn.Linear(embed_dim, 2 * config.depth * embed_dim)  # for each block its keys, then its values
+        self.blocks = nn.ModuleList(MergerBlock(embed_dim, config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-5) if config.norm else nn.Identity()
 
     def forward(
         self,
@@ -59,20 +46,26 @@ class Merger(nn.Module):
         *,
         exact: bool = False,
         total: int | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> Tensor:
-        """Merged tokens [T, D] of the kept patches, image by image, in raster order.
+        """Returns merged tokens [T, D] of the kept patches, image by image, in raster order.
 
         features: [B, N, D]. keep: bool [B, N], at least one True per image.
-        gate: float [B, N], in value equal to `keep`: a training choice whose gradient is wanted. It enters the attention weights as a
-            factor, `gate` for keys of the self-attention, `1 - gate` for keys of the cross-attention. Rows of dropped patches are not
-            computed unless `exact`, so a dropped patch's gate has its gradient from the cross-attention alone.
-        exact: the softmax formula of LaVIT's released code over all N keys; dense, about three times the work.
+        gate: float [B, N], equal to `keep` in value: a training choice whose gradient is wanted. It enters the
+            attention weights as a factor, `gate` for keys of the self-attention, `1 - gate` for keys of the
+            cross-attention. Rows of dropped patches are not computed unless `exact`, so a dropped patch's gate has
+            its gradient from the cross-attention alone.
+        exact: the softmax formula of LaVIT's released code over all N keys. It is dense and about three times the work.
         total: T, where it is known (an exact budget): the host then need not wait for the device to count.
+        grid: (rows, columns); needed for rotary positions.
         """
+        if self.rotary is not None and (grid is None or exact or gate is not None):
+            raise ConfigError("a merger with rotary positions needs grid=, and takes neither exact nor gate")
+        table = None if self.rotary is None else self.rotary(grid)
         if exact:
             attention = _DenseAttention(keep, gate)
         elif gate is None:
-            attention = _PackedAttention(keep, total)
+            attention = _PackedAttention(keep, total, table)
         else:
             attention = _GatedAttention(keep, gate)
         heads = (self.num_heads, features.shape[-1] // self.num_heads)
@@ -95,8 +88,12 @@ class SimilarMerger(nn.Module):
         *,
         exact: bool = False,
         total: int | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> Tensor:
-        """As `Merger`; the gate is a factor of the kept tokens. Raises `ConfigError` for `exact`, which is about attention."""
+        """Returns merged tokens as `Merger` does. The gate is a factor of the kept tokens; `grid` is not used.
+
+        Raises `ConfigError` for `exact`, which is a form of attention.
+        """
         if exact:
             raise ConfigError("exact was asked for, but a merger of kind 'similar' has no attention; leave exact out")
         tokens, _, _ = merge_similar(features, keep, features.new_ones(keep.shape), total=total)
@@ -106,21 +103,15 @@ class SimilarMerger(nn.Module):
 def build_merger(embed_dim: int, config: MergerConfig) -> Merger | SimilarMerger:
     if config.kind == "similar":
         return SimilarMerger()
-    return Merger(
-        embed_dim, config.depth, config.num_heads, config.mlp_ratio, norm=config.norm, init_scale=config.init_scale
-    )
+    return Merger(embed_dim, config)
 
 
 class MergerBlock(nn.Module):
-    """Causal self-attention among kept tokens, cross-attention to dropped patches, MLP; pre-norm, residual.
+    """Causal self-attention among kept tokens, cross-attention to dropped patches, MLP; pre-norm, residual."""
 
-    init_scale: factor on the last layer of each residual branch at the start of training.
-    """
-
-    def __init__(self, embed_dim: int, num_heads: int, mlp_ratio: float, init_scale: float) -> None:
+    def __init__(self, embed_dim: int, config: MergerConfig) -> None:
         super().__init__()
-        hidden = int(mlp_ratio * embed_dim)
-        self.num_heads = num_heads
+        self.num_heads = config.num_heads
         self.self_norm = nn.LayerNorm(embed_dim, eps=1e-5)
         self.self_qkv = nn.Linear(embed_dim, 3 * embed_dim)
         self.self_proj = nn.Linear(embed_dim, embed_dim)
@@ -128,8 +119,8 @@ class MergerBlock(nn.Module):
         self.cross_query = nn.Linear(embed_dim, embed_dim)
         self.cross_proj = nn.Linear(embed_dim, embed_dim)
         self.mlp_norm = nn.LayerNorm(embed_dim, eps=1e-5)
-        self.mlp = nn.Sequential(nn.Linear(embed_dim, hidden), nn.GELU(), nn.Linear(hidden, embed_dim))
-        scale_branches(init_scale, self.self_proj, self.cross_proj, self.mlp[-1])
+        self.mlp = feed_forward(embed_dim, config.mlp_ratio)
+        scale_branches(config.init_scale, self.self_proj, self.cross_proj, self.mlp[-1])
 
     def forward(self, x: Tensor, key: Tensor, value: Tensor, attention: "_Attention") -> Tensor:
         """x: [T, D] packed or [B, N, D] dense; key, value: of the context, [..., H, d]."""
@@ -140,20 +131,14 @@ class MergerBlock(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-def scale_branches(scale: float, *layers: nn.Linear) -> None:
-    """Start residual branches small, so that a deep stack begins near the identity."""
-    with torch.no_grad():
-        for layer in layers:
-            layer.weight.mul_(scale)
-            layer.bias.zero_()
-
-
 class _PackedAttention:
-    """Kept rows only, exact masked softmax over packed rows. Where every patch is kept the cross-attention averages all values, as LaVIT
-    does: a value is linear in its context, so the average is the value of the context's mean.
+    """Kept rows only, exact masked softmax over packed rows.
+
+    Where every patch is kept the cross-attention averages all values, as LaVIT does. A value is linear in its context,
+    so the average is the value of the context's mean.
     """
 
-    def __init__(self, keep: Tensor, total: int | None) -> None:
+    def __init__(self, keep: Tensor, total: int | None, table: Tensor | None = None) -> None:
         kept, self.cu_kept = compact(keep)
         dropped, self.cu_dropped = compact(~keep)
         self.num_patches = keep.shape[1]
@@ -161,6 +146,9 @@ class _PackedAttention:
         self.kept, self.dropped = kept[:total], dropped[: keep.numel() - total]
         self.image = self.kept.long() // self.num_patches  # [T]
         self.full = (self.cu_dropped.diff() == 0)[self.image, None, None]
+        rows = (self.kept, self.dropped)
+        places = [None if table is None else table[index.long() % self.num_patches] for index in rows]
+        self.of_kept, self.of_dropped = places  # rotations, [T, 2 d] and [B N - T, 2 d]
 
     def rows(self, features: Tensor) -> Tensor:
         return gather_rows(features.flatten(0, 1), self.kept)
@@ -170,11 +158,13 @@ class _PackedAttention:
         return torch.cat([gather_rows(context.flatten(0, 1), self.dropped), context.mean(1)])
 
     def among_kept(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = rotate(q, self.of_kept), rotate(k, self.of_kept)
         return varlen_attention(q, k, v, self.cu_kept, self.cu_kept, causal=True)
 
     def to_dropped(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         count = len(self.dropped)
-        out = varlen_attention(q, k[:count], v[:count], self.cu_kept, self.cu_dropped)
+        q, k = rotate(q, self.of_kept), rotate(k[:count], self.of_dropped)
+        out = varlen_attention(q, k, v[:count], self.cu_kept, self.cu_dropped)
         return torch.where(self.full, v[count:][self.image], out)
 
 

@@ -1,31 +1,35 @@
-"""Which patches carry information: a score per patch, and the rules that turn scores into a keep mask.
-
-Not here: what happens to dropped patches (`merger.py`).
+"""Which patches carry information: a score per patch. Not here: the rules that turn scores into a keep mask (`policy.py`),
+and what happens to dropped patches (`merger.py`).
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dyntok.errors import ConfigError
 from dyntok.layout import bayer_pattern
 
 KEEP, DROP = 0, 1
 
 
 class Selector(nn.Module):
-    """Log-probabilities of keeping and dropping each patch (paper section 3.1), in float32 or better whatever the weights are stored as.
+    """Scores patches: log-probabilities of keeping and dropping each (paper section 3.1).
 
-    The second half of the channels is replaced by its mean over all patches, so that every patch is judged in the light of the picture.
-    Starts by keeping: the last bias favours it (a selector that starts by dropping may never recover).
+    It computes in float32 or better, in whatever dtype its weights are stored. The second half of the channels is
+    replaced by its mean over all patches, so that every patch is judged in the context of the picture. An untrained
+    selector keeps: its last bias favors that, because one that starts by dropping may never recover.
 
-    With `dither`, every position has a learned bias that starts as an ordered dither (a tiled 8 x 8 Bayer matrix, within plus and minus
-    `dither` logits). Without it a smooth region, whose patches all score alike, is kept or dropped as a whole; with it the score sets how
-    densely a region is kept, and the bias which of its patches.
+    With `dither`, every position has a bias: an ordered dither (a tiled 8 x 8 Bayer matrix) within plus and minus
+    `dither` logits. Without it a smooth region, whose patches all score alike, is kept or dropped as a whole. With it
+    the score sets how densely a region is kept, and the bias sets which of its patches. Given a grid, the bias is a
+    learned table that starts as the dither; without one it stays fixed and fits any grid.
     """
 
     def __init__(self, embed_dim: int, grid: tuple[int, int] | None = None, dither: float = 0.0) -> None:
         super().__init__()
-        self.position_bias = nn.Parameter(dither * bayer_pattern(grid)) if dither else None
+        learned = dither > 0 and grid is not None
+        self.position_bias = nn.Parameter(dither * bayer_pattern(grid)) if learned else None
+        self.dither = dither
         self.embed_dim = embed_dim
         self.norm = nn.LayerNorm(embed_dim, eps=1e-5)
         self.in_proj = nn.Linear(embed_dim, embed_dim)
@@ -35,8 +39,18 @@ class Selector(nn.Module):
         with torch.no_grad():
             self.head.bias.copy_(torch.tensor([0.25, -0.25]))
 
-    def forward(self, features: Tensor) -> Tensor:
-        """[B, N, D] -> log-probabilities [B, N, 2], index 0 = keep."""
+    def bias(self, grid: tuple[int, int] | None) -> Tensor | float:
+        """Returns the position bias in logits, float [N], or 0.0 where there is none. A fixed dither needs the grid."""
+        if self.position_bias is not None:
+            return self.position_bias
+        if not self.dither:
+            return 0.0
+        if grid is None:
+            raise ConfigError("a selector with a fixed dither needs grid=(rows, columns)")
+        return self.dither * bayer_pattern(grid).to(self.head.bias.device)
+
+    def forward(self, features: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Returns log-probabilities [B, N, 2] for features [B, N, D]; index 0 is keep. A fixed dither needs the grid."""
         with torch.autocast(features.device.type, enabled=False):
             dtype = torch.promote_types(self.head.weight.dtype, torch.float32)
             scale, shift = (p.to(dtype) for p in self.norm.parameters())
@@ -46,14 +60,14 @@ class Selector(nn.Module):
             x = torch.cat([local, shared.mean(1, keepdim=True).expand_as(shared)], dim=-1)
             x = F.gelu(_linear(self.hidden2, F.gelu(_linear(self.hidden1, x))))
             logits = _linear(self.head, x)
-            if self.position_bias is not None:
-                bias = self.position_bias.to(dtype) / 2
+            if self.dither:
+                bias = self.bias(grid).to(dtype) / 2
                 logits = logits + torch.stack([bias, -bias], dim=-1)
             return F.log_softmax(logits, dim=-1)
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """In the dtype of x, whatever the weights are stored as."""
+    """Applies a layer in the dtype of x."""
     return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
 

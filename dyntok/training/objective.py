@@ -94,18 +94,18 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def code_vectors(self, pixels: Tensor) -> Tensor:
-        """pixels [B, 3, S, S] -> the vectors [T, C] that a step would quantize. Draws from the global generator."""
-        features = self.tokenizer.backbone(pixels)
-        keep, gate, _ = self.masks(self.tokenizer.selector(features))
-        return self.tokenizer.projection(self.tokenizer.merger(features, keep, gate)).float()
+        """pixels [B, 3, H, W] -> the vectors [T, C] that a step would quantize. Draws from the global generator."""
+        features, grid = self.tokenizer.backbone(pixels), self.tokenizer.backbone.grid_of(pixels)
+        keep, gate, _ = self.masks(self.tokenizer.selector(features, grid))
+        return self.tokenizer.projection(self.tokenizer.merger(features, keep, gate, grid=grid)).float()
 
     def forward(self, pixels: Tensor) -> StepResult:
-        """pixels: [B, 3, S, S]. Draws from the global random generator."""
+        """pixels: [B, 3, H, W]. Draws from the global random generator."""
         stage, tok, weights = self.stage, self.tokenizer, self.stage.weights
-        features = tok.backbone(pixels)
-        log_probs = tok.selector(features)
+        features, grid = tok.backbone(pixels), tok.backbone.grid_of(pixels)
+        log_probs = tok.selector(features, grid)
         keep, gate, is_random = self.masks(log_probs)
-        vectors = tok.projection(tok.merger(features, keep, gate)).float()
+        vectors = tok.projection(tok.merger(features, keep, gate, grid=grid)).float()
         codes = None
         if stage.quantize:
             rows, codes = tok.codebook.quantize(vectors)
@@ -114,7 +114,7 @@ class Objective(nn.Module):
         cu_seqlens = cu_seqlens_from_mask(keep)
         known = torch.rand(len(pixels), device=pixels.device) >= stage.position_drop  # [B]: decoded with positions
         positions = torch.where(known.repeat_interleave(keep.sum(1)), keep.nonzero()[:, 1], -1)
-        decoded = tok.decoder(rows, cu_seqlens, positions)
+        decoded = tok.decoder(rows, cu_seqlens, positions, grid=grid)
 
         metrics: dict[str, Tensor] = {}
         loss = pixels.new_zeros(())
@@ -124,7 +124,7 @@ class Objective(nn.Module):
             loss = loss + weights.feature * metrics["feature"]
             error = 1 - F.cosine_similarity(decoded.detach().float(), features.detach().float(), dim=-1)
         if tok.pixel_head is not None:
-            painted = tok.pixel_head(decoded).float()
+            painted = tok.pixel_head(decoded, grid).float()
             patch_error = losses.patch_error(painted, pixels, tok.backbone.patch_size)
             metrics["pixel"] = patch_error.mean()
             squared = ((painted.detach() - pixels) * self.pixel_std).square().mean((1, 2, 3))  # [B], of values 0 to 1
@@ -137,7 +137,7 @@ class Objective(nn.Module):
         if codes is not None:
             metrics["commitment"] = losses.commitment(F.normalize(vectors, dim=-1), tok.codebook.lookup(codes))
             loss = loss + weights.commitment * metrics["commitment"]
-        loss = loss + self._selector_losses(log_probs, error[known] if is_random else None, known, metrics)
+        loss = loss + self._selector_losses(log_probs, grid, error[known] if is_random else None, known, metrics)
         metrics["loss"] = loss
         metrics = {name: value.detach() for name, value in metrics.items()}
         lengths = (log_probs[..., KEEP] > log_probs[..., DROP]).sum(1).clamp(min=1)
@@ -184,7 +184,7 @@ class Objective(nn.Module):
             factors = torch.where(known, 1.0, weights.perceptual_unplaced)
             loss = loss + weights.perceptual * (distances * factors).mean()
             with torch.no_grad():
-                per_patch = losses.perceptual_per_patch(maps, targets, self.tokenizer.backbone.grid)
+                per_patch = losses.perceptual_per_patch(maps, targets, self.tokenizer.backbone.grid_of(pixels))
                 error = error / error.mean() + 0.5 * per_patch / per_patch.mean()
         if weights.semantic:
             metrics["semantic"] = self._semantic_loss(rows, keep, targets[-1].float().mean((2, 3)))
@@ -200,7 +200,7 @@ class Objective(nn.Module):
         return (1 - F.cosine_similarity(self.semantic(pooled).float(), wanted - wanted.mean(0), dim=-1)).mean()
 
     def _selector_losses(
-        self, log_probs: Tensor, error: Tensor | None, known: Tensor, metrics: dict[str, Tensor]
+        self, log_probs: Tensor, grid: tuple[int, int], error: Tensor | None, known: Tensor, metrics: dict[str, Tensor]
     ) -> Tensor:
         """error: [B', N] of the images with positions, as random masks left it; None if the masks were not random."""
         stage = self.stage
@@ -211,9 +211,9 @@ class Objective(nn.Module):
         metrics["rate"] = losses.rate(metrics["keep"], stage.rho)
         total = stage.weights.rate * metrics["rate"]
         if stage.weights.local and error is not None and len(error):
-            bias = self.tokenizer.selector.position_bias
-            unbiased = score[known] if bias is None else score[known] - bias.detach()
-            metrics["local"] = losses.local(unbiased, losses.around(error, self.tokenizer.backbone.grid))
+            bias = self.tokenizer.selector.bias(grid)
+            unbiased = score[known] - (bias.detach() if isinstance(bias, Tensor) else bias)
+            metrics["local"] = losses.local(unbiased, losses.around(error, grid))
             total = total + stage.weights.local * metrics["local"]
         return total
 

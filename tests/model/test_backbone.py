@@ -120,9 +120,7 @@ def test_a_model_without_intermediate_features_is_a_configuration_error(monkeypa
 def test_an_image_size_that_the_patches_do_not_divide_is_explained():
     source = dict(VIT, kwargs=VIT["kwargs"] | {"img_size": 60})
     backbone = new_backbone(source, 60)
-    with pytest.raises(
-        ConfigError, match="gives 7 x 7 patches instead of 8 x 8; choose an image.img_size divisible by 8"
-    ):
+    with pytest.raises(ConfigError, match="gives 7 x 7 patches instead of 8 x 8; choose image sides divisible by 8"):
         backbone(torch.randn(1, 3, 60, 60))
 
 

@@ -241,37 +241,39 @@ def test_heads_must_divide_the_width():
 
 @pytest.mark.parametrize("patch_size", [1, 4, 7, 14])
 def test_pixel_head_paints_the_whole_grid(patch_size):
-    head = PixelHead(WIDTH, GRID, patch_size)
-    pixels = head(torch.randn(2, PATCHES, WIDTH))
+    head = PixelHead(WIDTH, patch_size)
+    pixels = head(torch.randn(2, PATCHES, WIDTH), GRID)
     assert pixels.shape == (2, 3, GRID[0] * patch_size, GRID[1] * patch_size)
 
 
 @pytest.mark.parametrize("patch_size", [4, 7])
 def test_every_patch_paints_twice_its_side_around_itself(patch_size):
-    head = PixelHead(WIDTH, GRID, patch_size).double()
+    head = PixelHead(WIDTH, patch_size).double()
     features = torch.randn(1, PATCHES, WIDTH, dtype=torch.float64)
     with torch.no_grad():
         head.proj.bias.zero_()
     row, column, p = 1, 2, patch_size
     only = torch.zeros_like(features)
     only[0, row * GRID[1] + column] = features[0, row * GRID[1] + column]
-    pixels = head(only)[0]
+    pixels = head(only, GRID)[0]
     area = head.proj(only)[0, row * GRID[1] + column].view(3, 2 * p, 2 * p)
     top, left = row * p - p // 2, column * p - p // 2
     same(pixels[:, top : top + 2 * p, left : left + 2 * p], area)
     pixels[:, top : top + 2 * p, left : left + 2 * p] = 0
     assert (pixels == 0).all()
     # and neighbours add up
-    same(head(features), sum(head(features * (torch.arange(PATCHES) == i)[:, None]) for i in range(PATCHES)))
+    same(
+        head(features, GRID), sum(head(features * (torch.arange(PATCHES) == i)[:, None], GRID) for i in range(PATCHES))
+    )
 
 
 def test_a_constant_field_is_constant_inside():
     """Four areas meet in every pixel, except at the border, where the picture ends: there two, and one in the corners."""
-    head = PixelHead(WIDTH, GRID, 4).double()
+    head = PixelHead(WIDTH, 4).double()
     with torch.no_grad():
         head.proj.weight.zero_()
         head.proj.bias.fill_(0.25)
-    pixels = head(torch.randn(2, PATCHES, WIDTH, dtype=torch.float64))
+    pixels = head(torch.randn(2, PATCHES, WIDTH, dtype=torch.float64), GRID)
     same(pixels[..., 2:-2, 2:-2], torch.ones_like(pixels[..., 2:-2, 2:-2]))
     same(pixels[..., :2, 2:-2], torch.full_like(pixels[..., :2, 2:-2], 0.5))
     same(pixels[..., 2:-2, -2:], torch.full_like(pixels[..., 2:-2, -2:], 0.5))

@@ -10,9 +10,10 @@ from torch.testing import assert_close
 from dyntok.config import MergerConfig
 from dyntok.errors import ConfigError
 from dyntok.image import to_pixels
-from dyntok.model.merger import LAVIT_EPS, Merger, cu_seqlens_of
+from dyntok.model.merger import LAVIT_EPS, Merger
 from dyntok.model.selector import straight_through
 from dyntok.policy import KeepPolicy
+from dyntok.ragged import cu_seqlens_from_mask
 from dyntok.tokenizer import DynamicVisualTokenizer
 from dyntok_kernels import reference
 
@@ -50,7 +51,7 @@ each_mask = pytest.mark.parametrize("keep", MASKS.values(), ids=MASKS)
 def new_merger(dtype=torch.float64, **options):
     """With weights that make attention far from uniform and biases far from zero."""
     torch.manual_seed(1)
-    merger = Merger(WIDTH, DEPTH, HEADS, 2.0, **options)
+    merger = Merger(WIDTH, MergerConfig(depth=DEPTH, num_heads=HEADS, mlp_ratio=2.0, **options))
     with torch.no_grad():
         for parameter in merger.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -202,14 +203,14 @@ def test_the_reconstruction_alone_gives_every_patch_of_the_selector_a_gradient(t
     tokenizer.double()
     pixels = torch.stack([to_pixels(photo, tokenizer.config.image) for photo in photos[:3]]).double()
     features = tokenizer.backbone(pixels)
-    log_probs = tokenizer.selector(features).detach().requires_grad_()
+    log_probs = tokenizer.selector(features, tokenizer.grid).detach().requires_grad_()
     keep, gate = straight_through(log_probs)
     assert (keep.any(1) & ~keep.all(1)).all()
 
     def gradient(merged):
         rows = F.normalize(tokenizer.projection(merged), dim=-1)
-        decoded = tokenizer.decoder(rows, cu_seqlens_of(keep), keep.nonzero()[:, 1])
-        loss = (tokenizer.pixel_head(decoded) - pixels).square().mean()
+        decoded = tokenizer.decoder(rows, cu_seqlens_from_mask(keep), keep.nonzero()[:, 1])
+        loss = (tokenizer.pixel_head(decoded, tokenizer.grid) - pixels).square().mean()
         return torch.autograd.grad(loss, log_probs, retain_graph=True)[0]
 
     got = gradient(tokenizer.merger(features, keep, gate))
@@ -307,7 +308,7 @@ def test_where_all_are_kept_later_ones_are_seen_through_the_average_alone():
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_depth_zero_passes_kept_features_on():
     keep = MASKS["ragged"]
-    merger = Merger(WIDTH, 0, HEADS, 2.0, norm=False).double()
+    merger = Merger(WIDTH, MergerConfig(depth=0, num_heads=HEADS, mlp_ratio=2.0, norm=False)).double()
     features = features_for(keep)
     for options in ({}, {"exact": True}, {"gate": keep.double()}):
         assert torch.equal(merger(features, keep, **options), features[keep])
@@ -323,17 +324,19 @@ def test_a_small_start_is_near_the_identity():
     keep = MASKS["ragged"]
     features = features_for(keep)
     for scale, near in ((0.0, 1e-12), (1e-3, 1e-2)):
-        merger = Merger(WIDTH, DEPTH, HEADS, 2.0, norm=False, init_scale=scale).double()
+        merger = Merger(
+            WIDTH, MergerConfig(depth=DEPTH, num_heads=HEADS, mlp_ratio=2.0, norm=False, init_scale=scale)
+        ).double()
         assert (merger(features, keep) - features[keep]).abs().max() < near
 
 
 def test_heads_must_divide_the_width():
     with pytest.raises(ConfigError, match="merger.num_heads is 5, expected a divisor of its width 24"):
-        Merger(WIDTH, DEPTH, 5, 2.0)
+        Merger(WIDTH, MergerConfig(depth=DEPTH, num_heads=5, mlp_ratio=2.0))
 
 
 def test_bounds_of_a_mask():
-    bounds = cu_seqlens_of(MASKS["lengths 1 and N"])
+    bounds = cu_seqlens_from_mask(MASKS["lengths 1 and N"])
     assert bounds.dtype == torch.int32 and bounds.tolist() == [0, 1, 1 + PATCHES]
 
 
@@ -346,7 +349,7 @@ def lavit_merger(parity, file="tokenizer_encoder.bin"):
     for kind in ("weight", "bias"):
         rows = [state.pop(f"blocks.{i}.cross_{part}.{kind}") for i in range(depth) for part in ("key", "value")]
         state[f"context_kv.{kind}"] = torch.cat(rows)
-    merger = Merger(parity.config["dim"], depth, parity.config["heads"], 4.3637)
+    merger = Merger(parity.config["dim"], MergerConfig(depth=depth, num_heads=parity.config["heads"]))
     merger.load_state_dict(state)
     return merger
 

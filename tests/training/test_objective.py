@@ -142,7 +142,7 @@ def test_rate_is_over_the_batch_and_lengths_may_differ(make, pixels):
     # first half of the batch keeps all, second half nothing: right in the mean
     probabilities = torch.tensor([0.9, 0.9, 0.1, 0.1]).log()[:, None].expand(4, 64)
     log_probs = torch.stack([probabilities, (1 - probabilities.exp()).log()], dim=-1)
-    objective.tokenizer.selector.forward = lambda features: log_probs
+    objective.tokenizer.selector.forward = lambda features, grid: log_probs
     result = objective(pixels)
     assert result.lengths.tolist() == [64, 64, 1, 1]
     assert result.metrics["keep"] == 0.5 and result.metrics["rate"] == 0
@@ -151,7 +151,7 @@ def test_rate_is_over_the_batch_and_lengths_may_differ(make, pixels):
 def test_rate_has_the_gradient_of_the_probability(make, pixels):
     objective = make(Weights(pixel=1e-9, rate=1), rho=0.25, masks=Masks(0, random=1))
     logits = torch.zeros(4, 64, 2).index_fill_(2, torch.tensor([KEEP]), 0.1).requires_grad_()  # all are kept
-    objective.tokenizer.selector.forward = lambda features: F.log_softmax(logits, dim=-1)
+    objective.tokenizer.selector.forward = lambda features, grid: F.log_softmax(logits, dim=-1)
     objective(pixels).loss.backward()
     p = torch.tensor(0.1).sigmoid()
     assert torch.allclose(logits.grad[..., KEEP], (2 * (1 - 0.25) * p * (1 - p) / 256).expand(4, 64), rtol=1e-4)
@@ -328,12 +328,12 @@ def test_stages_that_the_tokenizer_cannot_serve(small_config, make, tokenizer):
 
 def psnr_of_everything(tokenizer, pixels):
     """All patches kept, no quantization."""
-    keep = torch.ones(len(pixels), tokenizer.decoder.num_patches, dtype=torch.bool)
+    keep = torch.ones(len(pixels), tokenizer.max_tokens, dtype=torch.bool)
     with torch.no_grad():
         vectors = F.normalize(tokenizer.projection(tokenizer.merger(tokenizer.backbone(pixels), keep)), dim=-1)
         lengths = torch.full((len(pixels),), keep.shape[1])
         cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
-        painted = tokenizer.pixel_head(tokenizer.decoder(vectors, cu_seqlens, keep.nonzero()[:, 1]))
+        painted = tokenizer.pixel_head(tokenizer.decoder(vectors, cu_seqlens, keep.nonzero()[:, 1]), tokenizer.grid)
     return float((-10 * ((painted - pixels) / 2).square().mean((1, 2, 3)).log10()).mean())
 
 

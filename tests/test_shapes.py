@@ -1,0 +1,177 @@
+"""Pictures of any shape: the grid that fits them, the same codes in every batch, and the way back to their own shape."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.any_grid import any_grid_config, any_grid_tokenizer
+
+from dyntok import CodeError, ConfigError, DynamicVisualTokenizer, ImageError, VisualVocab
+from dyntok.config import ImageConfig
+from dyntok.fitting import choose_grid, fit
+from dyntok.layout import mask_to_counts
+
+KEEP = ImageConfig(resize="keep", max_patches=256, patch_size=8)
+
+
+@pytest.fixture
+def tok(small_config):
+    return any_grid_tokenizer(small_config)
+
+
+@pytest.fixture(scope="module")
+def shapes(photos):
+    """The same photograph in many shapes: square, wide, tall, strips, tiny, odd sides."""
+    sizes = [(64, 64), (640, 480), (333, 500), (2304, 512), (120, 700), (17, 13), (1000, 333), (8, 64), (511, 509)]
+    return [Image.fromarray(photos[0]).resize(size) for size in sizes]
+
+
+def test_grids_are_within_the_limit_and_near_the_aspect_ratio():
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        width, height = (int(side) for side in generator.integers(16, 4000, 2))
+        if max(width, height) > 8 * min(width, height):
+            continue
+        for patches in (64, 256, 1024, 4096):
+            rows, columns = choose_grid(width, height, patches)
+            assert rows * columns <= patches and max(rows, columns) <= 128
+            assert rows * columns >= 0.6 * patches or max(rows, columns) >= 100
+            assert 0.8 < columns / rows / (width / height) < 1.25
+
+
+@pytest.mark.parametrize(
+    "size, patches, grid",
+    [((100, 100), 256, (16, 16)), ((768, 512), 256, (13, 19)), ((768, 512), 1024, (26, 39)), ((512, 768), 64, (9, 6))],
+)
+def test_grids_by_hand(size, patches, grid):
+    assert choose_grid(*size, patches) == grid
+
+
+def test_every_fit_says_what_it_uses():
+    def fitted(**options):
+        return fit(200, 100, ImageConfig(max_patches=256, patch_size=8, **options))
+
+    crop = fitted(resize="crop")
+    assert crop.size == (128, 128) and crop.box == (50, 0, 150, 100) and crop.inner == (0, 0, 128, 128)
+    assert fitted(resize="squash").box == (0, 0, 200, 100)
+    assert fitted(resize="pad").inner == (0, 32, 128, 96)
+    assert fitted(resize="crop", size=(64, 128)).box == (0, 0, 200, 100)
+    assert fitted(resize="keep", size=(64, 64)).size == (32, 64)
+    keep = fitted(resize="keep")
+    assert keep.box == (0, 0, 200, 100) and keep.size[1] > keep.size[0]
+
+
+def test_padding_is_white_and_the_picture_is_whole(tok):
+    black = Image.new("RGB", (64, 32))
+    image = tok.decode(tok.encode(black, fit="pad", policy=None))[0]
+    assert image.size == (64, 64)
+    from dyntok.image import to_array
+
+    pixels, _ = to_array(black, tok.image_config(fit="pad"))
+    assert (pixels[:16] == 255).all() and (pixels[16:48] == 0).all() and (pixels[48:] == 255).all()
+
+
+def test_pictures_come_back_in_their_shape(tok, shapes):
+    encoding = tok.encode(shapes)
+    for image, grid, again in zip(shapes, encoding.grids.tolist(), tok.decode(encoding), strict=True):
+        assert again.size == (grid[1] * 8, grid[0] * 8)
+        assert grid[0] * grid[1] <= 64
+        assert 0.6 < again.width / again.height / (image.width / image.height) < 1.67
+    sized = tok.decode(encoding[0], size=(50, 30))
+    assert sized[0].size == (30, 50)
+
+
+def test_batches_of_mixed_grids_equal_singles(tok, shapes):
+    together = tok.encode(shapes)
+    for index, image in enumerate(shapes):
+        assert tok.encode(image) == together[index]
+    backwards = tok.encode(shapes[::-1])
+    assert all(backwards[i] == together[len(shapes) - 1 - i] for i in range(len(shapes)))
+    for image, alone in zip(tok.decode(together), (tok.decode(row)[0] for row in together), strict=True):
+        assert np.array_equal(np.asarray(image), np.asarray(alone))
+    features = tok.features(shapes)
+    assert features.lengths.tolist() == together.lengths.tolist() and features.grids.tolist() == together.grids.tolist()
+
+
+def test_bad_pictures_among_mixed_grids_keep_their_place(tok, shapes):
+    mixed = [shapes[1], b"no picture", shapes[2], Image.new("RGB", (900, 10))]
+    encoding = tok.encode(mixed, errors="skip")
+    assert encoding.source_index.tolist() == [0, 2] and [index for index, _ in encoding.failures] == [1, 3]
+    with pytest.raises(ImageError, match="90.0 to 1; with fit 'keep' at most 8 to 1"):
+        tok.encode(mixed[3])
+    assert tok.encode(mixed[3], fit="squash").grids.tolist() == [[8, 8]]
+
+
+def test_more_patches_and_sizes(tok, shapes):
+    large = tok.encode(shapes[1], max_patches=300)
+    rows, columns = large.grids[0].tolist()
+    assert 240 <= rows * columns <= 300 and len(tok.decode(large)) == 1
+    assert tok.encode(shapes[1], size=(96, 160), fit="crop").grids.tolist() == [[12, 20]]
+    for options, message in [
+        (dict(max_patches=32), "image.max_patches is 32, expected a whole number from 64 to 4096"),
+        (dict(size=(60, 64)), "multiples of 8 pixels"),
+        (dict(size=5000), "at most 4,096 patches"),
+        (dict(size="big"), "expected .height, width. in pixels"),
+        (dict(fit="stretch"), "expected one of crop, squash, pad, keep"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            tok.encode(shapes[1], **options)
+
+
+@pytest.mark.parametrize("places", ["map", "lattice"])
+@pytest.mark.parametrize(
+    "options", [{}, {"budget": 20}, {"budget": 0.4}, {"threshold": 0.6}, {"sample": 3}, {"max_tokens": 9}]
+)
+def test_masks_are_canonical_under_every_policy(tok, shapes, places, options):
+    encoding = tok.encode(shapes[:4], places=places, **options)
+    free = tok.encode(shapes[:4], places="free", **options)
+    assert encoding.lengths.tolist() == free.lengths.tolist()
+    for row in encoding:
+        grid = tuple(row.grids[0].tolist())
+        mask = row.keep_mask()
+        assert int(mask_to_counts(mask, grid).sum()) == row.num_tokens
+    vocab = VisualVocab.of(tok, after=100, layout=places, any_grid=True)
+    again = vocab.to_encoding(vocab.to_ids(encoding))
+    assert again == encoding
+    if places == "lattice":
+        alone = tok.decode([row.codes[0].tolist() for row in encoding][:1], grid=tuple(encoding.grids[0].tolist()))[0]
+        unplaced = tok.decode(type(encoding).pack([encoding.codes[0]], None, encoding.grids[:1]))[0]
+        assert np.array_equal(np.asarray(alone), np.asarray(unplaced))
+
+
+def test_a_tokenizer_of_one_grid_says_so(tokenizer, photos):
+    for options in (dict(max_patches=256), dict(size=64), dict(fit="keep")):
+        with pytest.raises(ConfigError, match="knows the grid 8 x 8 alone"):
+            tokenizer.encode(photos[0], **options)
+    assert tokenizer.encode(photos[0], fit="squash") != tokenizer.encode(photos[1][:, :300], fit="crop")
+    with pytest.raises(CodeError, match="another grid than 8 x 8"):
+        tokenizer.decode([[1, 2, 3]], grid=(4, 4))
+
+
+def test_parts_that_take_one_grid_alone_are_refused(small_config):
+    import dataclasses
+
+    good = any_grid_config(small_config)
+    for part, name in [("selector", "selector.bias: fixed"), ("decoder", "decoder.position: rotary")]:
+        section = getattr(small_config, part)
+        section = dataclasses.replace(section, dither=1.0) if part == "selector" else section
+        with pytest.raises(ConfigError, match=name):
+            DynamicVisualTokenizer(dataclasses.replace(good, **{part: section}))
+
+
+def test_tensors_have_one_grid(tok, shapes):
+    pixels = torch.rand(2, 3, 48, 80)
+    encoding = tok.encode_tensor(pixels, budget=10)
+    assert encoding.grids.tolist() == [[6, 10]] * 2
+    assert tok.decode_to_pixels(encoding).shape == (2, 3, 48, 80)
+    with pytest.raises(ImageError, match="multiples of 8"):
+        tok.encode_tensor(torch.rand(1, 3, 50, 80))
+    with pytest.raises(CodeError, match="2 different grids"):
+        tok.decode_to_features(tok.encode(shapes[:2]))
+
+
+def test_saved_and_loaded(tok, shapes, tmp_path):
+    tok.save_pretrained(tmp_path)
+    again = DynamicVisualTokenizer.from_pretrained(tmp_path)
+    assert again.any_grid and again.encode(shapes[:3]) == tok.encode(shapes[:3])
+    assert "images of any shape, up to 64 patches" in repr(again)
