@@ -24,9 +24,9 @@ LEVELS = [
     {"tokenizer"},
     {"checkpoint", "chunks"},
     {"device", "policy", "precision", "image"},
-    {"imaging", "model", "encoding", "features", "layout", "ids"},
+    {"imaging", "fitting", "model", "encoding", "features", "ids"},
     {"config", "ragged", "validation"},
-    {"structure"},
+    {"structure", "layout"},
     {"errors"},
     {"dyntok_kernels"},
 ]
