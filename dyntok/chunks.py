@@ -134,7 +134,9 @@ def finite_images(features: Tensor, log_probs: Tensor, vectors: Tensor, cu_seqle
 
 
 def without_failures(rows: Iterable[Rows], dtype: torch.dtype, failures: Failures | None = None) -> Iterator[Rows]:
-    """Yields the rows of images whose numbers are finite. The others are added to `failures`, or raised where that is None.
+    """Yields the rows of images whose numbers are finite.
+
+    The other images are added to `failures`, or raised where that is None.
 
     Reads the result of a chunk after the next one was given to the device, so that the device never waits for the host.
     """

@@ -1,6 +1,7 @@
-"""The configuration of a tokenizer: small frozen dataclasses, checked when made, plain JSON on disk; and the named presets.
+"""The configuration of a tokenizer and the named presets.
 
-Not here: how to train one (`dyntok/training/recipes/*.yaml`).
+Small frozen dataclasses, checked when they are made, and plain JSON on disk.
+Not here: how to train a tokenizer (`dyntok/training/recipes/*.yaml`).
 """
 
 import dataclasses
@@ -22,11 +23,20 @@ MAX_PATCHES = 4096  # of one picture
 _MAX_SIDE = 1 << 14  # pixels
 _MAX_TEXT = 64  # characters of a backbone's option
 
-# Options of timm.create_model that read files, reach the network or change what the model returns; the backbone sets them itself.
+# Options of timm.create_model that read files, reach the network or change what the model returns.
 _REFUSED_OPTIONS = {
-    "cache_dir", "checkpoint_path", "exportable", "feature_cfg", "feature_cls", "features_only", "kwargs_filter", "model_cfg",
-    "num_classes", "out_indices", "scriptable",
-}  # fmt: skip
+    "cache_dir",
+    "checkpoint_path",
+    "exportable",
+    "feature_cfg",
+    "feature_cls",
+    "features_only",
+    "kwargs_filter",
+    "model_cfg",
+    "num_classes",
+    "out_indices",
+    "scriptable",
+}
 
 
 @dataclass(frozen=True)
@@ -83,8 +93,8 @@ class ImageConfig:
 class BackboneConfig:
     """A timm model, by name, and which of its layers gives the patch features.
 
-    kwargs go to timm.create_model: img_size, patch_size, depth, ... Only numbers, bools, short strings, None and lists of numbers, and no
-    option that reads files or reaches the network: a configuration may come from a stranger.
+    kwargs go to timm.create_model: img_size, patch_size, depth, ... Only numbers, bools, short strings, None and lists
+    of numbers, and no option that reads files or reaches the network: a configuration may come from a stranger.
     """
 
     name: str = "vit_small_patch16_224"
@@ -150,8 +160,10 @@ class SelectorConfig:
 
 @dataclass(frozen=True)
 class MergerConfig:
-    """What folds dropped patches into kept ones: attention blocks (paper section 3.1), or, without any parameter, averages of the most
-    similar ones (kind "similar"; the other options then mean nothing).
+    """What folds dropped patches into kept ones.
+
+    kind: "blocks" are attention blocks (paper section 3.1). "similar" averages the most similar patches; it has no
+        parameters, and the other options mean nothing.
     """
 
     depth: int = 12

@@ -1,7 +1,4 @@
-"""`load`: a tokenizer by name or folder, of the class that its files ask for.
-
-And the tokenizers that come with the package.
-"""
+"""`load` makes a tokenizer from a name or a folder. Also here: the tokenizers that come with the package."""
 
 import difflib
 import json
@@ -108,16 +105,16 @@ def _resolve_name(source: str | os.PathLike) -> str | os.PathLike:
     similar = difflib.get_close_matches(source, names, 1)
     hint = f" Did you mean {similar[0]!r}?" if similar else ""
     raise CheckpointError(
-        f"there is no tokenizer {source!r}: no folder of that name exists here, "
-        f"and the bundled tokenizers are {', '.join(names)}.{hint} "
-        "Give one of these, the path of a folder, or a repository on the Hugging Face hub such as 'org/name'."
+        f"there is no tokenizer {source!r}: no folder of that name exists here, and the bundled tokenizers are "
+        f"{', '.join(names)}.{hint} Give one of these, the path of a folder, "
+        "or a repository on the Hugging Face hub such as 'org/name'."
     )
 
 
 def _kind(header: Mapping[str, Any]) -> object:
     """Returns the kind of tokenizer that config.json describes.
 
-    Earlier versions did not write it, only the sections of LaVIT's.
+    Earlier versions did not write the kind, only the sections of LaVIT's tokenizer.
     """
     config = header.get("config")
     if "kind" in header or not isinstance(config, dict):

@@ -27,17 +27,20 @@ class KeepOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class KeepPolicy:
-    """How scores become a keep mask. At most one of `budget`, `threshold` and `sample`; without any, the selector decides.
+    """How scores become a keep mask.
 
-    budget: the exact number of tokens (int), or a share of the patches (float in (0, 1], rounded, at least one token). The patches with
-        the best scores are kept.
+    At most one of `budget`, `threshold` and `sample` may be given; without any, the selector decides.
+
+    budget: the exact number of tokens (int), or a share of the patches (float in (0, 1], rounded, at least one token).
+        The patches with the best scores are kept.
     threshold: keep every patch whose keep probability is at least this (0 to 1).
-    sample: keep patches at random with their keep probabilities, as in the paper. A seed, or a generator whose initial seed is used.
-        Image i of a call draws from that seed and i, so the result depends neither on the batch nor on earlier calls.
+    sample: keep patches at random with their keep probabilities, as in the paper. A seed, or a generator whose initial
+        seed is used. Image i of a call draws from that seed and i, so the result depends neither on the batch nor on
+        earlier calls.
     max_tokens: an upper limit. Works with every other option; the patches with the best scores stay.
-    places: which masks are allowed (see `layout.py`); by default what the tokenizer was trained for. "map": scores decide
-        how many patches each cell of 2 x 2 keeps, and a fixed order decides which. "lattice": scores decide how many the
-        picture keeps, and a fixed order decides which. "free": scores decide everything.
+    places: which masks are allowed (see `layout.py`); by default what the tokenizer was trained for. "map": scores
+        decide how many patches each cell of 2 x 2 keeps, and a fixed order decides which. "lattice": scores decide how
+        many the picture keeps, and a fixed order decides which. "free": scores decide everything.
     """
 
     budget: int | float | None = None

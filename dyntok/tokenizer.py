@@ -50,8 +50,8 @@ class DynamicVisualTokenizer(PretrainedModule):
     >>> enc.codes[0]                         # LongTensor [T]; T depends on the picture
     >>> tok.decode(enc)[0].save("again.png")
 
-    `dyntok.load` makes one. In float32 on a CPU the codes of an image depend on that image alone: not on the batch, the order, the process
-    or the run. On a GPU or in half precision they may differ in rare close decisions.
+    `dyntok.load` makes one. In float32 on a CPU the codes of an image depend on that image alone: not on the batch, the
+    order, the process or the run. On a GPU or in half precision they may differ in rare close decisions.
     """
 
     def __init__(self, config: TokenizerConfig, *, pretrained_backbone: bool = False) -> None:
@@ -89,17 +89,20 @@ class DynamicVisualTokenizer(PretrainedModule):
     ) -> Encoding:
         """Returns the codes of one image or many.
 
-        images: paths, bytes, PIL images, uint8 arrays [H, W(, C)], tensors [3, H, W] (see `image.py`); one or an iterable of them.
-        policy: how many patches each image keeps; the options of `KeepPolicy` (budget, threshold, sample, max_tokens) are accepted here,
-            too. By default the selector decides.
-        errors: "skip" leaves bad images out; `Encoding.failures` lists them and `source_index` gives the input of each row.
+        images: paths, bytes, PIL images, uint8 arrays [H, W(, C)], tensors [3, H, W] (see `image.py`); one or an
+            iterable of them.
+        policy: how many patches each image keeps; the options of `KeepPolicy` (budget, threshold, sample, max_tokens)
+            are accepted here, too. By default the selector decides.
+        errors: "skip" leaves bad images out; `Encoding.failures` lists them and `source_index` gives the input of each
+            row.
         fit: how a picture meets its grid: "keep" (the whole picture in its own shape), "crop", "squash" or "pad". By
             default as the configuration says.
         max_patches: the most patches of a picture, 64 to 4,096. More patches show more detail and take more tokens.
         size: (height, width) in pixels, or both as one number: the rectangle that pictures are fitted to. It takes the
             place of `max_patches`.
         max_pixels: larger images are refused before they are decoded; `load_image` says more about limits.
-        batch_size: the number of images that a GPU computes together; a CPU takes them one by one. It does not change the codes.
+        batch_size: the number of images that a GPU computes together; a CPU takes them one by one. It does not change
+            the codes.
 
         Raises `ImageError` on the first bad image unless they are skipped, and `ConfigError` on contradictory options.
         """
@@ -129,16 +132,17 @@ class DynamicVisualTokenizer(PretrainedModule):
         """Returns one image for each row of codes.
 
         codes: an `Encoding`, or codes alone as an LLM writes them: one list of integers per image.
-        positions: of the codes, where they are not an `Encoding`. Pictures are sharper with positions; without them the decoder guesses.
-            A decoder with placement "rank" does not use the positions of an `Encoding`.
+        positions: of the codes, where they are not an `Encoding`. Pictures are sharper with positions; without them the
+            decoder guesses. A decoder with placement "rank" does not use the positions of an `Encoding`.
         grid: (rows, columns) of patches, where it is not the tokenizer's own.
         size: (height, width) of the images in pixels, or both as one number; by default that of their grids.
 
         Codes alone are read as a lattice where the tokenizer keeps canonical masks: exact for codes that were encoded
         with `places="lattice"`. Codes of other masks need their positions, and look wrong without.
 
-        Raises `CodeError` on codes or positions out of range, an image without codes or with more codes than patches, positions for a
-        decoder that cannot use them, or a tokenizer without a pixel head; and `FingerprintError` on codes of another tokenizer.
+        Raises `CodeError` on codes or positions out of range, an image without codes or with more codes than patches,
+        positions for a decoder that cannot use them, or a tokenizer without a pixel head; and `FingerprintError` on
+        codes of another tokenizer.
         """
         encoding = self._as_encoding(codes, positions, grid)
         self._require_pixel_head()
@@ -162,7 +166,10 @@ class DynamicVisualTokenizer(PretrainedModule):
         batch_size: int = BATCH_SIZE,
         **options: Unpack[KeepOptions],
     ) -> Features:
-        """Returns the merged tokens that `encode` would quantize, for LLMs that read embeddings; arguments and errors as in `encode`."""
+        """Returns the merged tokens that `encode` would quantize, for LLMs that read embeddings.
+
+        Arguments and errors are those of `encode`.
+        """
         keep = KeepPolicy.of(policy, options)
         config = self.image_config(fit=fit, max_patches=max_patches, size=size)
         chunks = load_chunks(images, config, self._at_once(batch_size), max_pixels=max_pixels)
@@ -182,7 +189,8 @@ class DynamicVisualTokenizer(PretrainedModule):
     ) -> Encoding:
         """Returns the codes of normalized pixels, float [B, 3, H, W]; other arguments are those of `encode`.
 
-        keep_mask: bool [B, N], the patches to keep, at least one per image. It replaces every other choice, `max_tokens` included.
+        keep_mask: bool [B, N], the patches to keep, at least one per image. It replaces every other choice,
+            `max_tokens` included.
         errors: "skip" leaves out images for which the network computes NaN or infinite values.
 
         Raises `ImageError` on other pixels, `ConfigError` on contradictory options or a mask that does not fit.
@@ -214,7 +222,9 @@ class DynamicVisualTokenizer(PretrainedModule):
     def decode_to_pixels(
         self, codes: Codes, *, positions: IntegerRows | None = None, grid: tuple[int, int] | None = None
     ) -> Tensor:
-        """Returns normalized pixels [B, 3, H, W] for codes of images with one grid; arguments and errors as in `decode`."""
+        """Returns normalized pixels [B, 3, H, W] for codes of images with one grid; arguments and errors as in
+        `decode`.
+        """
         head, encoding = self._require_pixel_head(), self._as_encoding(codes, positions, grid)
         with self.inference():
             return head(self._decode_features(encoding, self.require_decoder()), self._one_grid(encoding))
@@ -324,12 +334,13 @@ class DynamicVisualTokenizer(PretrainedModule):
     def _require_pixel_head(self) -> PixelHead:
         if self.pixel_head is None:
             raise CodeError(
-                "this tokenizer has no pixel head, so it cannot make images; decode_to_features(codes) gives patch features"
+                "this tokenizer has no pixel head, so it cannot make images; "
+                "decode_to_features(codes) gives patch features"
             )
         return self.pixel_head
 
     def _at_once(self, images: int) -> int:
-        # matrix products round differently at different shapes: a CPU computes every image alone, always at the same shapes
+        # matrix products round differently at different shapes, so a CPU computes every image alone
         if type(images) is not int or images < 1:
             raise ConfigError(f"batch_size is {images!r}, expected an int of at least 1")
         return 1 if self.device.type == "cpu" else images
@@ -426,11 +437,15 @@ class DynamicVisualTokenizer(PretrainedModule):
     def _as_encoding(
         self, codes: Codes, positions: IntegerRows | None, grid: tuple[int, int] | None, decoder: Decoder | None = None
     ) -> Encoding:
-        """Returns codes as an `Encoding` that this tokenizer can decode; decoder: the one that will read them, where it is not the own."""
+        """Returns codes as an `Encoding` that this tokenizer can decode.
+
+        decoder: the one that will read them, if it is not the tokenizer's first.
+        """
         if isinstance(codes, str | os.PathLike):
             raise CodeError(
-                f"codes is the text {str(codes)[:80]!r}, expected an Encoding or one list of integers per image; read a file that "
-                "`dyntok encode` wrote with json.load(open(path))['codes'], or use `dyntok decode` on the command line"
+                f"codes is the text {str(codes)[:80]!r}, expected an Encoding or one list of integers per image; "
+                "read a file that `dyntok encode` wrote with json.load(open(path))['codes'], "
+                "or use `dyntok decode` on the command line"
             )
         if not isinstance(codes, Encoding):
             if not isinstance(codes, Iterable):

@@ -1,4 +1,4 @@
-"""Fixtures of several test files: photographs, a small untrained tokenizer, values from LaVIT's own networks."""
+"""What several test files share: photographs, a small untrained tokenizer, and values of LaVIT's networks."""
 
 import json
 import os
@@ -66,9 +66,9 @@ def _untrained(config, photos):
 
 @pytest.fixture
 def tokenizer(small_config, photos):
-    """Untrained, in evaluation mode, the same weights every time.
+    """An untrained tokenizer in evaluation mode, with the same weights every time.
 
-    Its selector keeps about half of the photographs' patches, not all.
+    Its selector keeps about half of the photographs' patches.
     """
     return _untrained(small_config, photos)
 
@@ -83,10 +83,7 @@ def checkpoint_folder(small_config, photos, tmp_path_factory):
 
 @dataclass(frozen=True)
 class Parity:
-    """Weights and intermediate values of LaVIT's networks at a small size, random weights.
-
-    Every value was made by their own code.
-    """
+    """Weights and intermediate values of LaVIT's own networks at a small size, with random weights."""
 
     tensors: dict[str, torch.Tensor]
     config: dict[str, int]
@@ -95,7 +92,7 @@ class Parity:
         return self.tensors[name]
 
     def weights(self, prefix: str, renamed: dict[str, str]) -> dict[str, torch.Tensor]:
-        """Returns all tensors under a prefix by the rest of their names, after the replacements of `renamed`."""
+        """Returns all tensors under a prefix, without it; every key of `renamed` is replaced by its value."""
         found = {}
         for name, tensor in self.tensors.items():
             if name.startswith(prefix):

@@ -1,4 +1,4 @@
-"""Nothing outside the package changes: the state of Python, PyTorch and Pillow is the same before and after every public call."""
+"""Nothing outside the package changes: Python, PyTorch and Pillow are the same after every public call."""
 
 import locale
 import os

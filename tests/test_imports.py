@@ -121,7 +121,7 @@ def test_no_arrow_points_up():
 
 
 def test_rooms_do_not_import_the_package_itself():
-    """`from dyntok import load` in a room would be a hidden arrow to the top. The batch room only reads the version there."""
+    """`from dyntok import load` in a room would be a hidden arrow to the top. Batch only reads the version."""
     users = {room_of(name) for name, targets in IMPORTS.items() if "dyntok" in targets}
     assert users <= {"cli", "batch"}
 

@@ -52,7 +52,7 @@ def test_the_names_are_these():
 
 
 def test_type_checkers_see_the_same_names():
-    """The names under TYPE_CHECKING and the table of lazy names agree, and each comes from the module that both give."""
+    """The names under TYPE_CHECKING and the table of lazy names agree."""
     tree = ast.parse((ROOT / "dyntok" / "__init__.py").read_text())
     (block,) = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
     seen = {alias.name: node.module for node in block.body for alias in node.names if alias.name == alias.asname}

@@ -1,4 +1,4 @@
-"""The promise "same image, same codes" for any batch, order, process and run (float32 on a CPU)."""
+"""The promise "same image, same codes", for any batch, order, process or run (float32 on a CPU)."""
 
 import json
 import os
@@ -118,7 +118,7 @@ def test_the_number_of_threads_does_not_matter(model, photos):
 
 
 def test_every_image_is_computed_alone(tokenizer, photos):
-    """Rounding rarely differs between batch shapes, so the tests above might miss images computed together."""
+    """Rounding rarely differs between batch shapes, so the comparisons above might miss images computed together."""
     shapes = []
     tokenizer.backbone.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
     tokenizer.encode(photos)

@@ -31,11 +31,12 @@ class _TooLargeError(Exception):
 
 
 def new_on_meta(make: Callable[[], M], state: Mapping[str, Tensor] | None = None) -> M:
-    """Returns a module without memory or initial values, for `fill`; with both where the meta device would lose
-    computed values.
+    """Returns a module without memory or initial values, for `fill`.
+
+    It has both where the meta device would lose computed values.
 
     state: the tensors that will fill it. Raises `CheckpointError` where they do not fit, before anything large is
-    built.
+        built.
     """
     if state is None:
         return _on_meta_or_not(make, None)
@@ -72,7 +73,10 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], advice: str = _ADVICE) 
 
 
 def check_state_dict(module: nn.Module, state: Mapping[str, Tensor], advice: str = _ADVICE) -> None:
-    """Raise a `CheckpointError` that names missing and unexpected tensors, and those of a wrong shape or type."""
+    """Checks that tensors are those of a module, with the same shapes and types.
+
+    Raises a `CheckpointError` that names what is missing, not expected or different.
+    """
     expected = module.state_dict()
     both = [name for name in expected if name in state]
     shapes = [
@@ -102,8 +106,7 @@ def check_finite(state: Mapping[str, Tensor]) -> None:
     if bad:
         raise CheckpointError(
             f"the weights hold NaN or infinite values in {len(bad)} tensors: {few(bad)}; "
-            "they are damaged or their training diverged, "
-            "use another checkpoint"
+            "they are damaged or their training diverged, use another checkpoint"
         )
 
 
@@ -139,7 +142,10 @@ def _on_meta_or_not(make: Callable[[], M], state: Mapping[str, Tensor] | None) -
 
 @contextmanager
 def _limited_registrations(limit: int) -> Iterator[None]:
-    """Raises `_TooLargeError` in the block once this thread registers more than `limit` modules and parameters."""
+    """Limits how many modules and parameters this thread may register inside the block.
+
+    Raises `_TooLargeError` as soon as there are more.
+    """
     thread, count = threading.get_ident(), 0
 
     def registered(*_: object) -> None:

@@ -32,7 +32,10 @@ def write(folder: Path, card: str | None) -> None:
 
 
 def licensed_card(folder: Path) -> str | None:
-    """Returns the README.md of a checkpoint if it names another license than Apache-2.0, which then stays."""
+    """Returns the README.md of a checkpoint if it names another license than Apache-2.0.
+
+    Such a card stays with its weights.
+    """
     try:
         with open(folder / "README.md", encoding="utf-8", errors="replace") as file:
             text = file.read(_MAX_BYTES)

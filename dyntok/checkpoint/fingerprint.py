@@ -22,8 +22,9 @@ def makes_codes(name: str) -> bool:
 
 
 def encoding_sections(config: TokenizerConfig) -> str:
-    """Returns, as JSON, the sections that codes depend on, without default values: a later version with more options
-    agrees.
+    """Returns the sections that codes depend on, as JSON.
+
+    Default values are left out, so that a later version with more options gives the same text.
 
     Raises `ConfigError` where a value cannot be written as JSON.
     """

@@ -50,11 +50,12 @@ def save(
     kind: str = "dynamic",
     dtype: torch.dtype | None = None,
 ) -> str:
-    """Writes a checkpoint into `folder` and returns the fingerprint. The folder is made if needed; a checkpoint in it
-    is replaced.
+    """Writes a checkpoint into `folder` and returns the fingerprint.
+
+    The folder is made if needed, and a checkpoint in it is replaced.
 
     kind: of the tokenizer, for whoever loads it. dtype: of the stored floating-point tensors; by default they are
-    stored as they are.
+        stored as they are.
 
     Everything is written under temporary names first. While files are moved into place the folder has no config.json,
     so that a reader sees the old checkpoint, the new one or a clear error, never a mixture.

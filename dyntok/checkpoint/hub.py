@@ -1,7 +1,6 @@
-"""The way to a checkpoint: a folder on this machine, or a repository on the Hugging Face hub, in the hub client's own
-cache.
+"""The way to a checkpoint: a folder on this machine, or a repository on the Hugging Face hub.
 
-Not here: what a checkpoint holds (`checkpoint.py`).
+Files of the hub are kept in its client's own cache. Not here: what a checkpoint holds (`format.py`).
 """
 
 import dataclasses
@@ -56,8 +55,9 @@ class Origin:
         return vars(self) | {"token": None}  # never into a file
 
     def resolve(self) -> tuple[Path, "Origin"]:
-        """The folder of a dyntok checkpoint, in the hub's cache where it is not one of this machine; and its origin,
-        the commit pinned.
+        """Returns the folder of a dyntok checkpoint, and its origin with the commit pinned.
+
+        A checkpoint on the hub is copied to the hub client's cache.
 
         Fetches config.json first and the weights only when it is a dyntok checkpoint. Raises `CheckpointError`, which
         says the ways out.
@@ -207,8 +207,10 @@ def _hub_trouble(name: str, revision: str | None, local_files_only: bool, error:
         why = "the hub can't be reached and the local cache does not hold it; check the connection and HF_HUB_OFFLINE"
     else:
         why = _first_line(error)
-    missing = f"no folder {name!r} on this machine; {looked_for}: {why}"
-    return f"{missing}. The path of a checkpoint's folder works without the hub."
+    return (
+        f"no folder {name!r} on this machine; {looked_for}: {why}. "
+        "The path of a checkpoint's folder works without the hub."
+    )
 
 
 def _first_line(error: Exception) -> str:

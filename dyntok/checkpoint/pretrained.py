@@ -59,14 +59,12 @@ class PretrainedModule(nn.Module):
     def config(self, value: TokenizerConfig) -> None:
         raise ConfigError(
             "the configuration of a tokenizer cannot be replaced, because codes and weights belong to it; "
-            "make a new tokenizer: "
-            f"{type(self).__name__}(config)"
+            f"make a new tokenizer: {type(self).__name__}(config)"
         )
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the configuration and the weights of everything that makes codes. Whatever stores codes stores it
-        with them.
+        """Hash of everything that makes codes: the configuration and the weights. It is stored with all codes.
 
         Computed again after any change that PyTorch notices; writing through `.data` is not noticed.
         """
@@ -91,6 +89,12 @@ class PretrainedModule(nn.Module):
         if isinstance(device, str | int | torch.device) and not isinstance(device, bool):
             check_device(device)
         return super().to(*args, **kwargs)
+
+    def cuda(self, device: int | torch.device | None = None) -> Self:
+        """Moves everything to a GPU. Raises `ConfigError` where this machine has none."""
+        if device is None:
+            return self.to("cuda")
+        return self.to(f"cuda:{device}" if isinstance(device, int) else device)
 
     def in_precision(self, dtype: torch.dtype) -> Self:
         """Casts most weights to `dtype`, in place.
@@ -127,9 +131,9 @@ class PretrainedModule(nn.Module):
         """Writes `config.json`, `model.safetensors` and, where there is none, a short model card into a folder.
 
         dtype: of the stored weights. Codes are defined on what is stored: rounding to half precision makes another
-        tokenizer.
+            tokenizer.
         push_to_hub: send the folder's checkpoint to the hub as `repo_id` (default: the folder's name); options as in
-        `push_to_hub`.
+            `push_to_hub`.
 
         Returns the address of the hub's commit, if there is one. Raises `CheckpointError`.
         """
@@ -144,11 +148,13 @@ class PretrainedModule(nn.Module):
     def push_to_hub(
         self, repo_id: str, *, dtype: torch.dtype | None = None, **push_options: Unpack[PushOptions]
     ) -> str:
-        """Sends the tokenizer to the hub with a short model card; for a card of your own use `save_pretrained(...,
-        push_to_hub=True)`.
+        """Sends the tokenizer to the hub with a short model card.
 
-        push_options: private, token, branch, create_pr, commit_message. Returns the commit's address. Raises
-        `CheckpointError`.
+        For a card of your own use `save_pretrained(..., push_to_hub=True)`.
+
+        push_options: private, token, branch, create_pr, commit_message.
+
+        Returns the commit's address. Raises `CheckpointError`.
         """
         with tempfile.TemporaryDirectory() as folder:
             subfolders = self._save(Path(folder), dtype)

@@ -13,8 +13,9 @@ from dyntok.lavit.config import ConditioningConfig
 
 
 class Conditioning(nn.Module):
-    """Features [B, N, D] -> prompt embeddings [B, N, E], where E is the sum of `embed_dims`, and the pooled embedding
-    [B, P] or None.
+    """Features [B, N, D] -> prompt embeddings [B, N, E] and the pooled embedding [B, P] or None.
+
+    E is the sum of `embed_dims`.
 
     Raises `ConfigError` where num_heads does not divide the width.
     """
@@ -31,7 +32,10 @@ class Conditioning(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """Returns [B, P] of tokens [B, N, D]: their mean attends to itself and to them (CLIP, arXiv 2103.00020)."""
+    """Attention pooling as in CLIP (arXiv 2103.00020), [B, N, D] -> [B, P].
+
+    The mean of all tokens is put in front of them; it attends to the tokens and to itself.
+    """
 
     def __init__(self, embed_dim: int, num_tokens: int, out_dim: int, num_heads: int) -> None:
         super().__init__()

@@ -11,7 +11,10 @@ _MAX_EMBEDDINGS = 64
 
 @dataclass(frozen=True)
 class ConditioningConfig:
-    """What a diffusion U-Net reads in place of a prompt, computed from the decoder's features (extra `diffusion`)."""
+    """What a diffusion U-Net reads in place of a text prompt (extra `diffusion`).
+
+    It is computed from the decoder's features.
+    """
 
     embed_dims: tuple[int, ...] = (768,)  # a linear layer for each; concatenated they are the prompt embeddings
     pooled_dim: int | None = None  # width of the pooled embedding for SDXL's U-Net; None: there is none

@@ -24,12 +24,12 @@ def convert(
     dtype: torch.dtype | str = torch.float32,
     revision: str | None = None,
 ) -> LavitTokenizer:
-    """Writes the released files as an ordinary checkpoint, with the license note that must stay with it, and returns
-    the tokenizer.
+    """Writes the released files as an ordinary checkpoint and returns the tokenizer.
+
+    The license note that must stay with the weights is written, too.
 
     parts: which of `PARTS` to convert besides the encoder; None: everything that is there. "pixels" are the diffusion
-    models of the
-        decoders (extra `diffusion`).
+        models of the decoders (extra `diffusion`).
     config, dtype: see `load_release`. revision: of the repository on the hub.
 
     Raises as `load_release` does, `ConfigError` on an unknown part, pixels without a decoder or a folder that holds

@@ -6,7 +6,10 @@ from dyntok.model.decoder import Decoder
 
 
 class LavitDecoder(Decoder):
-    """A `Decoder` whose features may become the conditioning of a diffusion model, by its configuration."""
+    """A `Decoder` that can turn its features into the conditioning of a diffusion model.
+
+    Its configuration says whether it has the layers for that.
+    """
 
     def __init__(
         self, grid: tuple[int, int], code_dim: int, width: int, config: LavitDecoderConfig, *, dithered: bool = False

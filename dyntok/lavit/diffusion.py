@@ -1,9 +1,8 @@
-"""LaVIT's conditions to pictures: the U-Net, VAE and DDIM scheduler of its released folders, run by diffusers' own
-classes.
+"""LaVIT's conditioning to pictures, by the U-Net, VAE and DDIM scheduler of its released folders.
 
-Not here: making the conditions from codes, and image files (`image.py`). Importing this file does not import diffusers
-(extra `diffusion`); loading a `DiffusionDecoder` does. Weights are read from safetensors or, as released, from a torch
-pickle of nothing but tensors.
+diffusers' own classes run them. Importing this file does not import diffusers (extra `diffusion`); loading a
+`DiffusionDecoder` does. Weights are read from safetensors or, as released, from a torch pickle of tensors alone.
+Not here: how the conditioning is made from codes, and image files (`image.py`).
 """
 
 import math
@@ -48,10 +47,10 @@ class DiffusionDecoder:
     def __init__(self, unet: Any, vae: Any, scheduler: Any, uncond_embeddings: Tensor | None = None) -> None:
         """Takes diffusers' `UNet2DConditionModel`, `AutoencoderKL` and `DDIMScheduler`.
 
-        A U-Net without a pooled embedding also needs float [L, E]. Both networks are put into evaluation mode. A
-        half-precision VAE with `force_upcast` becomes float32.
+        uncond_embeddings: float [L, E], for a U-Net without a pooled embedding.
 
-        Raises `ConfigError` on parts that do not fit together.
+        Both networks are put into evaluation mode; a half-precision VAE with `force_upcast` becomes float32. Raises
+        `ConfigError` on parts that do not fit together.
         """
         _check_parts(unet.config, vae.config)
         if vae.config.force_upcast and vae.dtype in HALF:
@@ -158,8 +157,9 @@ class DiffusionDecoder:
         generator: torch.Generator | None = None,
         batch_size: int = 1,
     ) -> Tensor:
-        """Float embeddings [B, N, E], and pooled [B, P] where the U-Net wants it -> float32 pixels [B, 3, H, W] in [0,
-        1], on the CPU.
+        """Makes float32 pixels [B, 3, H, W] in [0, 1], on the CPU, of prompt embeddings.
+
+        embeddings: float [B, N, E]. pooled: float [B, P], where the U-Net needs it.
 
         `size` is one of `sizes`. With a pooled embedding `steps` is 50 and `guidance` 5.0, as LaVIT paints; without, 25
         and 3.0, our choice. A guidance of 1 or less leaves the unconditional half of the work out. `batch_size` images
@@ -213,9 +213,9 @@ class DiffusionDecoder:
         return {"encoder_hidden_states": torch.cat([plain, wanted]), "encoder_attention_mask": mask.flatten(0, 1)}
 
     def _denoise(self, latents: Tensor, conditions: dict[str, Any], steps: int, guidance: float) -> Tensor:
-        """Noise to clean latents, float32 [B, C, h, w].
+        """Noise -> clean latents, float32 [B, C, h, w].
 
-        The latents stay float32 in a half-precision U-Net, so that steps add up.
+        The latents stay float32 even in a half-precision U-Net, so that small steps add up.
         """
         scheduler = type(self.scheduler).from_config(
             self.scheduler.config

@@ -58,7 +58,10 @@ _ADVICE = "Check heads and vit_heads in config=, or fetch the file again."
 
 
 def is_release(name_or_path: str | os.PathLike) -> bool:
-    """Returns whether this is a repository of LaVIT's released files, or a folder laid out like one."""
+    """Returns whether this names LaVIT's released files.
+
+    They are a repository on the hub, or a folder laid out like it, which need not be complete.
+    """
     folder = Path(os.path.expanduser(name_or_path))
     if not folder.is_dir():
         return str(name_or_path) in RELEASES
@@ -72,8 +75,9 @@ def load_release(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | str = torch.float32,
 ) -> LavitTokenizer:
-    """Returns LaVIT's tokenizer from its released files: a folder laid out like the repository, or the repository on
-    the hub.
+    """Returns LaVIT's tokenizer from its released files, in a folder or on the hub.
+
+    origin: a folder laid out like the repository, or the repository.
 
     Only the backbone and the encoder are fetched now (about 3 GB); a decoder, the understanding path and the diffusion
     models follow when they are first needed. config: see `Sizes`; head counts must be given where they are not the

@@ -17,8 +17,9 @@ _MLP_RATIO = MergerConfig.mlp_ratio
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of the networks. The head counts cannot be read off the weights; of the others, those that are given are
-    checked.
+    """Sizes of the networks.
+
+    The head counts cannot be read off the weights. Of the other sizes, those that are given are checked.
 
     heads: of merger, decoders and attention pooling; vit_heads: of the backbone. dim, vit_depth, merger_depth,
     decoder_depth, mlp_hidden: widths and depths. grid: patches along a side; patch: pixels along a patch. codebook,

@@ -107,9 +107,8 @@ class LavitTokenizer(DynamicVisualTokenizer):
         """Returns continuous merged tokens; other arguments and errors as in `encode`.
 
         path: "codes" gives the tokens that `encode` would quantize. "understanding" gives what LaVIT feeds its LLM,
-        made by a merger and a
-            projection of their own, which are loaded when first needed. Raises `ConfigError` where the tokenizer has no
-            such path.
+            made by a merger and a projection of their own, which are loaded when first needed. Raises `ConfigError`
+            where the tokenizer has no such path.
         """
         keep, merge = KeepPolicy.of(policy, options), self._merge(path, lavit_softmax)
         chunks = load_chunks(images, self.config.image, self._at_once(batch_size), max_pixels=max_pixels)
@@ -131,7 +130,8 @@ class LavitTokenizer(DynamicVisualTokenizer):
         """Returns one image for each row of codes, made by a diffusion model that is loaded when first needed.
 
         codes, positions, grid: as in `DynamicVisualTokenizer.decode`. highres: use the decoder and the model for larger
-        pictures. size, steps, guidance, generator, batch_size: see `DiffusionDecoder`.
+            pictures.
+        size, steps, guidance, generator, batch_size: see `DiffusionDecoder`.
 
         Raises as `DynamicVisualTokenizer.decode` does, and `ConfigError` on an option that does not fit.
         """
@@ -188,7 +188,7 @@ class LavitTokenizer(DynamicVisualTokenizer):
     ) -> Tensor:
         """Returns patch features [B, N, D] for codes.
 
-        Arguments and errors as in `decode`, but no diffusion model is needed.
+        Arguments and errors are those of `decode`, but no diffusion model is needed.
         """
         encoding = self._encoding_for(codes, positions, grid, highres)
         return self._decode_features(encoding, self._decoder(highres))
@@ -201,7 +201,10 @@ class LavitTokenizer(DynamicVisualTokenizer):
         grid: tuple[int, int] | None = None,
         highres: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns a U-Net's conditioning: prompt embeddings [B, N, E], and the pooled embedding [B, P] or None."""
+        """Returns what a diffusion U-Net reads.
+
+        That is the prompt embeddings [B, N, E], and the pooled embedding [B, P] or None.
+        """
         conditioning = self._conditioning(highres)
         with self.inference():
             return conditioning(self.decode_to_features(codes, positions=positions, grid=grid, highres=highres))
@@ -251,8 +254,7 @@ class LavitTokenizer(DynamicVisualTokenizer):
         if conditioning is None:
             raise CodeError(
                 "this tokenizer has neither a pixel head nor conditions for a diffusion model, "
-                "so it cannot make images; "
-                "decode_to_features(codes) gives patch features"
+                "so it cannot make images; decode_to_features(codes) gives patch features"
             )
         return conditioning
 

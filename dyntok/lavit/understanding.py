@@ -1,4 +1,7 @@
-"""Continuous tokens for a language model that reads pictures (LaVIT's understanding path): never quantized, a merger of their own."""
+"""Continuous tokens for a language model that reads pictures (LaVIT's understanding path).
+
+They have a merger of their own and are never quantized.
+"""
 
 from torch import Tensor, nn
 

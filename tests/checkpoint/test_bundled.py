@@ -1,4 +1,4 @@
-"""The bundled tokenizer's quality: at most half a decibel below the measured figures, so worse weights are noticed."""
+"""The quality of the bundled tokenizer. The limits are half a decibel below what was measured."""
 
 import os
 from pathlib import Path

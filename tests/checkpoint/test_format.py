@@ -1,4 +1,4 @@
-"""Checkpoints on disk: round trips, shards, fingerprints, interrupted writes, damaged and hostile folders."""
+"""Checkpoints on disk: round trips, shards, interrupted writes, damaged and hostile folders."""
 
 import json
 import os

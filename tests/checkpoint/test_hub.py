@@ -112,8 +112,7 @@ def test_a_private_repository_needs_the_token(hub):
         (
             "org/none",
             {},
-            "no folder 'org/none' on this machine; .*'org/none': it does not exist or is private"
-            ".*token=.*folder works without",
+            "no folder 'org/none' on this machine; .*: it does not exist or is private.*token=.*works without",
         ),
         ("org/whole", {"revision": "v9"}, "'org/whole' at revision 'v9': it has no such revision"),
         ("org/gated", {}, "'org/gated': it is gated; ask for access"),

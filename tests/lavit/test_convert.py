@@ -1,4 +1,4 @@
-"""LaVIT's released files through `dyntok.load`: its own networks' numbers, what is read when, and the import."""
+"""LaVIT's released files through `dyntok.load`: the numbers of its networks, what is read when, conversion."""
 
 import dataclasses
 import json
@@ -264,10 +264,7 @@ def test_the_preset_is_what_the_released_sizes_give():
 
 
 def test_a_uniform_average_where_every_patch_is_kept(shared, parity):
-    """LaVIT's formula lets all values in alike where no key is allowed.
-
-    By hand for the first block's cross-attention.
-    """
+    """LaVIT's formula weights all values equally where no key is allowed; computed by hand for the first block."""
     features = parity["io/backbone_features"][:1]
     merger, block = shared.merger, shared.merger.blocks[0]
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Diffusion with diffusers' networks at toy size, saved as LaVIT released them, against a DDIM loop made by hand."""
+"""The diffusion decoder at toy size, saved as LaVIT released it, against a DDIM loop written out by hand."""
 
 import functools
 import json

@@ -1,7 +1,4 @@
-"""Checkpoints of LaVIT that earlier versions wrote: config.json has no kind, only the sections.
-
-They load, with the same fingerprint.
-"""
+"""Checkpoints of LaVIT by earlier versions, whose config.json has no kind: they load with the same fingerprint."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""LaVIT's files from a hub, with the real client and a loopback server: requested files, interrupted downloads."""
+"""LaVIT's files from a hub: the real client, a local server, and downloads that break off."""
 
 import os
 import subprocess

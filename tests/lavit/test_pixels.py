@@ -1,4 +1,4 @@
-"""Codes to pictures in one call, with LaVIT's decoders and a toy diffusion model in the released folder layout."""
+"""Codes to pictures in one call, with a diffusion model of toy size in the released folder layout."""
 
 import json
 import shutil
@@ -21,7 +21,10 @@ from support import diffusion_files  # noqa: E402
 
 @pytest.fixture(scope="module")
 def release(parity, tmp_path_factory):
-    """Adds U-Nets as wide as the fixture's conditions: 24 for 512 px, 24 + 40 and 40 pooled for 1024 px."""
+    """Released files whose U-Nets fit the fixture's conditioning.
+
+    24 wide in the 512 px style; 24 + 40 wide and pooled to 40 in the 1024 px style.
+    """
     folder = write_release(parity, tmp_path_factory.mktemp("release"))
     diffusion_files.write_release(folder / "pixel_decoding", cross_attention_dim=24)
     diffusion_files.write_release(

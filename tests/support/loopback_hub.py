@@ -13,7 +13,7 @@ TOKEN = "hf_secret"
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The four routes that a download needs: revision, tree, and HEAD and GET of a file (with Range)."""
+    """The four routes of a download: revision, tree, HEAD and GET of a file (from a byte on where Range says so)."""
 
     repos: dict[str, dict[str, bytes]] = {}
     requests: list[str] = []
