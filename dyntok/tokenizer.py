@@ -321,7 +321,8 @@ class DynamicVisualTokenizer(PretrainedModule):
             return
         if config.image.patch_size != backbone.patch_size:
             raise ConfigError(
-                f"image.patch_size is {config.image.patch_size}, but the backbone's patches have {backbone.patch_size} pixels"
+                f"image.patch_size is {config.image.patch_size}, but the backbone's patches have "
+                f"{backbone.patch_size} pixels; use that number"
             )
         fixed = {
             "backbone.kwargs.dynamic_img_size: true": not backbone.any_grid,

@@ -84,7 +84,7 @@ def test_only_the_images_concerned_are_left_out(tokenizer, photos):
 def test_images_of_one_chunk_are_told_apart():
     keep = torch.tensor([[True, False, True], [False, True, False], [True, True, True]])
     finite = torch.tensor([True, False, True])
-    rows, failures = Rows([4, 5, 7], torch.arange(6), keep, finite), []
+    rows, failures = Rows([4, 5, 7], torch.arange(6), keep, finite, (1, 3)), []
     (left,) = without_failures([rows], torch.float16, failures)
     assert left.values.tolist() == [0, 1, 3, 4, 5] and left.input_indices == [4, 7]
     assert torch.equal(left.keep, keep[[0, 2]]) and [index for index, _ in failures] == [5]
