@@ -112,7 +112,9 @@ class _Sampling:
     """The first rows of the work, encoded."""
 
     def __init__(self, task: Task) -> None:
-        self.task, self.items, self.types, self.left_out = task, [], {}, LeftOut()
+        self.task, self.left_out = task, LeftOut()
+        self.items: list[Any] = []
+        self.types: dict[str, Any] = {}
         self.extent = 0  # of their input shards
         self.seconds, self.timed = 0.0, 0  # for so many rows; the first batch only warms up
 

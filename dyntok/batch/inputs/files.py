@@ -78,8 +78,9 @@ class _ImageFiles:
         (address,) = sample.images
         columns = {name: self._text_beside(address, name) for name in self.options.keep_columns}
         broken = [value for value in columns.values() if isinstance(value, Broken)]
-        images = broken[:1] or [address if not is_remote(address) else self._read(address)]
-        return replace(sample, images=images, columns={} if broken else columns)
+        if broken:
+            return replace(sample, images=broken[:1], columns={})
+        return replace(sample, images=[self._read(address) if is_remote(address) else address], columns=columns)
 
     def _read(self, address: str) -> bytes | Broken:
         try:
@@ -121,8 +122,8 @@ class Folders(_ImageFiles):
 
     def _images_in(self, fs: fsspec.AbstractFileSystem, root: str, left_out: LeftOut) -> Iterator[ListedFile]:
         files = find_unnamed_images(fs, list_files(fs, root, left_out))
-        for _, group in itertools.groupby(files, key=lambda pair: split_key(pair[0].key)[0]):
-            group = [(file, unnamed or is_image(file.key)) for file, unnamed in group]
+        for _, pairs in itertools.groupby(files, key=lambda pair: split_key(pair[0].key)[0]):
+            group = [(file, unnamed or is_image(file.key)) for file, unnamed in pairs]
             stems = {_stem(file.key) for file, image in group if image}
             for file, image in group:
                 if image:

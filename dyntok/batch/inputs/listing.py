@@ -125,8 +125,8 @@ def size_and_stamp(file: ListedFile) -> tuple[int, str]:
 def _sort(entries: Iterable[tuple[str, bool, bool]], stack: ExitStack) -> Iterator[Any]:
     """Sorts the entries of a folder, by way of temporary files where there are many."""
     runs: list[Iterator[Any]] = []
-    for chunk in batched(entries, _NAMES_IN_MEMORY):
-        chunk = sorted(chunk)
+    for unsorted in batched(entries, _NAMES_IN_MEMORY):
+        chunk = sorted(unsorted)
         if len(chunk) == _NAMES_IN_MEMORY:
             file = stack.enter_context(tempfile.TemporaryFile("w+", encoding="ascii"))  # noqa: SIM115
             file.writelines(json.dumps(entry) + "\n" for entry in chunk)

@@ -75,7 +75,7 @@ def images_and_columns(group: Group, options: BatchOptions) -> tuple[list[bytes 
         broken = Broken(f"has {count} images ({names}), expected one; --interleaved reads several per row")
     if broken is not None:
         return [broken], {}
-    return list(group.images.values()), columns
+    return list(group.images.values()), {name: text for name, text in columns.items() if not isinstance(text, Broken)}
 
 
 def _text(name: str, content: bytes | Broken | None) -> str | Broken | None:

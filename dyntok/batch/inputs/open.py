@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 
 import fsspec
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]  # it has no __all__
 from fsspec.implementations.local import LocalFileSystem
 
 from dyntok.batch.addresses import StorageOptions, address_of, locate, redact, wrap_storage_errors
@@ -14,13 +14,13 @@ from dyntok.batch.inputs.files import Folders, Lists
 from dyntok.batch.inputs.listing import find_unnamed_images, list_files
 from dyntok.batch.inputs.names import LeftOut, kind_of
 from dyntok.batch.inputs.parquet import Tables
-from dyntok.batch.inputs.samples import FileShards, Input
+from dyntok.batch.inputs.samples import Input
 from dyntok.batch.inputs.tars import Tars
 from dyntok.batch.inputs.zips import Zips
 from dyntok.batch.options import BatchOptions
 from dyntok.errors import ConfigError, DataError
 
-_FILE_KINDS: dict[str, type[FileShards]] = {"tar": Tars, "zip": Zips, "parquet": Tables}
+_FILE_KINDS: dict[str, type[Tars] | type[Zips] | type[Tables]] = {"tar": Tars, "zip": Zips, "parquet": Tables}
 _EXPECTED = "a folder of images, .tar, .zip or .parquet files, or a .txt list of paths"
 
 
@@ -30,9 +30,8 @@ def open_input(sources: Sequence[str], options: BatchOptions, storage: StorageOp
     Raises `ConfigError`, `DataError`, `BatchError`.
     """
     addresses = [address for source in sources for address in _expand(source, storage)]
-    if options.kind != "auto":
-        kinds = [options.kind]
-    else:
+    kinds: list[str] = [options.kind]
+    if options.kind == "auto":
         kinds = sorted({_kind_of_address(address, storage) for address in addresses})
     if len(kinds) != 1:
         found = " and ".join(kinds)
@@ -95,7 +94,8 @@ def _kind_of_address(address: str, storage: StorageOptions) -> str:
 
 
 def _kind_of_folder(fs: fsspec.AbstractFileSystem, path: str, address: str) -> str:
-    left_out, found, place = LeftOut(), set(), None
+    left_out, place = LeftOut(), None
+    found: set[str] = set()
     for file, unnamed in find_unnamed_images(fs, list_files(fs, path, left_out)):
         kind = "folder" if unnamed else kind_of(file.key)
         folder = file.key.rpartition("/")[0]

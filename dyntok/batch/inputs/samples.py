@@ -65,8 +65,15 @@ class InputSample:
 class ShardReader(Protocol):
     """An open shard."""
 
-    types: dict[str, pa.DataType]  # of the extra columns
-    left_out: Mapping[str, int]  # files after the last sample, by suffix; complete when the iterator is exhausted
+    @property
+    def types(self) -> dict[str, pa.DataType]:
+        """The types of the extra columns."""
+        ...
+
+    @property
+    def left_out(self) -> Mapping[str, int]:
+        """The files after the last sample, counted by suffix. Complete once the iterator is exhausted."""
+        ...
 
     def __iter__(self) -> Iterator[InputSample]: ...
 
@@ -74,7 +81,10 @@ class ShardReader(Protocol):
 class Input(Protocol):
     """All shards of one kind of input."""
 
-    kind: str
+    @property
+    def kind(self) -> str:
+        """The name of the kind, as `BatchOptions.kind` has it."""
+        ...
 
     def shards(self) -> Iterator[Shard]:
         """Yields the shards, in the same order every time. Raises `DataError`, `BatchError`."""

@@ -23,7 +23,7 @@ def tar_members(file: IO[bytes], start: int) -> Iterator[tuple[tarfile.TarFile, 
         file.seek(offset)
         tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115
         while (member := tar.next()) is not None:
-            tar.members.clear()  # else it keeps all of them
+            tar.members.clear()  # type: ignore[attr-defined]  # otherwise it keeps all of them
             yield tar, member
         offset = _next_tar(file, tar.offset)
 

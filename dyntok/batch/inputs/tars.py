@@ -168,9 +168,10 @@ class _TarReader:
 
     def _read(self, member: tarfile.TarInfo, extension: str, role: Role) -> bytes | Broken:
         if is_link(member):
-            member = self._index.target(member)
-        if isinstance(member, Broken):
-            return member
+            target = self._index.target(member)
+            if isinstance(target, Broken):
+                return target
+            member = target
         if error := too_large(extension, member.size, role):
             return error
         content = self._tar.extractfile(member).read()

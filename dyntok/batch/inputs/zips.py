@@ -76,11 +76,16 @@ class _ZipReader:
                 for extension in group.columns:
                     self.left_out.count(f"{key}.{extension}")
 
+    @property
+    def _intact(self) -> zipfile.ZipFile:
+        assert isinstance(self.archive, zipfile.ZipFile)  # iteration ends at once where it is Broken
+        return self.archive
+
     def _groups(self) -> list[tuple[str, list[zipfile.ZipInfo]]]:
         """Returns the members of every sample, in the order of their first members. A repeated name is a new sample."""
         groups: list[tuple[str, list[zipfile.ZipInfo]]] = []
         open_groups: dict[str, tuple[set[str], list[zipfile.ZipInfo]]] = {}
-        for info in self.archive.infolist():
+        for info in self._intact.infolist():
             if info.is_dir():
                 continue
             key, extension = split_key(info.filename)
@@ -117,7 +122,7 @@ class _ZipReader:
                 return Broken("is a link, and the links lead in a circle")
             if error := too_large(extension, member.file_size, role):
                 return error
-            with self.archive.open(member) as file:  # gives no more bytes than `file_size`
+            with self._intact.open(member) as file:  # gives no more bytes than `file_size`
                 return file.read()
         except KeyError as error:
             return Broken(f"is a link to {error.args[0]}, which is not in the zip archive")
@@ -126,9 +131,9 @@ class _ZipReader:
 
     def _target(self, link: zipfile.ZipInfo) -> zipfile.ZipInfo:
         """Raises `KeyError` where the archive does not hold the target."""
-        with self.archive.open(link) as file:
+        with self._intact.open(link) as file:
             target = file.read(_MAX_NAME).decode("utf-8", "replace")
         name = posixpath.normpath(posixpath.join(posixpath.dirname(link.filename), target))
-        if name not in self.archive.NameToInfo:
+        if name not in self._intact.NameToInfo:
             raise KeyError(target)
-        return self.archive.NameToInfo[name]
+        return self._intact.NameToInfo[name]
