@@ -1,8 +1,10 @@
-"""Any kind of picture to normalized pixels and back, safely: path, bytes, PIL image, ndarray or tensor in, float tensor out.
+"""Any kind of picture to normalized pixels and back, safely: path, bytes, PIL image, ndarray or tensor in, float tensor
+out.
 
-Does: read, check against limits before decoding, decode, turn upright, bring to 8-bit RGB, resize, normalize. Every source takes this one
-path, so the same picture gives the same pixels however it came. Whatever goes wrong is an `ImageError` that names the source.
-Does not: fetch URLs, read formats outside `ACCEPTED_FORMATS`, or read more than one frame.
+Does: read, check against limits before decoding, decode, turn upright, bring to 8-bit RGB, resize, normalize. Every
+source takes this one path, so the same picture gives the same pixels however it came. Whatever goes wrong is an
+`ImageError` that names the source. Does not: fetch URLs, read formats outside `ACCEPTED_FORMATS`, or read more than one
+frame.
 """
 
 import os
@@ -42,7 +44,8 @@ ImageSource: TypeAlias = (
     str | os.PathLike | bytes | bytearray | memoryview | BinaryFile | Image.Image | np.ndarray | torch.Tensor
 )
 
-# Reading takes up to 16 bytes per pixel (WebP, AVIF), so these limits keep one file below 2 GB, the half of one for PyTorch included.
+# Reading takes up to 16 bytes per pixel (WebP, AVIF), so these limits keep one file below 2 GB, the half of one for
+# PyTorch included.
 # 2**26 lets 61-megapixel cameras in.
 DEFAULT_MAX_PIXELS = 2**26
 MAX_SIDE = 2**20  # Pillow's resize needs 32 bytes of filter weights per pixel of a side
@@ -64,21 +67,24 @@ def load_image(
 ) -> Image.Image:
     """Return a new, upright 8-bit RGB image.
 
-    * path: a regular file of at most `MAX_FILE_BYTES`; bytes, bytearray, memoryview or file object: the content of such a file, in one of
+    * path: a regular file of at most `MAX_FILE_BYTES`; bytes, bytearray, memoryview or file object: the content of such
+    a file, in one of
       `ACCEPTED_FORMATS`
     * PIL image: any mode, its current frame; one that is not decoded yet meets the same limits as a file
     * ndarray: [H, W], [H, W, 1], [H, W, 3] (RGB) or [H, W, 4] (RGBA), uint8 or floating point in [0, 1]
     * tensor: [3, H, W] or [1, H, W], uint8 or floating point in [0, 1], on any device
 
-    Floating point is rounded to 8 bits. The EXIF orientation is applied, transparency composited on white, and of an animation the first
-    frame is taken. `color="srgb"` converts colors by the embedded ICC profile; PNG's cICP, gAMA and cHRM chunks and EXIF's ColorSpace are
-    ignored.
+    Floating point is rounded to 8 bits. The EXIF orientation is applied, transparency composited on white, and of an
+    animation the first frame is taken. `color="srgb"` converts colors by the embedded ICC profile; PNG's cICP, gAMA and
+    cHRM chunks and EXIF's ColorSpace are ignored.
 
-    White is what the file states: TIFF's BitsPerSample, SMaxSampleValue and MaxSampleValue (rounded up to whole bits), and PNG's sBIT
-    where no sample exceeds it. Where nothing states it, or a sample exceeds it, 16-bit samples are scaled from 0..65535, and for modes I
-    and F the first of 1 (F only), 255 and 65535 that holds every value is white; other values are refused.
+    White is what the file states: TIFF's BitsPerSample, SMaxSampleValue and MaxSampleValue (rounded up to whole bits),
+    and PNG's sBIT where no sample exceeds it. Where nothing states it, or a sample exceeds it, 16-bit samples are
+    scaled from 0..65535, and for modes I and F the first of 1 (F only), 255 and 65535 that holds every value is white;
+    other values are refused.
 
-    `max_pixels` is checked before decoding. Settings of Pillow such as `LOAD_TRUNCATED_IMAGES` have no effect. Raises `ImageError`.
+    `max_pixels` is checked before decoding. Settings of Pillow such as `LOAD_TRUNCATED_IMAGES` have no effect. Raises
+    `ImageError`.
     """
     with _failures_named(source) as name:
         image = _load(source, name, max_pixels, color)
@@ -115,7 +121,10 @@ def normalized(array: np.ndarray, config: ImageConfig) -> torch.Tensor:
 
 
 def to_image(pixels: torch.Tensor, config: ImageConfig) -> Image.Image:
-    """Return the RGB image of normalized pixels [3, H, W], clamped and rounded to 8 bits; undoes the normalization of `to_pixels`."""
+    """Return the RGB image of normalized pixels [3, H, W], clamped and rounded to 8 bits.
+
+    Undoes the normalization of `to_pixels`.
+    """
     name = describe(pixels)
     if pixels.ndim != 3 or pixels.shape[0] != 3 or not pixels.is_floating_point() or 0 in pixels.shape:
         raise ImageError(f"{name}: expected normalized floating-point pixels [3, H, W]")
@@ -138,7 +147,7 @@ def _failures_named(source: ImageSource) -> Iterator[str]:
         yield name
     except ImageError:
         raise
-    except Exception as error:  # on broken files Pillow raises almost anything: SyntaxError, struct.error, IndexError, MemoryError, ...
+    except Exception as error:  # on broken files Pillow raises almost anything: SyntaxError, IndexError, ...
         raise ImageError(
             f"{name}: can't be read as an image; expected an intact one ({type(error).__name__}: {error})"
         ) from error

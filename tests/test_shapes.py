@@ -1,4 +1,4 @@
-"""Pictures of any shape: the grid that fits them, the same codes in every batch, and the way back to their own shape."""
+"""Pictures of any shape: the grid that fits them, the same codes in every batch, and decoding to their shape."""
 
 import numpy as np
 import pytest

@@ -1,6 +1,7 @@
 """Patch features from any timm model, through its public interface.
 
-Weights come from timm's hub, from a local file, or later from the checkpoint that holds this backbone. Not here: training.
+Weights come from timm's hub, from a local file, or later from the checkpoint that holds this backbone. Not here:
+training.
 """
 
 from pathlib import Path
@@ -47,7 +48,8 @@ class Backbone(nn.Module):
         size = getattr(embed, "img_size", None)
         if size is not None and tuple(size) != (img_size, img_size) and getattr(embed, "strict_img_size", True):
             raise ConfigError(
-                f"image.img_size is {img_size}, but {config.name} takes {size[0]} x {size[1]}; set backbone.kwargs.img_size to {img_size}"
+                f"image.img_size is {img_size}, but {config.name} takes {size[0]} x {size[1]}; "
+                    f"set backbone.kwargs.img_size to {img_size}"
             )
         info = getattr(model, "feature_info", None)
         if not hasattr(model, "forward_intermediates") or not info:
@@ -104,7 +106,8 @@ class Backbone(nn.Module):
 
 
 def load_timm_weights(model: nn.Module, path: str | Path) -> None:
-    """Fill a timm model from a safetensors file in timm's own naming. What the model lacks (later layers, a head) is left out.
+    """Fill a timm model from a safetensors file in timm's own naming. What the model lacks (later layers, a head) is
+    left out.
 
     Raises `CheckpointError` where the file can't be read, lacks a tensor, or has one of another shape.
     """
@@ -120,6 +123,7 @@ def load_timm_weights(model: nn.Module, path: str | Path) -> None:
     if missing or misshaped:
         names = ", ".join((missing + misshaped)[:5])
         raise CheckpointError(
-            f"{path} does not fit the model: {len(missing)} tensors missing, {len(misshaped)} of another shape (first: {names})"
+            f"{path} does not fit the model: {len(missing)} tensors missing, {len(misshaped)} of another shape "
+            f"(first: {names})"
         )
     model.load_state_dict({name: state[name] for name in wanted if name in state}, strict=False)

@@ -78,7 +78,7 @@ class Merger(nn.Module):
 
 
 class SimilarMerger(nn.Module):
-    """A merger without parameters: every dropped patch is averaged into the kept one that it is most like (`merge_similar`)."""
+    """A merger without parameters: averages every dropped patch into the most similar kept one (`merge_similar`)."""
 
     def forward(
         self,
@@ -169,7 +169,10 @@ class _PackedAttention:
 
 
 class _GatedAttention:
-    """Kept rows only, the keep decision a factor in the attention weights, for its gradient. Image by image: lengths differ widely."""
+    """Kept rows only, the keep decision a factor in the attention weights, for its gradient.
+
+    Image by image: lengths differ widely.
+    """
 
     def __init__(self, keep: Tensor, gate: Tensor) -> None:
         self.keep, self.lengths = keep, keep.sum(1).tolist()

@@ -5,7 +5,10 @@ from torch import Tensor, nn
 
 
 class PixelHead(nn.Module):
-    """One linear layer per patch. A patch paints an area of twice its side, and overlapping areas add up to hide seams."""
+    """One linear layer per patch.
+
+    A patch paints an area of twice its side, and overlapping areas add up to hide seams.
+    """
 
     def __init__(self, embed_dim: int, patch_size: int) -> None:
         super().__init__()

@@ -1,5 +1,5 @@
-"""Which patches carry information: a score per patch. Not here: the rules that turn scores into a keep mask (`policy.py`),
-and what happens to dropped patches (`merger.py`).
+"""Which patches carry information: a score per patch. Not here: the rules that turn scores into a keep mask
+(`policy.py`), and what happens to dropped patches (`merger.py`).
 """
 
 import torch
@@ -50,7 +50,10 @@ class Selector(nn.Module):
         return self.dither * bayer_pattern(grid).to(self.head.bias.device)
 
     def forward(self, features: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Returns log-probabilities [B, N, 2] for features [B, N, D]; index 0 is keep. A fixed dither needs the grid."""
+        """Returns log-probabilities [B, N, 2] for features [B, N, D]; index 0 is keep.
+
+        A fixed dither needs the grid.
+        """
         with torch.autocast(features.device.type, enabled=False):
             dtype = torch.promote_types(self.head.weight.dtype, torch.float32)
             scale, shift = (p.to(dtype) for p in self.norm.parameters())
@@ -74,8 +77,8 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
 def straight_through(log_probs: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """The training choice: hard Gumbel-softmax with a straight-through gradient (paper section 3.1).
 
-    log_probs [B, N, 2] -> (keep mask bool [B, N], gate float [B, N]: 1.0 where kept, 0.0 where dropped, its gradient that of the
-    relaxed choice).
+    log_probs [B, N, 2] -> (keep mask bool [B, N], gate float [B, N]: 1.0 where kept, 0.0 where dropped, its gradient
+    that of the relaxed choice).
     """
     gate = F.gumbel_softmax(log_probs, tau=temperature, hard=True, dim=-1)[..., KEEP]
     return gate.detach() > 0.5, gate

@@ -1,4 +1,4 @@
-"""Backbones: timm models of several kinds against timm itself, frozen or not, weights from files, and LaVIT's own numbers."""
+"""Backbones: timm models of several kinds against timm itself, weights from files, and LaVIT's own numbers."""
 
 import pytest
 import timm
@@ -181,7 +181,7 @@ def test_timms_eva_gives_lavits_features(parity, tmp_path):
     kwargs = dict(
         img_size=config["grid"] * config["patch"], patch_size=config["patch"], embed_dim=config["dim"], depth=config["vit_depth"],
         num_heads=config["vit_heads"],
-    )  # fmt: skip
+    )
     backbone = Backbone(BackboneConfig("eva_giant_patch14_clip_224", kwargs), kwargs["img_size"])
     save_file(parity.weights("eva_vitg_psz14.bin/", {}), tmp_path / "eva.safetensors")
     backbone.load_weights(tmp_path / "eva.safetensors")

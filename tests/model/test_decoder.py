@@ -268,7 +268,7 @@ def test_every_patch_paints_twice_its_side_around_itself(patch_size):
 
 
 def test_a_constant_field_is_constant_inside():
-    """Four areas meet in every pixel, except at the border, where the picture ends: there two, and one in the corners."""
+    """Four areas meet in every pixel; two at the border of the picture, and one in its corners."""
     head = PixelHead(WIDTH, 4).double()
     with torch.no_grad():
         head.proj.weight.zero_()

@@ -1,4 +1,4 @@
-"""The merger's packed, gated and exact paths against a dense masked form, its meaning (who sees whom), and LaVIT's own numbers."""
+"""The merger's paths against a dense masked form, its meaning (who sees whom), and LaVIT's own numbers."""
 
 import dataclasses
 
@@ -130,9 +130,11 @@ def test_exact_agrees_with_the_released_formula_in_dense_form(keep):
 def test_gated_agrees_with_the_dense_masked_form_and_so_does_the_gate_gradient(keep):
     """Except for one part, which packing gives up on purpose, and which the dense form leaves out here by `detach`.
 
-    In the dense form the gate of a dropped patch also is the weight of its key in the self-attention. That weight is 0, yet has a
-    gradient: what would change if the patch began to be seen. It needs the dropped patch's own row in every block, and not computing
-    these rows is the whole point. A dropped patch's gate therefore has its gradient from the cross-attention alone.
+    In the dense form the gate of a dropped patch also is the weight of its key in the self-attention. That weight is 0,
+    yet has a
+    gradient: what would change if the patch began to be seen. It needs the dropped patch's own row in every block, and
+    not computing these rows is the whole point. A dropped patch's gate therefore has its gradient from the
+    cross-attention alone.
     """
     merger, features = new_merger(), features_for(keep)
     gate = keep.double().requires_grad_()

@@ -25,7 +25,7 @@ def any_grid_config(config, places="map"):
 
 
 def any_grid_tokenizer(config, places="map"):
-    """Returns the tokenizer in evaluation mode, with the same weights every time and a selector that tells patches apart."""
+    """Returns a tokenizer with the same weights every time and a selector that tells patches apart."""
     torch.manual_seed(0)
     tokenizer = DynamicVisualTokenizer(any_grid_config(config, places)).eval()
     with torch.no_grad():
