@@ -13,8 +13,8 @@ from torch import Tensor
 
 from dyntok.errors import CodeError, FingerprintError, ImageError
 from dyntok.ragged import cu_seqlens_from_lengths, image_of_token, join_rows, pad_rows, split_rows
+from dyntok.structure import brief
 from dyntok.validation import (
-    brief,
     check_packed,
     check_tensor,
     counted,

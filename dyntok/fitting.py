@@ -85,8 +85,9 @@ def _kept(width: int, height: int, config: ImageConfig) -> tuple[int, int]:
     ratio = max(width, height) / min(width, height)
     if ratio > LONGEST_STRIP:
         raise ImageError(
-            f"the picture is {width} x {height} pixels, {ratio:.1f} to 1; with fit 'keep' at most {LONGEST_STRIP} to 1 is "
-            "possible: cut it into tiles, or give fit='crop', 'squash' or 'pad'"
+            f"the picture is {width} x {height} pixels, {ratio:.1f} to 1; "
+            f"with fit 'keep' at most {LONGEST_STRIP} to 1 is possible: cut it into tiles, "
+            "or give fit='crop', 'squash' or 'pad'"
         )
     patch = config.patch_size
     if config.size is None:

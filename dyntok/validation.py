@@ -1,6 +1,6 @@
 """Checks of values that come from callers, files and language models, and the wording that their messages share.
 
-A check raises `CodeError` (`ConfigError` for options), says what came and what was expected, and names the image where
+A check raises `CodeError`, says what came and what was expected, and names the image where
 there is one. Packing itself is in `ragged.py`; the class that these checks protect is in `encoding.py`.
 """
 
@@ -11,34 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dyntok.errors import CodeError, ConfigError, ImageError
+from dyntok.errors import CodeError, ImageError
 from dyntok.ragged import image_of_token
+from dyntok.structure import brief
 
 MAX_GRID_SIDE = 4096  # patches; a grid from an untrusted file must not make keep_mask() allocate terabytes
-
-
-def brief(value: Any) -> str:
-    """Returns a value as text for an error message, cut to 80 characters."""
-    try:
-        if isinstance(value, list):
-            text = ", ".join(map(str, value[:8]))
-            text = f"[{text}, ...]" if len(value) > 8 else f"[{text}]"
-        else:
-            text = repr(value)
-    except ValueError:  # Python refuses to print an int of more than 4,300 digits
-        return f"{type(value).__name__} that is too long to print"
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def counted(number: int, noun: str) -> str:
     """Returns a number with its noun: "1 image", "2 images"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise `ConfigError` with the message unless the condition holds."""
-    if not condition:
-        raise ConfigError(message)
 
 
 def refuse(bad: Tensor, message: Callable[[int], str]) -> None:

@@ -26,7 +26,8 @@ from dyntok.layout import (
     mask_to_counts,
     num_blocks,
 )
-from dyntok.validation import brief, counted, integer_rows, integers, refuse
+from dyntok.structure import brief
+from dyntok.validation import counted, integer_rows, integers, refuse
 
 if TYPE_CHECKING:
     from dyntok.tokenizer import DynamicVisualTokenizer

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dyntok.errors import CheckpointError, ConfigError, MissingDependencyError
 from dyntok.precision import HALF
+from dyntok.structure import require
 
 LAVIT_SIZES = ((1024, 1024), (896, 1152), (832, 1216), (768, 1344), (1216, 832), (1152, 896))  # (height, width)
 
@@ -61,7 +62,7 @@ class DiffusionDecoder:
         fits = self.wants_pooled or (
             _is_float(uncond_embeddings, 2) and len(uncond_embeddings) >= 1 and uncond_embeddings.shape[1] == width
         )
-        _check(fits, f"the unconditional embedding is {_brief(uncond_embeddings)}, expected floats [L, {width}]")
+        require(fits, f"the unconditional embedding is {_kind(uncond_embeddings)}, expected floats [L, {width}]")
 
     @classmethod
     def load(
@@ -84,7 +85,7 @@ class DiffusionDecoder:
         Raises `CheckpointError` on a file that is missing, damaged, refused or does not fit, `MissingDependencyError`
         without diffusers.
         """
-        _check(dtype in _DTYPES, f"dtype is {dtype!r}, expected one of {', '.join(map(str, _DTYPES))}")
+        require(dtype in _DTYPES, f"dtype is {dtype!r}, expected one of {', '.join(map(str, _DTYPES))}")
         try:
             from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
         except ImportError as error:
@@ -238,17 +239,19 @@ class DiffusionDecoder:
 
     def _check_options(self, size: Any, steps: Any, guidance: Any, generator: Any, batch_size: Any) -> None:
         known = isinstance(size, tuple) and size in self.sizes and all(map(_is_whole, size))
-        _check(known, f"size is {size!r}, expected (height, width), one of {', '.join(map(str, self.sizes))}")
+        require(known, f"size is {size!r}, expected (height, width), one of {', '.join(map(str, self.sizes))}")
         most = self.scheduler.config.num_train_timesteps - self.scheduler.config.steps_offset
-        _check(_is_whole(steps) and 1 <= steps <= most, f"steps is {steps!r}, expected a whole number from 1 to {most}")
+        require(
+            _is_whole(steps) and 1 <= steps <= most, f"steps is {steps!r}, expected a whole number from 1 to {most}"
+        )
         number = isinstance(guidance, int | float) and not isinstance(guidance, bool) and math.isfinite(guidance)
-        _check(number, f"guidance is {guidance!r}, expected a finite number; 1 or less switches it off")
+        require(number, f"guidance is {guidance!r}, expected a finite number; 1 or less switches it off")
         many = _is_whole(batch_size) and batch_size >= 1
-        _check(
+        require(
             many, f"batch_size is {batch_size!r}, expected a whole number of at least 1: the images painted at a time"
         )
         one = generator is None or isinstance(generator, torch.Generator)
-        _check(
+        require(
             one,
             f"generator is of type {type(generator).__name__}, expected one torch.Generator for all images, or None",
         )
@@ -256,28 +259,23 @@ class DiffusionDecoder:
     def _check_conditions(self, embeddings: Any, pooled: Any, *, guided: bool) -> None:
         width = self.unet.config.cross_attention_dim
         fits = _is_float(embeddings, 3) and embeddings.shape[1] >= 1 and embeddings.shape[2] == width
-        _check(fits, f"embeddings are {_brief(embeddings)}, expected floats [B, N, {width}] for this U-Net")
+        require(fits, f"embeddings are {_kind(embeddings)}, expected floats [B, N, {width}] for this U-Net")
         count, rows, _ = embeddings.shape
         if self.wants_pooled:
             config = self.unet.config
             width = config.projection_class_embeddings_input_dim - _TIME_IDS * config.addition_time_embed_dim
             fits = _is_float(pooled, 2) and pooled.shape == (count, width)
-            _check(
+            require(
                 fits,
-                f"pooled is {_brief(pooled)}, expected floats [{count}, {width}] for this U-Net, a row for each image",
+                f"pooled is {_kind(pooled)}, expected floats [{count}, {width}] for this U-Net, a row for each image",
             )
         else:
-            _check(
-                pooled is None, f"pooled is {_brief(pooled)}, but this U-Net takes no pooled embedding: leave it out"
+            require(
+                pooled is None, f"pooled is {_kind(pooled)}, but this U-Net takes no pooled embedding: leave it out"
             )
             least = len(self.uncond_embeddings) if guided else 1
             advice = f"expected at least the {least} of the unconditional embedding, or guidance=1 to do without it"
-            _check(rows >= least, f"embeddings have {rows} rows per image, {advice}")
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
+            require(rows >= least, f"embeddings have {rows} rows per image, {advice}")
 
 
 def _is_whole(value: Any) -> bool:
@@ -288,7 +286,7 @@ def _is_float(value: Any, axes: int) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.dim() == axes
 
 
-def _brief(value: Any) -> str:
+def _kind(value: Any) -> str:
     return (
         f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
         if isinstance(value, Tensor)
@@ -299,19 +297,19 @@ def _brief(value: Any) -> str:
 def _check_parts(unet: Any, vae: Any) -> None:
     """Configurations of a U-Net and a VAE. Raises `ConfigError` unless they are of LaVIT's kind and fit together."""
     kind = unet.addition_embed_type
-    _check(kind in (None, "text_time"), f"the U-Net's addition_embed_type is {kind!r}, expected null or 'text_time'")
+    require(kind in (None, "text_time"), f"the U-Net's addition_embed_type is {kind!r}, expected null or 'text_time'")
     sdxl = ("projection_class_embeddings_input_dim", "addition_time_embed_dim") if kind else ()
     for name in ("sample_size", "cross_attention_dim", *sdxl):
-        _check(
+        require(
             _is_whole(unet[name]) and unet[name] >= 1,
             f"the U-Net's {name} is {unet[name]!r}, expected a positive whole number",
         )
     channels = (unet.in_channels, unet.out_channels, vae.latent_channels)
-    _check(
+    require(
         len(set(channels)) == 1,
         f"U-Net input, U-Net output and VAE have {channels} latent channels, expected the same number",
     )
-    _check(vae.out_channels == 3, f"the VAE paints {vae.out_channels} channels, expected 3")
+    require(vae.out_channels == 3, f"the VAE paints {vae.out_channels} channels, expected 3")
 
 
 def _load_network(kind: Any, folder: Path, dtype: torch.dtype, pickles: bool) -> Any:

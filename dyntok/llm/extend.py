@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dyntok.errors import CodeError, ConfigError, MissingDependencyError
-from dyntok.validation import brief
+from dyntok.structure import brief
 from dyntok.vocab import VisualVocab
 
 

@@ -49,7 +49,7 @@ class Backbone(nn.Module):
         if size is not None and tuple(size) != (img_size, img_size) and getattr(embed, "strict_img_size", True):
             raise ConfigError(
                 f"image.img_size is {img_size}, but {config.name} takes {size[0]} x {size[1]}; "
-                    f"set backbone.kwargs.img_size to {img_size}"
+                f"set backbone.kwargs.img_size to {img_size}"
             )
         info = getattr(model, "feature_info", None)
         if not hasattr(model, "forward_intermediates") or not info:

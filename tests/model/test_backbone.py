@@ -179,7 +179,10 @@ def test_unreadable_weights_are_a_checkpoint_error(tmp_path, content):
 def test_timms_eva_gives_lavits_features(parity, tmp_path):
     config = parity.config
     kwargs = dict(
-        img_size=config["grid"] * config["patch"], patch_size=config["patch"], embed_dim=config["dim"], depth=config["vit_depth"],
+        img_size=config["grid"] * config["patch"],
+        patch_size=config["patch"],
+        embed_dim=config["dim"],
+        depth=config["vit_depth"],
         num_heads=config["vit_heads"],
     )
     backbone = Backbone(BackboneConfig("eva_giant_patch14_clip_224", kwargs), kwargs["img_size"])
