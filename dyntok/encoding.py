@@ -297,7 +297,10 @@ class Encoding:
         The keys `codes` and `grids` are required; the other keys of `to_dict` are optional.
         """
         if not isinstance(values, dict) or not {"codes", "grids"} <= set(values) <= set(_KEYS):
-            got = brief(sorted(map(str, values))) if isinstance(values, dict) else type(values).__name__
+            got = type(values).__name__
+            if isinstance(values, dict):
+                unknown = sorted(map(str, set(values) - set(_KEYS)))
+                got = brief(unknown or sorted(values))
             raise CodeError(f"expected a mapping with codes and grids, and at most {', '.join(_KEYS)}; got {got}")
         failures = values.get("failures", [])
         for pair in failures if isinstance(failures, list) else [failures]:

@@ -83,7 +83,7 @@ def fixed_grid(tokenizer: DynamicVisualTokenizer, grid: tuple[int, int] | None) 
     if not tokenizer.any_grid:
         rows, columns = tokenizer.grid
         raise ConfigError(f"grid is {grid}, but this tokenizer knows the grid {rows} x {columns} alone")
-    return tuple(grid)
+    return grid[0], grid[1]
 
 
 def export(module: FixedEncoder | FixedDecoder, *inputs: Tensor) -> torch.export.ExportedProgram:

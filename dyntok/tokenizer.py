@@ -378,9 +378,11 @@ class DynamicVisualTokenizer(PretrainedModule):
     ) -> Encoding:
         rows = (self._run(chunk, choice, merge, quantize=True) for chunk in chunks)
         done = list(without_failures(rows, self.dtype, failures))
-        source, *packed = join_images(done, torch.empty(0, dtype=torch.long, device=self.device))
+        nothing = torch.empty(0, dtype=torch.long, device=self.device)
+        source, codes, positions, cu_seqlens, grids = join_images(done, nothing)
         failed = tuple(sorted(failures or [], key=lambda failure: failure[0]))
-        return Encoding(*packed, self.fingerprint, failed, torch.tensor(source, dtype=torch.long, device=self.device))
+        index = torch.tensor(source, dtype=torch.long, device=self.device)
+        return Encoding(codes, positions, cu_seqlens, grids, self.fingerprint, failed, index)
 
     def _merge_chunks(self, chunks: Iterable[Chunk], choice: Choice, merge: Merge, width: int) -> Features:
         rows = (self._run(chunk, choice, merge, quantize=False) for chunk in chunks)
@@ -417,8 +419,8 @@ class DynamicVisualTokenizer(PretrainedModule):
         return tuple(grids[0]) if grids else self.grid
 
     def _check_pixels(self, pixels: Tensor) -> None:
-        shape, sides = f"3, {self.image_size}, {self.image_size}", (self.image_size, self.image_size)
-        limits = ""
+        shape, limits = f"3, {self.image_size}, {self.image_size}", ""
+        sides: tuple[int, ...] = (self.image_size, self.image_size)
         fits = isinstance(pixels, Tensor) and pixels.dim() == 4 and pixels.is_floating_point() and pixels.shape[1] == 3
         if self.any_grid:
             patch = self.backbone.patch_size
@@ -482,4 +484,4 @@ def _pair(size: Size) -> tuple[int, int]:
     whole = isinstance(pair, tuple | list) and len(pair) == 2 and all(type(side) is int and side > 0 for side in pair)
     if not whole:
         raise ConfigError(f"size is {size!r}, expected (height, width) in pixels, or one number for both")
-    return tuple(pair)
+    return pair[0], pair[1]

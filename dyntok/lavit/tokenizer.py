@@ -74,7 +74,7 @@ class LavitTokenizer(DynamicVisualTokenizer):
 
     # Pictures in, pictures out.
 
-    def encode(
+    def encode(  # type: ignore[override]  # LaVIT knows one shape of pictures
         self,
         images: ImageSource | Iterable[ImageSource],
         *,
@@ -93,7 +93,7 @@ class LavitTokenizer(DynamicVisualTokenizer):
         chunks = load_chunks(images, self.config.image, size, max_pixels=max_pixels, failures=failures)
         return self._encode_chunks(chunks, keep, self._merge("codes", lavit_softmax), failures)
 
-    def features(
+    def features(  # type: ignore[override]  # LaVIT knows one shape of pictures
         self,
         images: ImageSource | Iterable[ImageSource],
         *,
@@ -114,7 +114,7 @@ class LavitTokenizer(DynamicVisualTokenizer):
         chunks = load_chunks(images, self.config.image, self._at_once(batch_size), max_pixels=max_pixels)
         return self._merge_chunks(chunks, keep, merge, self._width(path))
 
-    def decode(
+    def decode(  # type: ignore[override]  # LaVIT knows one shape of pictures
         self,
         codes: Codes,
         *,

@@ -1,5 +1,7 @@
 """What the transformer blocks of merger and decoder share."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -18,8 +20,8 @@ def feed_forward(embed_dim: int, mlp_ratio: float) -> nn.Sequential:
     return nn.Sequential(nn.Linear(embed_dim, hidden), nn.GELU(), nn.Linear(hidden, embed_dim))
 
 
-def scale_branches(scale: float, *layers: nn.Module | None) -> None:
-    """Scales the last layer of each residual branch, so that a deep stack starts near the identity."""
+def scale_branches(scale: float, *layers: Any) -> None:
+    """Scales the last layer (linear or convolution; None is skipped) of each residual branch, so that a deep stack starts near the identity."""
     with torch.no_grad():
         for layer in layers:
             if layer is not None:

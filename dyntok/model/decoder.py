@@ -63,7 +63,7 @@ class Decoder(nn.Module):
         else:
             self.placed_embed = nn.Parameter(torch.zeros(2, embed_dim))  # at a known position, at a guessed one
         self.blocks = nn.ModuleList(DecoderBlock(embed_dim, config) for _ in range(config.depth))
-        self.head = nn.Identity()
+        self.head: nn.Module = nn.Identity()
         if config.head == "mlp":
             norm = nn.LayerNorm(embed_dim, eps=1e-5)
             hidden, out = nn.Linear(embed_dim, embed_dim), nn.Linear(embed_dim, self.out_dim)

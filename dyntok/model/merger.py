@@ -62,6 +62,7 @@ class Merger(nn.Module):
         if self.rotary is not None and (grid is None or exact or gate is not None):
             raise ConfigError("a merger with rotary positions needs grid=, and takes neither exact nor gate")
         table = None if self.rotary is None else self.rotary(grid)
+        attention: _DenseAttention | _PackedAttention | _GatedAttention
         if exact:
             attention = _DenseAttention(keep, gate)
         elif gate is None:
