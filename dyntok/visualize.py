@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 from dyntok.encoding import Encoding
 from dyntok.errors import CodeError
 from dyntok.image import ImageSource, to_image, to_pixels
-from dyntok.tokenizer import DynamicVisualTokenizer
+from dyntok.tokenizer import DynamicVisualTokenizer, Fit, Size
 from dyntok.validation import counted
 
 _GAP = 8
@@ -22,41 +22,55 @@ def contact_sheet(
     *,
     side: int = 256,
     columns: int = 1,
+    fit: Fit | None = None,
+    max_patches: int | None = None,
+    size: Size | None = None,
 ) -> Image.Image:
-    """Returns a contact sheet with one panel per image.
+    """Returns a contact sheet with one panel per image, every picture in its own shape.
 
     A panel shows the original as the tokenizer sees it, its kept patches, its reconstruction (if the tokenizer makes
     pixels), and the number of tokens.
 
     encoding: of exactly these images, in this order, with positions.
-    side: width and height of each picture, in pixels.
+    side: pixels along the longer side of a picture; larger pictures keep their size.
     columns: panels side by side.
+    fit, max_patches, size: what `encode` was given.
 
     Raises `CodeError` if there is no image or the encoding does not belong to the images.
     """
     if len(encoding) != len(images) or not images:
         got = f"{counted(len(images), 'image')} and an encoding of {counted(len(encoding), 'image')}"
         raise CodeError(f"contact_sheet got {got}, expected at least one image and an encoding of the same images")
-    originals = [to_image(to_pixels(image, tokenizer.config.image), tokenizer.config.image) for image in images]
-    pictures = [[original, _kept(original, part)] for original, part in zip(originals, encoding, strict=True)]
+    config = tokenizer.image_config(fit=fit, max_patches=max_patches, size=size)
+    originals = [to_image(to_pixels(image, config), config) for image in images]
+    panels = [[original, _kept(original, part)] for original, part in zip(originals, encoding, strict=True)]
     if tokenizer.pixel_head is not None:
-        for row, again in zip(pictures, tokenizer.decode(encoding), strict=True):
-            row.append(again)
-    width = len(pictures[0]) * (side + _GAP) + _GAP
-    height = side + _CAPTION + _GAP
-    sheet = Image.new("RGB", (width * columns, height * -(-len(images) // columns) + _GAP), "white")
+        for panel, again in zip(panels, tokenizer.decode(encoding), strict=True):
+            panel.append(again)
+    panels = [[_enlarged(picture, side) for picture in panel] for panel in panels]
+    width = max(len(panel) * (panel[0].width + _GAP) for panel in panels) + _GAP
+    rows = [panels[i : i + columns] for i in range(0, len(panels), columns)]
+    heights = [max(panel[0].height for panel in row) + _CAPTION + _GAP for row in rows]
+    sheet = Image.new("RGB", (width * min(columns, len(panels)), sum(heights) + _GAP), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    for i, (row, part) in enumerate(zip(pictures, encoding, strict=True)):
-        left, top = width * (i % columns) + _GAP, height * (i // columns) + _GAP
-        for j, picture in enumerate(row):
-            sheet.paste(picture.resize((side, side), Image.Resampling.BICUBIC), (left + j * (side + _GAP), top))
-        rows, cols = part.grids[0].tolist()
-        draw.text((left, top + side + 3), f"{part.num_tokens} tokens of {rows * cols} patches", "black", font)
+    for i, (panel, part) in enumerate(zip(panels, encoding, strict=True)):
+        left, top = width * (i % columns) + _GAP, sum(heights[: i // columns]) + _GAP
+        for j, picture in enumerate(panel):
+            sheet.paste(picture, (left + j * (picture.width + _GAP), top))
+        patches = int(part.grids[0].prod())
+        draw.text((left, top + panel[0].height + 3), f"{part.num_tokens} tokens of {patches} patches", "black", font)
     return sheet
+
+
+def _enlarged(picture: Image.Image, side: int) -> Image.Image:
+    """Returns the picture with a longer side of at least `side` pixels."""
+    scale = max(1.0, side / max(picture.size))
+    width, height = (max(1, round(length * scale)) for length in picture.size)
+    return picture.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def _kept(image: Image.Image, encoding: Encoding) -> Image.Image:
     """Returns the image with its dropped patches dark."""
-    mask = encoding.keep_mask()[0].view(*encoding.grids[0].tolist())
+    mask = encoding.keep_mask()[0].unflatten(0, encoding.grids[0].tolist())
     stencil = Image.fromarray(mask.cpu().numpy().astype("uint8") * 255).resize(image.size, Image.Resampling.NEAREST)
     return Image.composite(image, Image.new("RGB", image.size, _DROPPED), stencil)

@@ -1,5 +1,7 @@
 """Pictures of any shape: the grid that fits them, the same codes in every batch, and decoding to their shape."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from PIL import Image
 from support.any_grid import any_grid_config, any_grid_tokenizer
 
 from dyntok import CodeError, ConfigError, DynamicVisualTokenizer, ImageError, VisualVocab
+from dyntok.cli.main import main
 from dyntok.config import ImageConfig
 from dyntok.fitting import choose_grid, fit
 from dyntok.layout import mask_to_counts
@@ -175,3 +178,25 @@ def test_saved_and_loaded(tok, shapes, tmp_path):
     again = DynamicVisualTokenizer.from_pretrained(tmp_path)
     assert again.any_grid and again.encode(shapes[:3]) == tok.encode(shapes[:3])
     assert "images of any shape, up to 64 patches" in repr(again)
+
+
+def test_the_command_line_takes_shapes(tok, shapes, tmp_path, capsys):
+    """Encode, decode and show, with the grid in the JSON file."""
+    model, picture, codes = tmp_path / "model", tmp_path / "wide.png", tmp_path / "codes.json"
+    tok.save_pretrained(model)
+    shapes[1].save(picture)
+    options = ["--model", str(model), "--max-patches", "128"]
+    assert main(["encode", str(picture), "-o", str(codes), *options, "--places", "lattice"]) == 0
+    written = json.loads(codes.read_text())
+    rows, columns = written["grids"][0]
+    assert 64 < rows * columns <= 128 and columns > rows
+    assert main(["decode", str(codes), "-o", str(tmp_path / "again.png"), "--model", str(model)]) == 0
+    assert Image.open(tmp_path / "again.png").size == (columns * 8, rows * 8)
+    sheet = tmp_path / "sheet.png"
+    assert main(["show", str(picture), str(picture), "-o", str(sheet), *options, "--columns", "2"]) == 0
+    wide = Image.open(sheet)
+    assert wide.width > 6 * 256 and wide.height < 256 + 60
+    with pytest.raises(SystemExit):
+        main(["encode", str(picture), "--model", str(model), "--size", "big"])
+    assert main(["encode", str(picture), "--model", str(model), "--size", "64x4096"]) == 1
+    assert "128 along a side" in capsys.readouterr().err

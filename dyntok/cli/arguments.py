@@ -65,6 +65,32 @@ def add_policy_options(parser: argparse.ArgumentParser, *, sample: bool = True) 
             "--sample", type=whole(0, 2**63 - 1), metavar="SEED", help="draw patches by their keep probability"
         )
     group.add_argument("--max-tokens", type=whole(1, LARGEST), metavar="N", help="at most N tokens per image")
+    group.add_argument(
+        "--places", choices=["map", "lattice", "free"], help="allowed keep masks (default: the tokenizer's own)"
+    )
+
+
+def add_shape_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that decide how a picture meets its grid. `shape_options` reads them."""
+    group = parser.add_argument_group("shape (for tokenizers that take any; --fit crop and squash for all)")
+    group.add_argument("--fit", choices=["keep", "crop", "squash", "pad"], help="default: the tokenizer's own")
+    group.add_argument("--max-patches", type=whole(64, 4096), metavar="N", help="at most N patches per image")
+    group.add_argument(
+        "--size", type=size, metavar="HxW", help="height and width of the rectangle to fit, in pixels, such as 256x384"
+    )
+
+
+def size(text: str) -> tuple[int, int]:
+    """Read height and width, such as 256x384, or one number for both."""
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and 0 < int(side) <= LARGEST for side in sides):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 256x384, height first")
+    return int(sides[0]), int(sides[-1])
+
+
+def shape_options(options: argparse.Namespace) -> "dict[str, Any]":
+    """Returns the options of `add_shape_options` as `encode` takes them."""
+    return {"fit": options.fit, "max_patches": options.max_patches, "size": options.size}
 
 
 def budget(text: str) -> int | float:
@@ -109,6 +135,7 @@ def keep_options(options: argparse.Namespace) -> "KeepOptions":
         "threshold": options.threshold,
         "sample": options.sample,
         "max_tokens": options.max_tokens,
+        "places": options.places,
     }
 
 

@@ -16,9 +16,11 @@ from dyntok.cli.arguments import (
     add_json_option,
     add_model_option,
     add_policy_options,
+    add_shape_options,
     keep_options,
     print_json,
     report,
+    shape_options,
 )
 from dyntok.cli.files import guard_write, image_sources, read_codes, save_picture
 from dyntok.errors import CodeError, ConfigError
@@ -44,6 +46,7 @@ def add_encode(commands: "Commands") -> None:
     add_device_option(add)
     add_json_option(add)
     add_policy_options(add)
+    add_shape_options(add)
     add.add_argument("images", nargs="+", metavar="IMAGE", help="image files; - reads one image from stdin")
     add.add_argument("-o", "--output", metavar="FILE", help="write the codes to FILE as JSON; - is stdout")
     add.add_argument("--skip-errors", action="store_true", help="skip images that can't be read, and exit with 3")
@@ -76,7 +79,9 @@ def _encode(options: argparse.Namespace) -> int:
     tokenizer = load(options.model, device=options.device)
     hidden = None if len(given) > 1 else True  # None: shown on a terminal only
     images = ProgressBar(sources, desc="encode", unit=" images", disable=hidden)
-    encoding = tokenizer.encode(images, errors="skip" if options.skip_errors else "raise", **keep_options(options))
+    encoding = tokenizer.encode(
+        images, errors="skip" if options.skip_errors else "raise", **keep_options(options), **shape_options(options)
+    )
     for index, error in encoding.failures:
         print(f"dyntok: skipped {given[index]}: {error}", file=sys.stderr)
     kept = [given[index] for index in encoding.source_index.tolist()]

@@ -11,9 +11,11 @@ from dyntok.cli.arguments import (
     add_json_option,
     add_model_option,
     add_policy_options,
+    add_shape_options,
     keep_options,
     print_json,
     report,
+    shape_options,
     whole,
 )
 from dyntok.cli.files import image_sources, save_picture
@@ -38,6 +40,7 @@ def add_demo(commands: "Commands") -> None:
     add_device_option(add)
     add_json_option(add)
     add_policy_options(add)
+    add_shape_options(add)
     add.add_argument("-o", "--output", default="demo.png", metavar="FILE", help=f"{_PICTURE} (default: %(default)s)")
 
 
@@ -55,6 +58,7 @@ def add_show(commands: "Commands") -> None:
     add_device_option(add)
     add_json_option(add)
     add_policy_options(add)
+    add_shape_options(add)
     add.add_argument("images", nargs="+", metavar="IMAGE", help="image files; - reads one image from stdin")
     add.add_argument("-o", "--output", required=True, metavar="FILE", help=_PICTURE)
     add.add_argument(
@@ -68,9 +72,9 @@ def _demo(options: argparse.Namespace) -> int:
     from dyntok.visualize import contact_sheet
 
     tokenizer = load(options.model, device=options.device)
-    encoding = tokenizer.encode(EXAMPLE_IMAGE, **keep_options(options))
-    save_picture(contact_sheet(tokenizer, [EXAMPLE_IMAGE], encoding), options.output)
-    codes, patches = encoding.codes[0].tolist(), tokenizer.grid[0] * tokenizer.grid[1]
+    encoding = tokenizer.encode(EXAMPLE_IMAGE, **keep_options(options), **shape_options(options))
+    save_picture(contact_sheet(tokenizer, [EXAMPLE_IMAGE], encoding, **shape_options(options)), options.output)
+    codes, patches = encoding.codes[0].tolist(), int(encoding.grids[0].prod())
     bits = len(codes) * (tokenizer.config.codebook.size - 1).bit_length()
     if options.output == "-":
         return OK
@@ -90,8 +94,10 @@ def _show(options: argparse.Namespace) -> int:
 
     images = image_sources(options.images)
     tokenizer = load(options.model, device=options.device)
-    encoding = tokenizer.encode(images, **keep_options(options))
-    save_picture(contact_sheet(tokenizer, images, encoding, columns=options.columns), options.output)
+    encoding = tokenizer.encode(images, **keep_options(options), **shape_options(options))
+    save_picture(
+        contact_sheet(tokenizer, images, encoding, columns=options.columns, **shape_options(options)), options.output
+    )
     lengths = encoding.lengths.tolist()
     if options.output == "-":
         return OK
