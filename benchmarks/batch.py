@@ -22,9 +22,10 @@ from timing import append, environment
 
 import dyntok
 from dyntok.batch import BatchOptions
-from dyntok.batch.engines.local import decoded
-from dyntok.batch.engines.stages import Item, Work, encode
-from dyntok.batch.inputs.samples import open_input
+from dyntok.batch.engines.decoding import DecodeJob, decode_chunks
+from dyntok.batch.engines.rows import Work
+from dyntok.batch.engines.stages import DecodeOptions, chunked, encode, read
+from dyntok.batch.inputs.open import open_input
 
 _FEW = 2000
 _DECODING_WORKERS = 2
@@ -63,11 +64,13 @@ def alone(tokenizer: dyntok.DynamicVisualTokenizer, tars: list[str], rows: int) 
     options = BatchOptions()
     source = open_input(tars, options, {})
     work = (Work(shard, 0, shard.begin) for shard in source.shards())
-    stream = decoded(work, source, options, tokenizer.config.image, 32, _DECODING_WORKERS)
+    chunks = chunked((row for some in work for row in read(source, some, options.shard_size)), 32)
+    job = DecodeJob(source, DecodeOptions(tokenizer.config.image, options.max_pixels), time_limit=60.0)
+    stream = decode_chunks(chunks, job, _DECODING_WORKERS)
     kept = [next(stream)]  # the processes have started
     start, count = time.perf_counter(), 0
     for some in stream:
-        count += sum(isinstance(row, Item) for row in some)
+        count += len(some.rows)
         kept = (kept + [some])[: rows // 32 + 1]
         if count >= 5 * rows:
             break
@@ -77,7 +80,7 @@ def alone(tokenizer: dyntok.DynamicVisualTokenizer, tars: list[str], rows: int) 
     start, count = time.perf_counter(), 0
     for some in kept[1:]:
         encode(some, tokenizer, options)
-        count += sum(isinstance(row, Item) for row in some)
+        count += len(some.rows)
     return decoding, count / (time.perf_counter() - start)
 
 

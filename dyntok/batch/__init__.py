@@ -17,5 +17,5 @@ from dyntok.batch.options import BatchOptions as BatchOptions
 from dyntok.batch.options import EngineOptions as EngineOptions
 from dyntok.batch.report import Report as Report
 from dyntok.batch.report import inspect as inspect
-from dyntok.batch.run import Summary as Summary
 from dyntok.batch.run import tokenize as tokenize
+from dyntok.batch.summary import Summary as Summary

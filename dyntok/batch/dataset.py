@@ -1,27 +1,22 @@
-"""Codes out of a finished (or half-finished) output folder, Parquet or webdataset, as batches; sharded by rank and worker, resumable."""
+"""Codes out of an output folder, finished or not, as batches; shared among ranks and workers, resumable."""
 
-import json
-import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
-from itertools import groupby
-from typing import Any
+from itertools import islice
+from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
+from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from dyntok.batch.addresses import StorageOptions, redact, wrap_storage_errors
+from dyntok.batch.addresses import StorageOptions, redact
 from dyntok.batch.formats import ROWS_IN_GROUP
-from dyntok.batch.inputs.names import split_key
 from dyntok.batch.manifest import read_description, recorded_files
+from dyntok.batch.shard_reader import CodesRow, read_block
 from dyntok.batch.storage import Output
-from dyntok.chunks import batched
 from dyntok.encoding import Encoding
-from dyntok.errors import ConfigError, DataError
+from dyntok.errors import CodeError, ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -29,32 +24,47 @@ class Batch:
     """Some rows of the output."""
 
     keys: list[str]
-    encoding: Encoding  # of their images, one after another, with the fingerprint of the tokenizer that made them
+    encoding: Encoding  # of all their images in order, with the fingerprint of the tokenizer that made them
     row_of_image: list[int]  # which row each image belongs to; in interleaved data a row has several, or none
     columns: dict[str, list[Any]]  # by name, one value for each row
 
+    def to_tensors(self, length: int) -> dict[str, Tensor]:
+        """Returns int64 tensors with one row per image: codes and positions [B, length], lengths, row [B], grid [B, 2].
 
-@dataclass(frozen=True)
-class CodesRow:
-    """One row of the output."""
-
-    key: str
-    images: list[tuple[np.ndarray, np.ndarray, Sequence[int]]]  # codes, positions, grid
-    columns: dict[str, Any]
+        Codes and positions are -1 after the end of an image. Raises `CodeError` where an image has more tokens.
+        """
+        longest = int(self.encoding.lengths.max()) if len(self.encoding) else 0
+        if longest > length:
+            raise CodeError(f"an image has {longest} tokens, more than pad_to={length}; pad to {longest} or more")
+        padded = torch.full((2, len(self.encoding), length), -1)
+        for i, (codes, positions) in enumerate(zip(self.encoding.codes, self.encoding.positions, strict=True)):
+            padded[0, i, : len(codes)], padded[1, i, : len(codes)] = codes, positions
+        return {
+            "codes": padded[0],
+            "positions": padded[1],
+            "lengths": self.encoding.lengths,
+            "grid": self.encoding.grids,
+            "row": torch.tensor(self.row_of_image, dtype=torch.long),
+        }
 
 
 class CodesDataset(IterableDataset):
     """Batches of codes for a `DataLoader(..., batch_size=None)`.
 
-    folder         what `dyntok batch` wrote as parquet or webdataset; shards that are not complete yet are passed over
+    folder         what `dyntok batch` wrote as parquet or webdataset; only complete shards are read
     batch_size     rows in a `Batch`
     columns        extra columns to read
-    rank, world    which part of the rows: every rank and every worker of its loader reads a share of its own, no row twice
-    shuffle        blocks of 1,024 rows, and the rows in each, in an order that follows from `seed` and the epoch
+    rank, world    which part of the rows to read; every rank gets the same number of batches
+    remainder      where the ranks can't share all rows evenly: "repeat" up to `world` - 1 rows, or "drop" as many
+    pad_to         give dicts of tensors, padded to this number of tokens, see `Batch.to_tensors`; None: give `Batch`es
+    shuffle        blocks of 1,024 rows, and the rows in each, in an order that depends on `seed` and the epoch alone
 
-    `state_dict` and `load_state_dict` are what torchdata's `StatefulDataLoader` calls in every worker; without workers call them yourself.
+    Workers of a `DataLoader` share the batches of their rank. `len()` is the number of batches of this rank.
 
-    Raises `DataError` where there is no such folder or column, `ConfigError` on a rank or state that does not fit.
+    `state_dict` and `load_state_dict` are what torchdata's `StatefulDataLoader` calls in every worker. Without workers
+    call them yourself.
+
+    Raises `DataError` where there is no such folder or column, `ConfigError` on options or a state that do not fit.
     """
 
     def __init__(
@@ -65,6 +75,8 @@ class CodesDataset(IterableDataset):
         columns: Sequence[str] = (),
         rank: int = 0,
         world: int = 1,
+        remainder: Literal["repeat", "drop"] = "repeat",
+        pad_to: int | None = None,
         shuffle: bool = False,
         seed: int = 0,
         storage: StorageOptions | None = None,
@@ -73,84 +85,86 @@ class CodesDataset(IterableDataset):
             raise ConfigError(
                 f"rank {rank} of {world}, batches of {batch_size}; expected 0 to {world - 1}, and 1 or more"
             )
+        if remainder not in ("repeat", "drop"):
+            raise ConfigError(f"remainder is {remainder!r}, expected 'repeat' or 'drop'")
         self.batch_size, self.columns, self.shuffle, self.seed = batch_size, list(columns), shuffle, seed
-        self.rank, self.world, self.epoch = rank, world, 0
+        self.rank, self.world, self.remainder, self.pad_to, self.epoch = rank, world, remainder, pad_to, 0
         self._output = Output(folder, storage or {})
         self.description = read_description(self._output)
         if self.description["options"]["format"] == "megatron":
             raise DataError(
                 f"{redact(self._output.address)} holds Megatron files; read those with Megatron, or write parquet"
             )
-        files = recorded_files(self._output)
-        self._files = [file.name for file in files]
-        blocks = [-(-file.rows // ROWS_IN_GROUP) if file.name.endswith(".parquet") else 1 for file in files]
-        self._first_block = np.concatenate(
-            [[0], np.cumsum(blocks, dtype=np.int64)]
-        )  # of each file, and the number of all
-        self._done = 0, 0  # blocks of this reader, and rows of the next one
-        self._resume = 0, 0
+        self._blocks = _Blocks(self._output)
+        self._done = self._resume = 0  # batches of this reader
 
     @property
     def fingerprint(self) -> str:
-        """Of the tokenizer that made the codes."""
+        """Returns that of the tokenizer that made the codes."""
         return self.description["tokenizer"]["fingerprint"]
 
     def set_epoch(self, epoch: int) -> None:
-        """Before the next iteration."""
+        """Call it before the next iteration."""
         self.epoch = epoch
 
-    def __iter__(self) -> Iterator[Batch]:
-        begin, self._resume = self._resume, (0, 0)
-        rows = self._rows(*begin)
-        while some := list(_up_to(rows, self.batch_size)):
-            self._done = some[-1][0]
-            yield self._batch([row for _, row in some])
-        self._done = 0, 0
+    def __len__(self) -> int:
+        return -(-self._rows_per_rank // self.batch_size)
+
+    def __iter__(self) -> Iterator[Any]:
+        begin, self._resume = self._resume, 0
+        worker, workers = _worker()
+        first, end = (len(self) * (worker + i) // workers for i in (0, 1))
+        start = self.rank * self._rows_per_rank
+        stop = start + min(end * self.batch_size, self._rows_per_rank)
+        rows = self._rows(start + (first + begin) * self.batch_size, stop)
+        self._done = begin
+        while some := list(islice(rows, self.batch_size)):
+            self._done += 1
+            batch = self._batch(some)
+            yield batch if self.pad_to is None else batch.to_tensors(self.pad_to)
+        self._done = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Where this reader stands; of one worker, where a loader has workers."""
-        return {
-            "epoch": self.epoch,
-            "blocks": self._done[0],
-            "rows": self._done[1],
-            "share": list(self._share()),
-            "seed": self.seed,
-        }
+        """Returns where this reader stands; of one worker, where a loader has workers."""
+        return {"epoch": self.epoch, "batches": self._done, **self._order()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The next iteration goes on behind the last batch. Raises `ConfigError` where ranks, workers or the seed are others."""
-        if state["share"] != list(self._share()) or state["seed"] != self.seed:
-            raise ConfigError(
-                f"the state is of share and seed {state['share'], state['seed']}, this is {self._share(), self.seed}"
-            )
-        self.epoch, self._resume = state["epoch"], (state["blocks"], state["rows"])
+        """Lets the next iteration resume after the last batch. Raises `ConfigError` where the order is another one."""
+        order = self._order()
+        if found := [
+            f"{name} was {state.get(name)}, is {value}" for name, value in order.items() if state.get(name) != value
+        ]:
+            raise ConfigError(f"the state belongs to another order of batches: {'; '.join(found)}")
+        self.epoch, self._resume = state["epoch"], state["batches"]
         self._done = self._resume
 
-    def _share(self) -> tuple[int, int]:
-        worker = get_worker_info()
-        number, count = (worker.id, worker.num_workers) if worker else (0, 1)
-        return self.rank * count + number, self.world * count
+    def _order(self) -> dict[str, Any]:
+        """Returns everything that decides which batches this reader gives."""
+        names = ("rank", "world", "remainder", "batch_size", "shuffle", "seed")
+        return {**{name: getattr(self, name) for name in names}, "worker": list(_worker()), "rows": self._blocks.rows}
 
-    def _rows(self, blocks: int, rows: int) -> Iterator[tuple[tuple[int, int], CodesRow]]:
-        """From a place on: every row, and the place behind it."""
-        share, shares = self._share()
-        order = np.arange(self._first_block[-1])
+    @property
+    def _rows_per_rank(self) -> int:
+        extra = self.world - 1 if self.remainder == "repeat" else 0
+        return (self._blocks.rows + extra) // self.world
+
+    def _rows(self, start: int, stop: int) -> Iterator[CodesRow]:
+        """Yields the rows of the whole order from `start` to before `stop`; after the last comes the first again."""
+        order, ends = self._blocks.order(self.seed if self.shuffle else None, self.epoch)
+        while start < stop:
+            place = start % self._blocks.rows
+            i = int(np.searchsorted(ends, place, side="right"))
+            block = self._block(int(order[i]))
+            first = place - (int(ends[i]) - len(block))
+            some = block[first : first + stop - start]
+            yield from some
+            start += len(some)
+
+    def _block(self, number: int) -> list[CodesRow]:
+        block = read_block(self._output, *self._blocks.locate(number), self.columns)
         if self.shuffle:
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(order)
-        own = order[share::shares]
-        for i in range(blocks, len(own)):
-            block = self._block(int(own[i]))
-            if self.shuffle:
-                block = [
-                    block[j]
-                    for j in np.random.default_rng([self.seed, self.epoch, int(own[i])]).permutation(len(block))
-                ]
-            for j in range(rows if i == blocks else 0, len(block)):
-                yield ((i, j + 1) if j + 1 < len(block) else (i + 1, 0)), block[j]
-
-    def _block(self, block: int) -> list[CodesRow]:
-        file = int(np.searchsorted(self._first_block, block, side="right")) - 1
-        return read_block(self._output, self._files[file], block - int(self._first_block[file]), self.columns)
+            block = [block[j] for j in np.random.default_rng([self.seed, self.epoch, number]).permutation(len(block))]
+        return block
 
     def _batch(self, rows: Sequence[CodesRow]) -> Batch:
         images = [image for row in rows for image in row.images]
@@ -158,19 +172,42 @@ class CodesDataset(IterableDataset):
         encoding = Encoding.pack(
             _long(codes), _long(positions), torch.from_numpy(np.array(grids, np.int64).reshape(-1, 2)), self.fingerprint
         )
-        owners = [i for i, row in enumerate(rows) for _ in row.images]
-        return Batch(
-            [row.key for row in rows],
-            encoding,
-            owners,
-            {name: [row.columns[name] for row in rows] for name in self.columns},
-        )
+        row_of_image = [i for i, row in enumerate(rows) for _ in row.images]
+        columns = {name: [row.columns[name] for row in rows] for name in self.columns}
+        return Batch([row.key for row in rows], encoding, row_of_image, columns)
+
+
+class _Blocks:
+    """The rows of an output, in blocks that are read at once: row groups of Parquet, or whole tars."""
+
+    def __init__(self, output: Output) -> None:
+        self._names: list[str] = []
+        first, sizes = [0], []  # the first block of each file, and the rows of each block
+        for file in recorded_files(output):
+            size = ROWS_IN_GROUP if file.name.endswith(".parquet") else max(file.rows, 1)
+            self._names.append(file.name)
+            sizes += [min(size, file.rows - start) for start in range(0, file.rows, size)]
+            first.append(len(sizes))
+        self._first, self._sizes = np.array(first), np.array(sizes, np.int64)
+        self.rows = int(self._sizes.sum())
+
+    def order(self, seed: int | None, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the numbers of the blocks in the order of reading, and how many rows end with each of them."""
+        order = np.arange(len(self._sizes))
+        if seed is not None:
+            order = np.random.default_rng([seed, epoch]).permutation(order)
+        return order, np.cumsum(self._sizes[order])
+
+    def locate(self, block: int) -> tuple[str, int]:
+        """Returns the file of a block, and its number there."""
+        file = int(np.searchsorted(self._first, block, side="right")) - 1
+        return self._names[file], block - int(self._first[file])
 
 
 def read(
     folder: str, *, batch_size: int = 256, columns: Sequence[str] = (), storage: StorageOptions | None = None
 ) -> Iterator[Batch]:
-    """Everything in an output folder, in the order of the input; arguments and errors are those of `CodesDataset`.
+    """Yields everything in an output folder, in the order of the input; arguments and errors are `CodesDataset`'s.
 
     >>> for batch in dyntok.batch.read("codes/"):
     ...     codes, mask = batch.encoding.padded()
@@ -178,67 +215,11 @@ def read(
     return iter(CodesDataset(folder, batch_size=batch_size, columns=columns, storage=storage))
 
 
-def read_block(output: Output, name: str, group: int, columns: Sequence[str] = ()) -> list[CodesRow]:
-    """A row group of a Parquet file, or all of a tar. Raises `BatchError`, `DataError`."""
-    with wrap_storage_errors("read", f"{output.address}/{name}", output.options), output.open(name) as stream:
-        if name.endswith(".tar"):
-            return list(_tar_rows(stream, columns))
-        parquet = pq.ParquetFile(stream)
-        if missing := [column for column in columns if column not in parquet.schema_arrow.names]:
-            raise DataError(
-                f"{name} has no column {', '.join(missing)}; it has {', '.join(parquet.schema_arrow.names)}"
-            )
-        return list(
-            _table_rows(parquet.read_row_group(group, columns=["key", "codes", "positions", "grid", *columns]), columns)
-        )
+def _worker() -> tuple[int, int]:
+    """Returns the number of this worker of a `DataLoader`, and how many there are."""
+    info = get_worker_info()
+    return (info.id, info.num_workers) if info else (0, 1)
 
 
-def _up_to(items: Iterator[Any], count: int) -> Iterator[Any]:
-    return iter(next(batched(items, count), ()))
-
-
-def _long(rows: Sequence[np.ndarray]) -> list[torch.Tensor]:
+def _long(rows: Sequence[np.ndarray]) -> list[Tensor]:
     return [torch.from_numpy(row.astype(np.int64)) for row in rows]
-
-
-def _table_rows(table: pa.Table, columns: Sequence[str]) -> Iterator[CodesRow]:
-    table, interleaved = table.combine_chunks(), pa.types.is_list(table.schema.field("codes").type.value_type)
-    keys = table["key"].to_pylist()
-    kept = {name: table[name].to_pylist() for name in columns}
-    codes, positions, grids = (
-        _lists(table[name].chunk(0)) if len(table) else [] for name in ("codes", "positions", "grid")
-    )
-    for i, key in enumerate(keys):
-        row = (codes[i], positions[i], grids[i])
-        images = [image for image in zip(*row, strict=True) if image[0] is not None] if interleaved else [row]
-        yield CodesRow(key, images, {name: values[i] for name, values in kept.items()})
-
-
-def _lists(array: pa.Array) -> list[Any]:
-    """A NumPy array for each list, a list of them for each list of lists, None for each null."""
-    inner = array.flatten() if isinstance(array, pa.FixedSizeListArray) else array.values
-    nested = pa.types.is_list(inner.type) or pa.types.is_fixed_size_list(inner.type)
-    values = _lists(inner) if nested else inner.to_numpy(zero_copy_only=False)
-    if isinstance(array, pa.FixedSizeListArray):
-        ends = (
-            np.cumsum(array.is_valid().to_numpy(zero_copy_only=False)) * array.type.list_size
-        )  # `flatten` leaves nulls out
-        bounds = np.concatenate([[0], ends])
-    else:
-        bounds = array.offsets.to_numpy()
-    present = array.is_valid().to_numpy(zero_copy_only=False)
-    return [values[bounds[i] : bounds[i + 1]] if present[i] else None for i in range(len(array))]
-
-
-def _tar_rows(stream: Any, columns: Sequence[str]) -> Iterator[CodesRow]:
-    with tarfile.open(fileobj=stream, mode="r:") as tar:
-        members = ((member.name, tar.extractfile(member).read()) for member in tar)
-        for _, group in groupby(members, key=lambda member: split_key(member[0])[0]):
-            parts = {split_key(name)[1]: content for name, content in group}
-            facts = json.loads(parts["json"])
-            codes, positions = (
-                np.load(BytesIO(parts[f"{name}.npy"]), allow_pickle=False) for name in ("codes", "positions")
-            )
-            if missing := [column for column in columns if column not in facts]:
-                raise DataError(f"a sample has no column {', '.join(missing)}; it has {', '.join(facts)}")
-            yield CodesRow(facts["key"], [(codes, positions, facts["grid"])], {name: facts[name] for name in columns})

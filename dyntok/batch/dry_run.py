@@ -7,23 +7,29 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import pyarrow as pa
+
 from dyntok.batch.addresses import redact
-from dyntok.batch.engines.stages import End, Item, Tokens, Work, batches, decode, encode, read
-from dyntok.batch.formats import make_writer
+from dyntok.batch.engines.rows import Work
+from dyntok.batch.engines.stages import DecodeOptions, chunked, decode, encode, read
+from dyntok.batch.formats import TokenizedRow, make_writer
 from dyntok.batch.inputs.names import LeftOut
-from dyntok.batch.inputs.samples import Broken
-from dyntok.batch.run import Task
 from dyntok.batch.storage import Output
+from dyntok.batch.summary import reason_kind
+from dyntok.batch.task import Task
 from dyntok.errors import DataError
 
 _SAMPLE = 96  # rows
-_BATCH = 16
+_CHUNK = 16
 _REASONS = 3
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a run would read and write. Seconds, tokens and bytes are estimated from a sample, and so are the rows of archives."""
+    """What a run would read and write.
+
+    Seconds, tokens and bytes are estimated from a sample, and so are the rows of archives.
+    """
 
     kind: str
     output: str
@@ -83,13 +89,12 @@ def dry_run(task: Task) -> DryRun:
         size += work.shard.size if work.shard.rows is None or work.shard.rows[0] == 0 else 0
     if not shards:
         raise DataError(f"nothing is left to be done in {redact(task.output.address)}")
-    images = [image for item in sampling.items for image in item.sample.images]
-    broken = [image for image in images if isinstance(image, Broken)]
-    reasons = Counter(image.reason.partition(": ")[2] or image.reason for image in broken)
-    tokens = [len(image.codes) for image in images if isinstance(image, Tokens)]
-    rows = extent  # of lists and tables; of tars it is bytes
+    failures = [failure for row in sampling.rows for failure in row.failures]
+    reasons = Counter(reason_kind(failure.reason) for failure in failures)
+    tokens = [len(image.codes) for row in sampling.rows for image in row.present]
+    rows = extent  # of lists and tables; of archives it is bytes
     if task.source.kind in ("tar", "zip"):
-        rows = round(extent * len(sampling.items) / max(sampling.extent, 1))
+        rows = round(extent * len(sampling.rows) / max(sampling.extent, 1))
     return DryRun(
         kind=task.source.kind,
         output=redact(task.output.address),
@@ -97,13 +102,13 @@ def dry_run(task: Task) -> DryRun:
         input_shards_finished=int(manifest.finished_shards),
         input_bytes=size,
         rows=rows,
-        sampled=len(sampling.items),
-        errors=len(broken),
+        sampled=len(sampling.rows),
+        errors=len(failures),
         reasons=dict(reasons.most_common(_REASONS)),
         left_out=dict(sampling.left_out),
         tokens_per_image=sum(tokens) / max(len(tokens), 1),
         seconds=rows * sampling.seconds / max(sampling.timed, 1),
-        output_bytes=round(rows * sampling.output_bytes() / max(len(sampling.items), 1)),
+        output_bytes=round(rows * sampling.output_bytes() / max(len(sampling.rows), 1)),
         output_shards=max(shards, -(-rows // task.options.shard_size)),
     )
 
@@ -113,37 +118,40 @@ class _Sampling:
 
     def __init__(self, task: Task) -> None:
         self.task, self.left_out = task, LeftOut()
-        self.items: list[Any] = []
-        self.types: dict[str, Any] = {}
+        self.rows: list[TokenizedRow] = []
+        self.types: dict[str, pa.DataType] = {}
         self.extent = 0  # of their input shards
-        self.seconds, self.timed = 0.0, 0  # for so many rows; the first batch only warms up
+        self.seconds, self.timed = 0.0, 0  # for so many rows; the first chunk only warms up
 
     def take(self, work: Work) -> None:
-        if len(self.items) >= _SAMPLE:
+        """Adds rows of this work until the sample is large enough."""
+        wanted = _SAMPLE - len(self.rows)
+        if wanted <= 0:
             return
         task, options, began = self.task, self.task.options, time.monotonic()
+        decode_options = DecodeOptions(task.tokenizer.config.image, options.max_pixels)
+        chunks = list(chunked(itertools.islice(read(task.source, work, options.shard_size), wanted), _CHUNK))
+        position = work.start
+        for chunk in chunks:
+            encoded = encode(decode(chunk, task.source, decode_options), task.tokenizer, options)
+            if self.rows:
+                self.seconds += time.monotonic() - began
+                self.timed += len(encoded.rows)
+            self.rows += encoded.rows
+            began = time.monotonic()
+            position = chunk.rows[-1].sample.next if chunk.rows else position
+        ends = [end for chunk in chunks for end in chunk.ends]
         with task.source.open(work.shard, work.start) as reading:
             self.types = dict(reading.types)
-        rows = list(itertools.islice(read(task.source, work, options.shard_size), _SAMPLE - len(self.items)))
-        for row in rows:
-            self.left_out.merge(row.left_out if isinstance(row, End) else {})
-        for batch in batches((row for row in rows if isinstance(row, Item)), _BATCH):
-            encoded = encode(
-                decode(batch, task.source, task.tokenizer.config.image, options.max_pixels), task.tokenizer, options
-            )
-            if self.items:
-                self.seconds += time.monotonic() - began
-                self.timed += len(encoded)
-            self.items += encoded
-            began = time.monotonic()
-        if rows and isinstance(rows[-1], End) and rows[-1].last:
-            self.extent += work.shard.begin + work.shard.extent - work.start
-        elif self.items:
-            self.extent += self.items[-1].sample.next - work.start
+        for end in ends:
+            self.left_out.merge(end.left_out)
+        if any(end.last for end in ends):
+            position = work.shard.begin + work.shard.extent
+        self.extent += position - work.start
 
     def output_bytes(self) -> int:
-        """Of the sample, written to a temporary folder."""
-        good = [item for item in self.items if all(isinstance(image, Tokens) for image in item.sample.images)]
+        """Returns the size of the sample's output, written to a temporary folder."""
+        good = [row for row in self.rows if not row.failures]
         if not good:
             return 0
         with tempfile.TemporaryDirectory() as folder:

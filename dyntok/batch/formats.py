@@ -1,21 +1,24 @@
 """How rows of codes become files: Parquet, webdataset tars, Megatron's `.bin` and `.idx`.
 
-The same rows give the same bytes (with the same library versions). Not here: where files go, and when (`storage.py`, `manifest.py`).
+The same rows give the same bytes (with the same library versions). Not here: where files go, and when (`storage.py`,
+`manifest.py`).
 """
 
 import io
 import json
+import re
 import struct
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dyntok.batch.engines.stages import Item, Tokens, narrowest
+from dyntok.batch.engines.rows import Row, TokenizedImage
+from dyntok.batch.engines.stages import narrowest
 from dyntok.batch.options import BatchOptions
 from dyntok.batch.storage import Output
 from dyntok.errors import BatchError, DataError
@@ -26,29 +29,40 @@ ROWS_IN_GROUP = 1024  # of a Parquet file: what a reader takes at once
 METADATA_KEY = b"dyntok"
 _MEGATRON_MAGIC, _MEGATRON_VERSION = b"MMIDIDX\x00\x00", 1
 _MEGATRON_TYPES = {"uint16": 8, "int32": 4}
+_MEMBER_SUFFIX = re.compile(r"[\w-]+(\.[\w-]+)*")
+_OWN_MEMBERS = ("json", "codes.npy", "positions.npy")
+
+TokenizedRow: TypeAlias = Row[TokenizedImage]
 
 
 class Writer(Protocol):
+    """Writes output shards in one format."""
+
     def write(
-        self, output: Output, name: str, items: Sequence[Item], types: Mapping[str, pa.DataType]
+        self, output: Output, name: str, rows: Sequence[TokenizedRow], types: Mapping[str, pa.DataType]
     ) -> dict[str, int]:
-        """Makes the files of one output shard appear; their names and sizes in bytes. Raises `BatchError`."""
+        """Makes the files of one output shard appear; returns their names and sizes in bytes. Raises `BatchError`.
+
+        There may be no rows: all of the shard's images failed. types: of the extra columns.
+        """
         ...
 
 
 def make_writer(options: BatchOptions, tokenizer: DynamicVisualTokenizer, description: Mapping[str, Any]) -> Writer:
+    """Returns the writer for `options.format`."""
     codes, patches = tokenizer.config.codebook.size, tokenizer.grid[0] * tokenizer.grid[1]
     if options.format == "megatron":
-        return Megatron(VisualVocab.after(options.vocab_size, codes))
+        return Megatron(VisualVocab.after(options.vocab_size, codes), options.eod)
     if options.format == "webdataset":
         return WebDataset(description)
     return Parquet(options.interleaved, codes, patches, description)
 
 
 class Parquet:
-    """One row per image: key, codes, positions, grid (rows, columns), width, height, columns.
+    """One row per image: key, codes, positions, grid (rows, columns), width, height, extra columns.
 
-    In interleaved data a row holds a list of each, with nulls where the input has no image or a broken one.
+    In interleaved data a row holds a list of each, with nulls where the input has no image or a broken one. A shard
+    without rows still gets a file, so that readers find the types of its columns.
     """
 
     def __init__(self, interleaved: bool, codes: int, patches: int, description: Mapping[str, Any]) -> None:
@@ -60,15 +74,15 @@ class Parquet:
         self.metadata = {METADATA_KEY: json.dumps({**description, "codebook_size": codes}, ensure_ascii=False).encode()}
 
     def write(
-        self, output: Output, name: str, items: Sequence[Item], types: Mapping[str, pa.DataType]
+        self, output: Output, name: str, rows: Sequence[TokenizedRow], types: Mapping[str, pa.DataType]
     ) -> dict[str, int]:
-        values = {"codes": _codes, "positions": _positions, "grid": _grid, "width": _width, "height": _height}
-        arrays = {"key": pa.array([item.sample.key for item in items], pa.string())}
+        arrays = {"key": pa.array([row.key for row in rows], pa.string())}
         for column, kind in self.columns.items():
-            rows = [[image and values[column](image) for image in _images(item)] for item in items]
-            arrays[column] = pa.array(rows if self.interleaved else [row for (row,) in rows], kind)
+            value = _VALUES[column]
+            cells = [[image and value(image) for image in row.images] for row in rows]
+            arrays[column] = pa.array(cells if self.interleaved else [cell for (cell,) in cells], kind)
         for column, kind in types.items():
-            arrays[column] = pa.array([item.sample.columns[column] for item in items], kind)
+            arrays[column] = pa.array([row.columns[column] for row in rows], kind)
         schema = pa.schema([(column, array.type) for column, array in arrays.items()], self.metadata)
         table = pa.Table.from_arrays(list(arrays.values()), schema=schema)
         file = f"{name}.parquet"
@@ -78,74 +92,61 @@ class Parquet:
         return {file: size}
 
 
-def _images(item: Item) -> list[Tokens | None]:
-    return [image if isinstance(image, Tokens) else None for image in item.sample.images]
-
-
-def _codes(image: Tokens) -> np.ndarray:
-    return image.codes
-
-
-def _positions(image: Tokens) -> np.ndarray:
-    return image.positions
-
-
-def _grid(image: Tokens) -> tuple[int, int]:
-    return image.grid
-
-
-def _width(image: Tokens) -> int:
-    return image.size[0]
-
-
-def _height(image: Tokens) -> int:
-    return image.size[1]
+_VALUES: dict[str, Callable[[TokenizedImage], Any]] = {
+    "codes": lambda image: image.codes,
+    "positions": lambda image: image.positions,
+    "grid": lambda image: image.grid,
+    "width": lambda image: image.size[0],
+    "height": lambda image: image.size[1],
+}
 
 
 class WebDataset:
-    """`KEY.codes.npy`, `KEY.positions.npy`, and `KEY.json` with the key as it was, the grid, the original size and columns.
+    """`KEY.codes.npy`, `KEY.positions.npy`, `KEY.NAME` for each extra column of text, and `KEY.json` for the rest.
 
-    Names of members are safe: no absolute path, no "..", no dot in the last part, none twice.
+    The JSON holds the key as it was, the grid, the original size, the fingerprint, and extra columns that are numbers,
+    structures or null. Names of members are safe: no absolute path, no "..", no dot in the key's last part, none twice.
     """
 
     def __init__(self, description: Mapping[str, Any]) -> None:
-        self.description = description
+        self.fingerprint = description["tokenizer"]["fingerprint"]
 
     def write(
-        self, output: Output, name: str, items: Sequence[Item], types: Mapping[str, pa.DataType]
+        self, output: Output, name: str, rows: Sequence[TokenizedRow], types: Mapping[str, pa.DataType]
     ) -> dict[str, int]:
         def write(path: str) -> None:
             taken: set[str] = set()
             with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
-                for item in items:
-                    (image,) = item.sample.images
-                    stem = _member_name(item.sample.key, taken)
-                    facts = {
-                        "key": item.sample.key,
-                        "grid": list(image.grid),
-                        "width": image.size[0],
-                        "height": image.size[1],
-                    }
-                    _add(tar, f"{stem}.codes.npy", _npy(image.codes))
-                    _add(tar, f"{stem}.positions.npy", _npy(image.positions))
-                    _add(
-                        tar,
-                        f"{stem}.json",
-                        _json({**facts, **item.sample.columns, "fingerprint": self._fingerprint}),
-                    )
+                for row in rows:
+                    stem = _member_name(row.key, taken)
+                    for suffix, content in self._members(row):
+                        _add(tar, f"{stem}.{suffix}", content)
 
         file = f"{name}.tar"
-        return {file: output.publish(file, write)}
+        return {file: output.publish(file, write)} if rows else {}
 
-    @property
-    def _fingerprint(self) -> str:
-        return self.description["tokenizer"]["fingerprint"]
+    def _members(self, row: TokenizedRow) -> list[tuple[str, bytes]]:
+        """Returns (suffix, content) of each member of a row."""
+        (image,) = row.present
+        texts = {name: value for name, value in row.columns.items() if is_text_member(name, value)}
+        facts = {"key": row.key, "grid": list(image.grid), "width": image.size[0], "height": image.size[1]}
+        facts |= {name: value for name, value in row.columns.items() if name not in texts}
+        return [
+            ("codes.npy", _npy(image.codes)),
+            ("positions.npy", _npy(image.positions)),
+            *((name, text.encode()) for name, text in texts.items()),
+            ("json", _json({**facts, "fingerprint": self.fingerprint})),
+        ]
+
+
+def is_text_member(name: str, value: Any) -> bool:
+    """Whether an extra column becomes a file of its own, as webdataset has it, instead of an entry in the JSON."""
+    return isinstance(value, str) and name not in _OWN_MEMBERS and _MEMBER_SUFFIX.fullmatch(name) is not None
 
 
 def _member_name(key: str, taken: set[str]) -> str:
-    parts = [
-        part for part in PurePosixPath(key.replace("\\", "/").replace("\0", "")).parts if part not in ("/", "..", ".")
-    ] or ["_"]
+    path = PurePosixPath(key.replace("\\", "/").replace("\0", ""))
+    parts = [part for part in path.parts if part not in ("/", "..", ".")] or ["_"]
     stem = "/".join([*parts[:-1], parts[-1].replace(".", "_")])
     name, number = stem, 2
     while name in taken:
@@ -165,7 +166,7 @@ def _json(values: Mapping[str, Any]) -> bytes:
         return json.dumps(values, ensure_ascii=False).encode()
     except TypeError as error:
         raise DataError(
-            f"a column of {values['key']!r} can't be written as JSON ({error}); write parquet, or leave it out"
+            f"an extra column of {values['key']!r} can't be written as JSON ({error}); write parquet, or leave it out"
         ) from error
 
 
@@ -176,39 +177,46 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 class Megatron:
-    """Megatron-core's indexed dataset: a document per row, each image between start and end, in the LLM's ids; and the keys as JSON."""
+    """Megatron-core's indexed dataset: a document per row, each image between start and end, in the LLM's ids.
 
-    def __init__(self, vocab: VisualVocab) -> None:
-        self.vocab = vocab
+    eod: an id that ends every document, where GPTDataset resets attention and positions. The keys are written as JSON.
+    """
+
+    def __init__(self, vocab: VisualVocab, eod: int | None = None) -> None:
+        self.vocab, self.eod = vocab, eod
         self.dtype = np.dtype("uint16" if vocab.dtype == "uint16" else "int32")
         if vocab.vocab_size - 1 > np.iinfo(self.dtype).max:
             raise BatchError(
-                f"ids up to {vocab.vocab_size - 1} do not fit into Megatron's {self.dtype}; the vocabulary must be smaller"
+                f"ids up to {vocab.vocab_size - 1} do not fit into Megatron's {self.dtype}; "
+                "the vocabulary must be smaller"
             )
 
     def write(
-        self, output: Output, name: str, items: Sequence[Item], types: Mapping[str, pa.DataType]
+        self, output: Output, name: str, rows: Sequence[TokenizedRow], types: Mapping[str, pa.DataType]
     ) -> dict[str, int]:
-        documents = [
-            np.concatenate([self._ids(image) for image in _images(item) if image] or [np.empty(0)]) for item in items
-        ]
+        if not rows:
+            return {}
+        documents = [self._document(row) for row in rows]
         lengths = [len(document) for document in documents]
-        keys = [item.sample.key for item in items]
+        keys = json.dumps([row.key for row in rows], ensure_ascii=False) + "\n"
         writes: dict[str, Callable[[str], Any]] = {
-            f"{name}.bin": lambda path: np.concatenate(documents).astype(self.dtype).tofile(path),
+            f"{name}.bin": lambda path: np.concatenate(documents).tofile(path),
             f"{name}.idx": lambda path: Path(path).write_bytes(megatron_index(lengths, self.dtype)),
-            f"{name}.keys.json": lambda path: Path(path).write_text(
-                json.dumps(keys, ensure_ascii=False) + "\n", encoding="utf-8"
-            ),
+            f"{name}.keys.json": lambda path: Path(path).write_text(keys, encoding="utf-8"),
         }
         return {file: output.publish(file, write) for file, write in writes.items()}
 
-    def _ids(self, image: Tokens) -> np.ndarray:
-        return self.vocab.to_ids(image.codes.astype(np.int64)).numpy()
+    def _document(self, row: TokenizedRow) -> np.ndarray:
+        ids = [self.vocab.to_ids(image.codes.astype(np.int64)).numpy() for image in row.present]
+        end = [] if self.eod is None else [self.eod]
+        return np.concatenate([*ids, np.array(end, np.int64)]).astype(self.dtype)
 
 
 def megatron_index(lengths: Sequence[int], dtype: np.dtype) -> bytes:
-    """The `.idx` file of documents that are one sequence each: header, lengths (int32), byte offsets (int64), documents (int64)."""
+    """Returns the `.idx` file of documents that are one sequence each.
+
+    It holds a header, lengths (int32), byte offsets (int64), and the first sequence of each document (int64).
+    """
     offsets = np.concatenate([[0], np.cumsum(lengths)])[:-1] * dtype.itemsize
     header = _MEGATRON_MAGIC + struct.pack(
         "<QBQQ", _MEGATRON_VERSION, _MEGATRON_TYPES[dtype.name], len(lengths), len(lengths) + 1

@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dyntok.batch.addresses import StorageOptions, address_key, is_remote, local_path, redact, wrap_storage_errors
-from dyntok.batch.engines.stages import End, Item, Range, Retry, Tokens, Work
-from dyntok.batch.formats import Writer
+from dyntok.batch.engines.rows import Failure, Range, RangeEnd, Retry, Work
+from dyntok.batch.formats import TokenizedRow, Writer
 from dyntok.batch.inputs.names import LeftOut
-from dyntok.batch.inputs.samples import Broken, Input, Shard
+from dyntok.batch.inputs.samples import Input, Shard
 from dyntok.batch.options import BatchOptions, differences
 from dyntok.batch.storage import RUN, Output
 from dyntok.chunks import batched
@@ -196,23 +196,19 @@ class Manifest:
                     retry = Retry(record.attempt + 1, keys, record.rows, record.last)
                     yield Work(shard, number, record.start, retry=retry)
 
-    def commit(self, end: End, items: Sequence[Item], writer: Writer) -> Record:
+    def commit(self, end: RangeEnd, rows: Sequence[TokenizedRow], writer: Writer) -> Record:
         """Writes an output shard: its errors, then its data, and its record last. Returns what was written now.
 
         Raises `BatchError`; then no record was written, and the files do not count.
         """
-        failures = [
-            _failure(item, i, image)
-            for item in items
-            for i, image in enumerate(item.sample.images)
-            if isinstance(image, Broken)
-        ]
-        good = [item for item in items if not _all_broken(item)]
+        failures = [_failure(row, failure) for row in rows for failure in row.failures]
+        good = [row for row in rows if not row.failed]
         if failures:
             table = pa.Table.from_pylist(failures, _ERRORS)
             self.output.publish(_errors_name(end.range), lambda path: pq.write_table(table, path))
-        sizes = writer.write(self.output, end.range.name, good, end.types) if good else {}
-        images = [image for item in good for image in item.sample.images if isinstance(image, Tokens)]
+        retry_without_success = end.range.attempt and not good
+        sizes = {} if retry_without_success else writer.write(self.output, end.range.name, good, end.types)
+        images = [image for row in good for image in row.present]
         written = Record(
             shard=end.shard,
             start=end.start,
@@ -222,7 +218,7 @@ class Manifest:
             images=len(images),
             tokens=sum(len(image.codes) for image in images),
             errors=len(failures),
-            duplicates=len(good) - len({item.sample.key for item in good}),
+            duplicates=len(good) - len({row.key for row in good}),
             files={file: {"rows": len(good), "bytes": size} for file, size in sizes.items()},
             attempt=end.range.attempt,
             left_out=end.left_out,
@@ -230,7 +226,7 @@ class Manifest:
         name = f"{RUN}/done/{replace(end.range, attempt=0).name}.json"
         values = self.output.read_json(name)  # of a range that is retried, or whose files were lost
         before = Record(**values) if values else written
-        record = _merged(before, written, items) if end.range.attempt else written
+        record = _merged(before, written, rows) if end.range.attempt else written
         self.output.publish_json(name, asdict(record))
         for file in before.files.keys() - record.files.keys():  # other readers of the folder would see their rows twice
             self.output.remove(file)
@@ -274,12 +270,12 @@ def _unfinished_ranges(shard: Shard, done: Mapping[int, Record]) -> Iterator[Wor
         number, start = stop, done[stop].start
 
 
-def _merged(before: Record, retried: Record, items: Sequence[Item]) -> Record:
+def _merged(before: Record, retried: Record, rows: Sequence[TokenizedRow]) -> Record:
     """Returns the record of a range after some of its rows were tried again."""
     return replace(
         retried,
         next=before.next,
-        rows=before.rows + sum(item.place >= before.rows for item in items),
+        rows=before.rows + sum(row.place >= before.rows for row in rows),
         images=before.images + retried.images,
         tokens=before.tokens + retried.tokens,
         duplicates=before.duplicates + retried.duplicates,
@@ -288,21 +284,15 @@ def _merged(before: Record, retried: Record, items: Sequence[Item]) -> Record:
     )
 
 
-def _all_broken(item: Item) -> bool:
-    """Returns whether a row has images, and none of them can be read."""
-    return bool(item.sample.images) and all(isinstance(image, Broken) for image in item.sample.images)
-
-
 def _errors_name(span: Range) -> str:
     return f"{RUN}/errors/{span.name}.parquet"
 
 
-def _failure(item: Item, image: int, broken: Broken) -> dict[str, Any]:
-    several = len(item.sample.images) > 1
+def _failure(row: TokenizedRow, failure: Failure) -> dict[str, Any]:
     return {
-        "key": item.sample.key,
-        "source": item.sample.source,
-        "reason": broken.reason,
-        "place": item.place,
-        "image": image if several else None,
+        "key": row.key,
+        "source": row.source,
+        "reason": failure.reason,
+        "place": row.place,
+        "image": failure.image if len(row.images) > 1 else None,
     }

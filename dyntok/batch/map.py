@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
-from dyntok.batch.engines.stages import Picture, tokens_of
+from dyntok.batch.engines.rows import Picture, TokenizedImage
+from dyntok.batch.engines.stages import narrowest, tokenize_pictures
 from dyntok.batch.options import BatchOptions
-from dyntok.errors import DataError, ImageError
+from dyntok.errors import DataError, FingerprintError, ImageError
 from dyntok.image import DEFAULT_MAX_PIXELS, to_array
 from dyntok.loading import load
 from dyntok.tokenizer import DynamicVisualTokenizer
@@ -18,21 +20,27 @@ _IMPORTED_IN = os.getpid()
 
 
 class TokenizeColumn:
-    """A batch with a column of images becomes a batch with codes, positions, grid, width, height and error.
+    """Turns a batch with a column of images into one with codes, positions, grid, width, height and error.
 
     >>> dataset.map(dyntok.batch.TokenizeColumn(), batched=True, remove_columns="image")  # Hugging Face datasets
     >>> ray.data.read_parquet(...).map_batches(dyntok.batch.TokenizeColumn, concurrency=4)  # Ray Data
 
-    image: the column; PIL images, uint8 arrays, bytes, paths, or dicts with bytes. The other columns stay, but for Ray the image goes.
-    model, device, other options: as in `dyntok.load` and `encode`. The tokenizer is loaded when it is first needed, in every process anew.
+    image: the column; PIL images, uint8 arrays, bytes, paths, or dicts with bytes. The image column is not returned:
+        `datasets` keeps it unless it is removed, Ray drops it. The other columns stay.
+    model, device, other options: as in `dyntok.load` and `encode`. Each process loads the tokenizer when it first
+        needs it.
 
-    A bad image has null codes, and a reason in the column `error`, which is empty otherwise. Raises `DataError` where the image column
-    is missing.
+    A bad image has no codes (empty arrays, zeros for grid and size) and a reason in `error`, which is empty otherwise.
+    The columns have the same types in every batch.
+
+    The fingerprint of the tokenizer is part of the pickled object, so the cache of `datasets` notices other weights.
+    Raises `DataError` where the image column is missing or holds a single image, `FingerprintError` where the
+    tokenizer changed after the object was pickled.
     """
 
     def __init__(
         self,
-        model: str | None = None,
+        model: str | os.PathLike | None = None,
         *,
         image: str = "image",
         budget: int | float | None = None,
@@ -44,36 +52,52 @@ class TokenizeColumn:
         self.model, self.image, self.device = model, image, device
         self.options = BatchOptions(budget=budget, threshold=threshold, max_tokens=max_tokens, max_pixels=max_pixels)
         self._tokenizer: DynamicVisualTokenizer | None = None
+        self._fingerprint: str | None = None  # of the tokenizer in the process that pickled this object
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_tokenizer": None}
+        return {**vars(self), "_tokenizer": None, "_fingerprint": self.tokenizer.fingerprint}
+
+    @property
+    def tokenizer(self) -> DynamicVisualTokenizer:
+        """Returns the tokenizer, loaded now where it was not needed before."""
+        if self._tokenizer is None:
+            if os.getpid() != _IMPORTED_IN:  # forked, as `map(num_proc=)` does: OpenMP would wait for lost threads
+                torch.set_num_threads(1)
+            tokenizer = load(self.model, device=self.device)
+            if self._fingerprint not in (None, tokenizer.fingerprint):
+                raise FingerprintError(
+                    f"{self.model} is the tokenizer {tokenizer.fingerprint} now and was {self._fingerprint} when this "
+                    "object was pickled; make a new TokenizeColumn"
+                )
+            self._tokenizer = tokenizer
+        return self._tokenizer
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+        pictures = [self._picture(image) for image in self._images(batch)]
+        good = [picture for picture in pictures if isinstance(picture, Picture)]
+        results = iter(tokenize_pictures(good, self.tokenizer, self.options))
+        results = [next(results) if isinstance(picture, Picture) else picture for picture in pictures]
+        rest = {name: values for name, values in batch.items() if name != self.image}
+        return {**rest, **self._columns(results)}
+
+    def _images(self, batch: Mapping[str, Sequence[Any]]) -> Sequence[Any]:
         if self.image not in batch:
             raise DataError(
                 f"the batch has no column {self.image!r}; it has {', '.join(batch)}; image= names the one with images"
             )
-        if self._tokenizer is None:
-            if (
-                os.getpid() != _IMPORTED_IN
-            ):  # forked, as `map(num_proc=)` does: OpenMP would wait for threads that the parent had
-                torch.set_num_threads(1)
-            self._tokenizer = load(self.model, device=self.device)
-        images = [self._picture(image) for image in batch[self.image]]
-        pictures = [image for image in images if isinstance(image, Picture)]
-        tokens = iter(tokens_of(pictures, self._tokenizer, self.options))
-        rows = [next(tokens) if isinstance(image, Picture) else None for image in images]
-        columns = {name: [row and getattr(row, name) for row in rows] for name in ("codes", "positions", "grid")}
-        columns["grid"] = [grid and list(grid) for grid in columns["grid"]]
-        columns |= {name: [row and row.size[i] for row in rows] for i, name in enumerate(("width", "height"))}
-        columns["error"] = [
-            "" if isinstance(image, Picture) else image for image in images
-        ]  # not None, which has no type
-        rest = {name: values for name, values in batch.items() if name != self.image}
-        return {**rest, **columns}
+        images = batch[self.image]
+        single = images is None or isinstance(images, str | bytes | os.PathLike | Mapping | Image.Image)
+        if isinstance(images, np.ndarray | torch.Tensor):
+            single = images.ndim == 2 or images.ndim == 3 and (images.shape[2] in (1, 3, 4) or images.shape[0] == 3)
+        if single:
+            raise DataError(
+                f"the column {self.image!r} holds one image ({type(images).__name__}), expected a list of images; "
+                "call map(..., batched=True) or map_batches(...)"
+            )
+        return images
 
     def _picture(self, image: Any) -> Picture | str:
-        """Or why there is none."""
+        """Returns the picture, or why there is none."""
         if isinstance(image, Mapping):
             image = image.get("bytes") or image.get("path")
         if image is None:
@@ -81,6 +105,22 @@ class TokenizeColumn:
         if isinstance(image, np.ndarray) and image.dtype == object:
             image = np.stack(image)
         try:
-            return Picture(*to_array(image, self._tokenizer.config.image, max_pixels=self.options.max_pixels))
+            return Picture(*to_array(image, self.tokenizer.config.image, max_pixels=self.options.max_pixels))
         except ImageError as error:
             return str(error)
+
+    def _columns(self, results: Sequence[TokenizedImage | ImageError | str]) -> dict[str, Any]:
+        """Returns NumPy values, whose types do not depend on which images are good."""
+        patches = self.tokenizer.grid[0] * self.tokenizer.grid[1]
+        none = TokenizedImage(
+            np.zeros(0, narrowest(self.tokenizer.config.codebook.size)), np.zeros(0, narrowest(patches)), (0, 0), (0, 0)
+        )
+        images = [result if isinstance(result, TokenizedImage) else none for result in results]
+        return {
+            "codes": [image.codes for image in images],
+            "positions": [image.positions for image in images],
+            "grid": [np.array(image.grid, np.uint16) for image in images],
+            "width": np.array([image.size[0] for image in images], np.uint32),
+            "height": np.array([image.size[1] for image in images], np.uint32),
+            "error": ["" if isinstance(result, TokenizedImage) else str(result) for result in results],
+        }

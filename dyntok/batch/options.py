@@ -31,9 +31,8 @@ class BatchOptions:
     max_tokens: int | None = None
     max_pixels: int = DEFAULT_MAX_PIXELS  # of an image; larger ones are refused
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    vocab_size: int | None = (
-        None  # megatron: entries of the LLM's vocabulary; image start, image end and the codes come behind them
-    )
+    vocab_size: int | None = None  # megatron: entries of the LLM's vocabulary; image start, end and codes follow them
+    eod: int | None = None  # megatron: an id of the LLM's vocabulary that ends every document
 
     def __post_init__(self) -> None:
         for name, choices in (("kind", KINDS), ("format", FORMATS), ("dtype", DTYPES)):
@@ -52,6 +51,10 @@ class BatchOptions:
         if (self.format == "megatron") != (self.vocab_size is not None):
             raise ConfigError(
                 "vocab_size belongs to the format megatron, which needs it: how many entries the LLM's vocabulary has"
+            )
+        if self.eod is not None and not (type(self.eod) is int and 0 <= self.eod < (self.vocab_size or 0)):
+            raise ConfigError(
+                f"eod is {self.eod!r}, expected an id of the LLM's vocabulary, 0 to vocab_size - 1, with format megatron"
             )
         if self.format == "megatron":
             VisualVocab.after(self.vocab_size, 1)
@@ -76,10 +79,11 @@ class EngineOptions:
     name: Literal["local", "ray"] = "local"
     batch_size: int = 32  # images at once, at most
     threads: int | None = (
-        None  # of each model process on a CPU; None: all cores for one, shared among several; 1 in Ray's actors
+        None  # of each model process on a CPU; None: all cores, shared among several; 1 in Ray's actors
     )
+    time_limit: float = 60.0  # seconds to decode an image, which then is an error; needs decoding processes
     workers: int | None = (
-        None  # local: decoding processes; 0: none, the model's process decodes. None: by the number of cores
+        None  # local: decoding processes; 0: the model's process decodes; None: by the number of cores
     )
     devices: tuple[str, ...] = ()  # local: one model process for each; empty: all GPUs, or the CPU
     address: str | None = None  # ray: of a cluster; None: one of its own on this machine
@@ -92,11 +96,13 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < low):
                 raise ConfigError(f"{name} is {value!r}, expected an integer of {low} or more")
+        if type(self.time_limit) not in (int, float) or not 0 < self.time_limit < float("inf"):
+            raise ConfigError(f"time_limit is {self.time_limit!r}, expected a number of seconds above 0")
         object.__setattr__(self, "devices", tuple(self.devices))
         others = {"local": ("address", "actors"), "ray": ("workers", "devices")}[self.name]
         if useless := [name for name in others if getattr(self, name) not in (None, ())]:
             raise ConfigError(
-                f"{' and '.join(useless)} given, which the engine {self.name!r} has no use for; leave them out"
+                f"{' and '.join(useless)} given, but the engine {self.name!r} does not use them; leave them out"
             )
 
 

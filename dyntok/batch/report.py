@@ -12,12 +12,14 @@ import torch
 from PIL import Image
 
 from dyntok.batch.addresses import StorageOptions
-from dyntok.batch.dataset import CodesDataset, read_block
+from dyntok.batch.dataset import CodesDataset
 from dyntok.batch.inputs.open import open_input
 from dyntok.batch.inputs.samples import Broken, Input, Shard
 from dyntok.batch.manifest import Record, read_description, read_errors, read_records
 from dyntok.batch.options import BatchOptions
+from dyntok.batch.shard_reader import read_block
 from dyntok.batch.storage import Output
+from dyntok.batch.summary import reason_kind
 from dyntok.encoding import Encoding
 from dyntok.errors import BatchError, FingerprintError, MissingDependencyError
 from dyntok.model.codebook import perplexity
@@ -85,7 +87,7 @@ def inspect(folder: str, *, storage: StorageOptions | None = None) -> Report:
     for span, record in read_records(output):
         totals.update(shards=1, rows=record.rows, images=record.images, tokens=record.tokens, errors=record.errors)
         totals.update(duplicates=record.duplicates, bytes=sum(facts["bytes"] for facts in record.files.values()))
-        reasons.update(_kind_of(row["reason"]) for row in read_errors(output, span, record))
+        reasons.update(reason_kind(row["reason"]) for row in read_errors(output, span, record))
     lengths = codes = None
     if description["options"]["format"] != "megatron":
         lengths, codes = np.zeros(1, np.int64), np.zeros(1, np.int64)
@@ -108,11 +110,6 @@ def all_errors(folder: str, *, storage: StorageOptions | None = None) -> Iterato
     read_description(output)
     for span, record in read_records(output):
         yield from read_errors(output, span, record)
-
-
-def _kind_of(reason: str) -> str:
-    """A reason without the name of the image that it begins with."""
-    return reason.partition(": ")[2] or reason
 
 
 def _added(one: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 import argparse
 import shlex
 import sys
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 from dyntok.cli.arguments import (
@@ -106,6 +107,7 @@ def _add_output_options(group: "argparse._ArgumentGroup") -> None:
         metavar="N",
         help="megatron: size of the LLM's vocabulary; the codes come after it",
     )
+    group.add_argument("--eod", type=whole(0, LARGEST), metavar="ID", help="megatron: an id that ends every document")
     group.add_argument("--retry-errors", action="store_true", help="encode only the images that failed before")
     group.add_argument(
         "--max-error-rate",
@@ -121,6 +123,13 @@ def _add_performance_options(group: "argparse._ArgumentGroup") -> None:
     group.add_argument("--engine", choices=["local", "ray"], default="local", help="(default: %(default)s)")
     group.add_argument(
         "--batch-size", type=positive, default=32, metavar="N", help="images per batch (default: %(default)s)"
+    )
+    group.add_argument(
+        "--time-limit",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="an image that takes longer to decode is an error; needs decoding processes (default: %(default)g)",
     )
     group.add_argument(
         "--workers", type=whole(0, 2**10), metavar="N", help="local: decoding processes (default: by number of cores)"
@@ -145,13 +154,15 @@ def _batch(options: argparse.Namespace) -> int:
     from dyntok.batch import BatchOptions, EngineOptions, tokenize
     from dyntok.batch.addresses import read_storage_options
     from dyntok.batch.dry_run import dry_run
-    from dyntok.batch.run import prepare
+    from dyntok.batch.task import prepare
+    from dyntok.cli.batch_progress import Progress
 
     given = vars(options)
     run_options = BatchOptions(**{name: given[name] for name in BatchOptions.__dataclass_fields__ if name in given})
     engine = EngineOptions(
         options.engine,
         batch_size=options.batch_size,
+        time_limit=options.time_limit,
         threads=options.threads,
         workers=options.workers,
         devices=options.devices,
@@ -164,9 +175,9 @@ def _batch(options: argparse.Namespace) -> int:
         estimate = dry_run(task)
         _print(estimate, options.json)
         return SOME_SKIPPED if estimate.all_failed else OK
-    progress = _Progress()
+    progress = Progress()
     try:
-        with progress.bar:
+        with closing(progress):
             summary = tokenize(
                 options.inputs,
                 options.output,
@@ -193,22 +204,3 @@ def _print(result: "Summary | DryRun", as_json: bool) -> None:
         print_json(result.to_dict())
     else:
         print(result)
-
-
-class _Progress:
-    """A progress bar on a terminal: images, images/s, tokens per image, errors, time left."""
-
-    def __init__(self) -> None:
-        from dyntok.cli.progress import ProgressBar
-
-        self.bar = ProgressBar(desc="batch", unit=" images", disable=None, mininterval=0.5)
-        self.last: Summary | None = None
-
-    def __call__(self, summary: "Summary") -> None:
-        self.last = summary
-        if self.bar.disable:
-            return
-        if self.bar.update(summary.images - self.bar.n):
-            left = "?" if summary.seconds_left is None else self.bar.format_interval(summary.seconds_left)
-            facts = f"{summary.tokens / max(summary.images, 1):.1f} tokens/image, {summary.errors} errors, {left} left"
-            self.bar.set_postfix_str(facts, refresh=False)

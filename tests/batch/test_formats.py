@@ -80,7 +80,7 @@ def test_webdataset_is_what_webdataset_loads(images, checkpoint_folder, tmp_path
     for sample in samples:
         facts = sample["json"]
         assert (sample["codes.npy"].tolist(), sample["positions.npy"].tolist()) == wanted[facts["key"]]
-        assert facts["grid"] == [8, 8] and facts["height"] == 80 and facts["txt"] == f"caption of {facts['key']}"
+        assert facts["grid"] == [8, 8] and facts["height"] == 80 and sample["txt"] == f"caption of {facts['key']}"
         assert ".." not in sample["__key__"] and not sample["__key__"].startswith("/")
 
 

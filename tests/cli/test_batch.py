@@ -55,7 +55,7 @@ def test_a_summary_for_people(tar, checkpoint_folder, tmp_path):
         str(checkpoint_folder),
     ]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 3 and "20 images" in done.stdout and "1 images left out" in done.stdout, done.stderr
+    assert done.returncode == 3 and "20 images" in done.stdout and "1 images failed" in done.stdout, done.stderr
 
 
 def test_dry_run_writes_nothing(tar, photos, checkpoint_folder, tmp_path, capsys):

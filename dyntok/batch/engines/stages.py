@@ -1,123 +1,87 @@
-"""What both engines do to every row, stage by stage: `read`, `decode`, `encode`. Queues between them are the engines' own."""
+"""What every engine does to the rows of the input: `read`, `decode`, `encode`.
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+Not here: the queues and processes between these stages; each engine has its own.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain, islice
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeAlias
 
 import numpy as np
-import pyarrow as pa
 
+from dyntok.batch.engines.rows import (
+    Chunk,
+    Failure,
+    Picture,
+    Range,
+    RangeEnd,
+    Retry,
+    Row,
+    SourceRow,
+    TokenizedImage,
+    Work,
+)
 from dyntok.batch.inputs.names import LeftOut
-from dyntok.batch.inputs.samples import Broken, Input, InputSample, Shard
+from dyntok.batch.inputs.samples import Broken, Input, Shard, ShardReader
 from dyntok.batch.options import BatchOptions
 from dyntok.config import ImageConfig
 from dyntok.errors import BatchError, ImageError
 from dyntok.image import normalized, to_array
 from dyntok.tokenizer import DynamicVisualTokenizer
 
-_BATCH_BYTES = 2**26  # of undecoded images in a batch, at most, unless a single one has more
+Place: TypeAlias = tuple[int, int]  # row of a chunk, and image of that row
+
+_CHUNK_BYTES = 2**26  # of undecoded images in a chunk, at most, unless a single one has more
+_FETCH = -1  # in a place: reading the files of a row, before its first image
+_NOTHING_REFUSED: Mapping[Place, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
-class Range:
-    """Consecutive rows of an input shard, which become one output shard."""
+class DecodeOptions:
+    """How images are decoded."""
 
-    shard: int  # index of the input shard
-    number: int  # in the input shard
-    attempt: int = 0  # above 0: rows that failed before and are tried again
-
-    @property
-    def name(self) -> str:
-        return f"{self.shard:06d}-{self.number:06d}" + f"-retry{self.attempt}" * bool(self.attempt)
+    image: ImageConfig
+    max_pixels: int
 
 
-@dataclass(frozen=True)
-class Work:
-    """What is to be read of an input shard."""
+def read(source: Input, work: Work, shard_size: int) -> Iterator[SourceRow | RangeEnd]:
+    """Yields rows in order, and a `RangeEnd` after the last row of each range.
 
-    shard: Shard
-    number: int  # of the first range
-    start: int  # where that begins
-    stop: int | None = None  # the number of the first range that is not wanted; None: to the end of the shard
-    retry: "Retry | None" = None  # of one range, only some rows
-
-
-@dataclass(frozen=True)
-class Retry:
-    attempt: int
-    keys: dict[int, str]  # of the rows that failed, by their place in the range
-    rows: int  # of the range
-    last: bool  # of its input shard: what stands behind it now was out of reach before
-
-
-@dataclass(frozen=True)
-class Item:
-    """One row on its way. Its images are what the last stage made of them: sources, then `Picture`, then `Tokens`; or Broken, or None."""
-
-    range: Range
-    place: int  # in the range
-    sample: InputSample
-
-
-@dataclass(frozen=True)
-class End:
-    """Comes behind the last row of a range (in an engine that keeps order)."""
-
-    range: Range
-    shard: dict[str, Any]  # identity of the input shard
-    rows: int  # of this range
-    start: int
-    next: int
-    last: bool  # range of its input shard
-    types: dict[str, pa.DataType]  # of the extra columns
-    share: float  # of the input shard
-    left_out: dict[str, int] = field(default_factory=dict)  # files of the input, by suffix
-
-
-@dataclass(frozen=True)
-class Picture:
-    array: np.ndarray  # uint8 [S, S, 3]
-    size: tuple[int, int]  # width and height of the original
-
-
-@dataclass(frozen=True)
-class Tokens:
-    codes: np.ndarray  # [T], the narrowest unsigned type that holds every code
-    positions: np.ndarray  # [T], the narrowest that holds every position
-    grid: tuple[int, int]
-    size: tuple[int, int]
-
-
-def read(source: Input, work: Work, shard_size: int) -> Iterator[Item | End]:
-    """Rows and ends of ranges, in order. Raises `BatchError` or `DataError` where the shard can't be read."""
+    Raises `BatchError` or `DataError` where the shard can't be read.
+    """
     with source.open(work.shard, work.start) as reading:
         if work.retry is not None:
-            yield from _read_again(reading, work)
+            yield from _read_again(reading, work, work.retry)
             return
         samples, start = iter(reading), work.start
         first = next(samples, None)
         number = work.number
         while number != work.stop:
-            span, rows, behind, left_out = Range(work.shard.index, number), 0, start, LeftOut()
+            span, rows, end, left_out = Range(work.shard.index, number), 0, start, LeftOut()
             for sample in islice(chain([first] if first else [], samples), shard_size):
-                yield Item(span, rows, sample)
-                rows, behind = rows + 1, sample.next
                 left_out.merge(sample.left_out)
+                yield SourceRow(span, rows, sample, _share(work.shard, end, sample.next))
+                rows, end = rows + 1, sample.next
             first = next(samples, None)
+            rest = 0.0
             if first is None:
                 left_out.merge(reading.left_out)
-            reached = work.shard.begin + work.shard.extent if first is None else behind
-            share = max(reached - start, 0) / max(work.shard.extent, 1)
+                rest = _share(work.shard, end, work.shard.begin + work.shard.extent)
             types = dict(reading.types)
-            yield End(span, work.shard.identity, rows, start, behind, first is None, types, share, dict(left_out))
+            yield RangeEnd(span, work.shard.identity, rows, start, end, first is None, types, rest, dict(left_out))
             if first is None:
                 return
-            number, start = number + 1, behind
+            number, start = number + 1, end
 
 
-def _read_again(reading: Any, work: Work) -> Iterator[Item | End]:
-    retry, span = work.retry, Range(work.shard.index, work.number, work.retry.attempt)
+def _share(shard: Shard, start: int, end: int) -> float:
+    return max(end - start, 0) / max(shard.extent, 1)
+
+
+def _read_again(reading: ShardReader, work: Work, retry: Retry) -> Iterator[SourceRow | RangeEnd]:
+    span = Range(work.shard.index, work.number, retry.attempt)
     rows = 0
     for place, sample in enumerate(reading):
         if place >= retry.rows and not retry.last:
@@ -126,78 +90,120 @@ def _read_again(reading: Any, work: Work) -> Iterator[Item | End]:
             before = retry.keys.get(place, "")
             if before and sample.key != before:
                 raise BatchError(
-                    f"row {place} of {sample.source} is {sample.key!r} now and was {before!r}: the input changed; run into a new folder"
+                    f"row {place} of {sample.source} is {sample.key!r} now and was {before!r}: "
+                    "the input changed; run into a new folder"
                 )
-            yield Item(span, place, sample)
+            yield SourceRow(span, place, sample, 0.0)
             rows += 1
-    yield End(span, work.shard.identity, rows, work.start, work.start, retry.last, dict(reading.types), 0.0)
+    yield RangeEnd(span, work.shard.identity, rows, work.start, work.start, retry.last, dict(reading.types))
 
 
-def batches(rows: Iterable[Item | End], size: int) -> Iterator[list[Item | End]]:
-    """Of at most `size` rows, and fewer where images are large."""
-    batch, bytes_, count = [], 0, 0
+def chunked(rows: Iterable[SourceRow | RangeEnd], size: int) -> Iterator[Chunk[SourceRow]]:
+    """Yields chunks of at most `size` rows, and of fewer where images are large."""
+    chunk, content = Chunk([]), 0
     for row in rows:
-        batch.append(row)
-        if isinstance(row, Item):
-            count += 1
-            bytes_ += sum(len(image) for image in row.sample.images if isinstance(image, bytes))
-        if count >= size or bytes_ >= _BATCH_BYTES:
-            yield batch
-            batch, bytes_, count = [], 0, 0
-    if batch:
-        yield batch
+        if isinstance(row, RangeEnd):
+            chunk.ends.append(row)
+            continue
+        if len(chunk.rows) >= size or content >= _CHUNK_BYTES:
+            yield chunk
+            chunk, content = Chunk([]), 0
+        chunk.rows.append(row)
+        content += sum(len(image) for image in row.sample.images if isinstance(image, bytes))
+    if chunk.rows or chunk.ends:
+        yield chunk
 
 
-def decode(rows: Sequence[Item | End], source: Input, config: ImageConfig, max_pixels: int) -> list[Item | End]:
-    """Sources become pictures of the tokenizer's size; what can't be read becomes a Broken."""
+def decode(
+    chunk: Chunk[SourceRow],
+    source: Input,
+    options: DecodeOptions,
+    refused: Mapping[Place, str] = _NOTHING_REFUSED,
+    on_place: Callable[[Place], None] = lambda place: None,
+) -> Chunk[Row[Picture]]:
+    """Decodes every image; what can't be read becomes a failure of its row.
 
-    def picture(image: Any) -> Any:
-        if image is None or isinstance(image, Broken):
-            return image
+    refused: images that must not be touched, with the reason. on_place: called before each of the others.
+    """
+
+    def picture(image: Any, place: Place) -> Picture | Failure | None:
+        if image is None:
+            return None
+        if isinstance(image, Broken):
+            return Failure(place[1], image.reason)
+        if place in refused:
+            return Failure(place[1], refused[place])
+        on_place(place)
         try:
-            return Picture(*to_array(image, config, max_pixels=max_pixels))
+            return Picture(*to_array(image, options.image, max_pixels=options.max_pixels))
         except ImageError as error:
-            return Broken(str(error))
+            return Failure(place[1], str(error))
 
-    def decoded(item: Item) -> Item:
-        if not item.sample.key and not any(isinstance(image, Broken) for image in item.sample.images):
-            return replace(
-                item, sample=replace(item.sample, images=[Broken("has no key: its key column is null or empty")])
-            )
-        sample = source.fetch(item.sample)
-        return replace(item, sample=replace(sample, images=[picture(image) for image in sample.images]))
+    def decoded(row: SourceRow, number: int) -> Row[Picture]:
+        sample = row.sample
+        if not sample.key and not any(isinstance(image, Broken) for image in sample.images):
+            sample = replace(sample, images=[Broken("has no key: its key column is null or empty")])
+        elif (number, _FETCH) in refused:
+            sample = replace(sample, images=[Broken(refused[number, _FETCH]) for _ in sample.images])
+        else:
+            on_place((number, _FETCH))
+            sample = source.fetch(sample)
+        results = [picture(image, (number, i)) for i, image in enumerate(sample.images)]
+        pictures = tuple(result if isinstance(result, Picture) else None for result in results)
+        failures = tuple(result for result in results if isinstance(result, Failure))
+        return Row(row.range, row.place, row.share, sample.key, sample.source, sample.columns, pictures, failures)
 
-    return [decoded(row) if isinstance(row, Item) else row for row in rows]
-
-
-def encode(rows: Sequence[Item | End], tokenizer: DynamicVisualTokenizer, options: BatchOptions) -> list[Item | End]:
-    """Pictures become tokens."""
-    pictures = [
-        image for row in rows if isinstance(row, Item) for image in row.sample.images if isinstance(image, Picture)
-    ]
-    tokens = iter(tokens_of(pictures, tokenizer, options))
-
-    def encoded(item: Item) -> Item:
-        images = [next(tokens) if isinstance(image, Picture) else image for image in item.sample.images]
-        return replace(item, sample=replace(item.sample, images=images))
-
-    return [encoded(row) if isinstance(row, Item) else row for row in rows]
+    return Chunk([decoded(row, number) for number, row in enumerate(chunk.rows)], chunk.ends)
 
 
-def tokens_of(
+def encode(
+    chunk: Chunk[Row[Picture]], tokenizer: DynamicVisualTokenizer, options: BatchOptions
+) -> Chunk[Row[TokenizedImage]]:
+    """Tokenizes every picture; one that the tokenizer refuses becomes a failure of its row."""
+    results = iter(tokenize_pictures([image for row in chunk.rows for image in row.present], tokenizer, options))
+
+    def encoded(row: Row[Picture]) -> Row[TokenizedImage]:
+        images: list[TokenizedImage | None] = []
+        failures = list(row.failures)
+        for i, picture in enumerate(row.images):
+            result = None if picture is None else next(results)
+            if isinstance(result, ImageError):
+                failures.append(Failure(i, str(result)))
+            images.append(result if isinstance(result, TokenizedImage) else None)
+        return replace(row, images=tuple(images), failures=tuple(sorted(failures, key=lambda failure: failure.image)))
+
+    return Chunk([encoded(row) for row in chunk.rows], chunk.ends)
+
+
+def tokenize_pictures(
     pictures: Sequence[Picture], tokenizer: DynamicVisualTokenizer, options: BatchOptions
-) -> Iterator[Tokens]:
+) -> list[TokenizedImage | ImageError]:
+    """Returns a result for each picture, or the error that the tokenizer raises for it."""
+    try:
+        return list(_tokenize_all(pictures, tokenizer, options))
+    except ImageError as error:  # of one of them: numbers that are not finite, say
+        if len(pictures) == 1:
+            return [error]
+    return [result for picture in pictures for result in tokenize_pictures([picture], tokenizer, options)]
+
+
+def _tokenize_all(
+    pictures: Sequence[Picture], tokenizer: DynamicVisualTokenizer, options: BatchOptions
+) -> Iterator[TokenizedImage]:
     if not pictures:
         return
     pixels = normalized(np.stack([picture.array for picture in pictures]), tokenizer.config.image)
     encoding = tokenizer.encode_tensor(pixels, batch_size=len(pictures), **options.policy).to("cpu")
-    kinds = narrowest(tokenizer.config.codebook.size), narrowest(tokenizer.grid[0] * tokenizer.grid[1])
+    code_type = narrowest(tokenizer.config.codebook.size)
+    position_type = narrowest(tokenizer.grid[0] * tokenizer.grid[1])
     for picture, codes, positions, grid in zip(
         pictures, encoding.codes, encoding.positions, encoding.grids.tolist(), strict=True
     ):
-        yield Tokens(codes.numpy().astype(kinds[0]), positions.numpy().astype(kinds[1]), tuple(grid), picture.size)
+        yield TokenizedImage(
+            codes.numpy().astype(code_type), positions.numpy().astype(position_type), tuple(grid), picture.size
+        )
 
 
 def narrowest(count: int) -> np.dtype:
-    """Of the unsigned types, the first that holds `count` different values from 0."""
+    """Returns the first unsigned type that holds `count` different values from 0."""
     return next(np.dtype(name) for name in ("uint8", "uint16", "uint32") if count - 1 <= np.iinfo(name).max)

@@ -1,0 +1,133 @@
+"""The rows of a batch run, from stage to stage: `SourceRow`, then `Row[Picture]`, then `Row[TokenizedImage]`.
+
+Not here: what the stages do (`stages.py`).
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from dyntok.batch.inputs.samples import InputSample, Shard
+
+ImageT = TypeVar("ImageT")
+RowT = TypeVar("RowT")
+
+
+@dataclass(frozen=True)
+class Range:
+    """Consecutive rows of an input shard, which become one output shard."""
+
+    shard: int  # index of the input shard
+    number: int  # in the input shard
+    attempt: int = 0  # above 0: rows that failed before and are tried again
+
+    @property
+    def name(self) -> str:
+        name = f"{self.shard:06d}-{self.number:06d}"
+        return f"{name}-retry{self.attempt}" if self.attempt else name
+
+
+@dataclass(frozen=True)
+class Work:
+    """The part of an input shard that is to be read."""
+
+    shard: Shard
+    number: int  # of the first range
+    start: int  # where that range begins
+    stop: int | None = None  # number of the first range that is not wanted; None: read to the end of the shard
+    retry: "Retry | None" = None  # only some rows of one range
+
+
+@dataclass(frozen=True)
+class Retry:
+    """The rows of a range that failed before."""
+
+    attempt: int
+    keys: dict[int, str]  # by their place in the range
+    rows: int  # of the range
+    last: bool  # of its input shard: rows after it could not be reached before
+
+
+@dataclass(frozen=True)
+class SourceRow:
+    """A row as it was read; its images are not decoded."""
+
+    range: Range
+    place: int  # in the range
+    sample: InputSample
+    share: float  # of the input shard that this row is
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An image that could not be tokenized."""
+
+    image: int  # its place among the images of the row
+    reason: str
+
+
+@dataclass(frozen=True)
+class Row(Generic[ImageT]):
+    """A row with images of one type. An image is None where it failed, or where the row has none in that place."""
+
+    range: Range
+    place: int  # in the range
+    share: float
+    key: str
+    source: str  # the file that it comes from
+    columns: dict[str, Any]
+    images: tuple[ImageT | None, ...]
+    failures: tuple[Failure, ...]
+
+    @property
+    def present(self) -> list[ImageT]:
+        """The images without the gaps."""
+        return [image for image in self.images if image is not None]
+
+    @property
+    def failed(self) -> bool:
+        """Whether every image failed, so that only the errors table has the row."""
+        return bool(self.images) and len(self.failures) == len(self.images)
+
+
+@dataclass(frozen=True)
+class RangeEnd:
+    """Says that a range has been read to its end."""
+
+    range: Range
+    shard: dict[str, Any]  # identity of the input shard
+    rows: int  # of this range
+    start: int
+    next: int
+    last: bool  # range of its input shard
+    types: dict[str, pa.DataType]  # of the extra columns
+    share: float = 0.0  # of the input shard that is left after its last row
+    left_out: dict[str, int] = field(default_factory=dict)  # files of the input, by suffix
+
+
+@dataclass(frozen=True)
+class Chunk(Generic[RowT]):
+    """Rows that go through a stage together, and the ranges whose last row is among them or came before."""
+
+    rows: list[RowT]
+    ends: list[RangeEnd] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image of the tokenizer's size."""
+
+    array: np.ndarray  # uint8 [S, S, 3]
+    size: tuple[int, int]  # width and height of the original
+
+
+@dataclass(frozen=True)
+class TokenizedImage:
+    """The codes of one image."""
+
+    codes: np.ndarray  # [T], the narrowest unsigned type that holds every code
+    positions: np.ndarray  # [T], the narrowest that holds every position
+    grid: tuple[int, int]
+    size: tuple[int, int]

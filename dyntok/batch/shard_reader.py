@@ -1,0 +1,81 @@
+"""Rows of codes out of one file of an output folder, Parquet or webdataset."""
+
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from itertools import groupby
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dyntok.batch.addresses import wrap_storage_errors
+from dyntok.batch.inputs.names import split_key
+from dyntok.batch.storage import Output
+from dyntok.errors import DataError
+
+
+@dataclass(frozen=True)
+class CodesRow:
+    """One row of the output."""
+
+    key: str
+    images: list[tuple[np.ndarray, np.ndarray, Sequence[int]]]  # codes, positions, grid
+    columns: dict[str, Any]
+
+
+def read_block(output: Output, name: str, group: int, columns: Sequence[str] = ()) -> list[CodesRow]:
+    """Returns the rows of one row group of a Parquet file, or of a whole tar. Raises `BatchError`, `DataError`."""
+    with wrap_storage_errors("read", f"{output.address}/{name}", output.options), output.open(name) as stream:
+        if name.endswith(".tar"):
+            return list(_tar_rows(stream, columns))
+        parquet = pq.ParquetFile(stream)
+        if missing := [column for column in columns if column not in parquet.schema_arrow.names]:
+            raise DataError(
+                f"{name} has no column {', '.join(missing)}; it has {', '.join(parquet.schema_arrow.names)}"
+            )
+        wanted = ["key", "codes", "positions", "grid", *columns]
+        return list(_table_rows(parquet.read_row_group(group, columns=wanted), columns))
+
+
+def _table_rows(table: pa.Table, columns: Sequence[str]) -> Iterator[CodesRow]:
+    table, interleaved = table.combine_chunks(), pa.types.is_list(table.schema.field("codes").type.value_type)
+    keys = table["key"].to_pylist()
+    kept = {name: table[name].to_pylist() for name in columns}
+    codes, positions, grids = (
+        _lists(table[name].chunk(0)) if len(table) else [] for name in ("codes", "positions", "grid")
+    )
+    for i, key in enumerate(keys):
+        row = (codes[i], positions[i], grids[i])
+        images = [image for image in zip(*row, strict=True) if image[0] is not None] if interleaved else [row]
+        yield CodesRow(key, images, {name: values[i] for name, values in kept.items()})
+
+
+def _lists(array: pa.Array) -> list[Any]:
+    """Returns a NumPy array for each list, a list of them for each list of lists, None for each null."""
+    fixed = isinstance(array, pa.FixedSizeListArray)
+    inner = array.flatten() if fixed else array.values
+    nested = pa.types.is_list(inner.type) or pa.types.is_fixed_size_list(inner.type)
+    values = _lists(inner) if nested else inner.to_numpy(zero_copy_only=False)
+    present = array.is_valid().to_numpy(zero_copy_only=False)
+    # `flatten` leaves nulls out
+    bounds = np.append(0, np.cumsum(present) * array.type.list_size) if fixed else array.offsets.to_numpy()
+    return [values[bounds[i] : bounds[i + 1]] if present[i] else None for i in range(len(array))]
+
+
+def _tar_rows(stream: IO[bytes], columns: Sequence[str]) -> Iterator[CodesRow]:
+    with tarfile.open(fileobj=stream, mode="r:") as tar:
+        members = ((member.name, tar.extractfile(member).read()) for member in tar)
+        for _, group in groupby(members, key=lambda member: split_key(member[0])[0]):
+            parts = {split_key(name)[1]: content for name, content in group}
+            facts = json.loads(parts.pop("json"))
+            codes, positions = (
+                np.load(BytesIO(parts.pop(f"{name}.npy")), allow_pickle=False) for name in ("codes", "positions")
+            )
+            kept = {**{name: text.decode() for name, text in parts.items()}, **facts}  # all texts have their own file
+            if missing := [column for column in columns if column not in kept]:
+                raise DataError(f"a sample has no column {', '.join(missing)}; it has {', '.join(kept)}")
+            yield CodesRow(facts["key"], [(codes, positions, facts["grid"])], {name: kept[name] for name in columns})

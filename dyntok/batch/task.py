@@ -1,0 +1,57 @@
+"""What a run is about: its input, output, tokenizer and options, opened and checked before anything is written."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import dyntok
+from dyntok.batch.addresses import StorageOptions, locate, redact
+from dyntok.batch.inputs.open import open_input
+from dyntok.batch.inputs.samples import Input
+from dyntok.batch.manifest import Manifest, describe_run
+from dyntok.batch.options import BatchOptions
+from dyntok.batch.storage import Output
+from dyntok.errors import ConfigError
+from dyntok.loading import load
+from dyntok.tokenizer import DynamicVisualTokenizer
+
+
+@dataclass(frozen=True)
+class Task:
+    """An input, an output and a tokenizer, opened; nothing is written yet."""
+
+    source: Input
+    output: Output
+    tokenizer: DynamicVisualTokenizer
+    options: BatchOptions
+    description: dict[str, Any]
+
+    def manifest(self, *, create: bool = True) -> Manifest:
+        """Opens the manifest of the output."""
+        return Manifest(self.output, self.description, create=create)
+
+
+def prepare(
+    inputs: str | os.PathLike | Sequence[str | os.PathLike],
+    output: str | os.PathLike,
+    *,
+    model: str | os.PathLike | DynamicVisualTokenizer | None = None,
+    options: BatchOptions | None = None,
+    storage: StorageOptions | None = None,
+) -> Task:
+    """Opens everything that a run needs; arguments and errors are those of `tokenize`."""
+    options, storage = options or BatchOptions(), storage or {}
+    sources = [inputs] if isinstance(inputs, str | os.PathLike) else inputs
+    sources = [os.fspath(source) for source in sources]
+    target = Output(output, storage)
+    for name in sources:
+        fs, path = locate(name, storage)
+        if type(fs) is type(target.fs) and f"{target.root}/".startswith(f"{path.rstrip('/')}/"):
+            raise ConfigError(
+                f"the output {redact(target.address)} lies inside the input {redact(name)}; name another folder"
+            )
+    source = open_input(sources, options, storage)
+    tokenizer = model if isinstance(model, DynamicVisualTokenizer) else load(model, dtype=options.dtype)
+    description = describe_run(sources, source.kind, tokenizer.fingerprint, options, dyntok.__version__)
+    return Task(source, target, tokenizer, options, description)
