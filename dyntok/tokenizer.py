@@ -1,48 +1,40 @@
-"""The tokenizer: all parts of the model together, and the methods that users call.
+"""The tokenizer: the methods that users call, and checks of their arguments.
 
-Not here: what a part computes (`model/`), files and the hub (`checkpoint/`), LaVIT's further parts (`lavit/`).
+Not here: the parts and how they work together (`network.py`), files and the hub (`checkpoint/`), LaVIT's further parts
+(`lavit/`).
 """
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, TypeAlias
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import Unpack
 
-from dyntok.checkpoint.pretrained import PretrainedModule
-from dyntok.chunks import Chunk, Failures, Rows, finite_images, join_images, load_chunks, split_chunks, without_failures
-from dyntok.config import MAX_PATCHES, DecoderConfig, ImageConfig, TokenizerConfig
+from dyntok.chunks import Chunk, Failures, join_images, load_chunks, split_chunks, without_failures
+from dyntok.config import MAX_PATCHES, ImageConfig
 from dyntok.encoding import Encoding
 from dyntok.errors import CodeError, ConfigError, FingerprintError, ImageError
 from dyntok.features import Features
-from dyntok.fitting import target_size
 from dyntok.image import DEFAULT_MAX_PIXELS, ImageSource, resize, to_image
-from dyntok.layout import MAX_SIDE, canonical_mask
-from dyntok.model.backbone import Backbone
-from dyntok.model.codebook import Codebook
+from dyntok.layout import MAX_SIDE
 from dyntok.model.decoder import Decoder
-from dyntok.model.merger import build_merger
-from dyntok.model.pixel_head import PixelHead
-from dyntok.model.selector import Selector
+from dyntok.network import Choice, Merge, TokenizerNetwork
 from dyntok.policy import KeepOptions, KeepPolicy
-from dyntok.ragged import cu_seqlens_from_mask
 
 IntegerRows: TypeAlias = Iterable[Tensor | Sequence[int]]  # one row of integers per image
 Codes: TypeAlias = Encoding | IntegerRows
 OnError: TypeAlias = Literal["raise", "skip"]
 Fit: TypeAlias = Literal["keep", "crop", "squash", "pad"]
 Size: TypeAlias = int | tuple[int, int]  # (height, width) in pixels, or both
-Choice: TypeAlias = Callable[[Tensor, Sequence[int]], Tensor]  # log-probabilities [B, N, 2], input indices -> keep mask
-Merge: TypeAlias = Callable[..., Tensor]  # features [B, N, D], keep mask [B, N], grid=(rows, columns) -> tokens [T, D]
 
 BATCH_SIZE = 32
 
 
-class DynamicVisualTokenizer(PretrainedModule):
+class DynamicVisualTokenizer(TokenizerNetwork):
     """Images to short sequences of integers, and back.
 
     >>> tok = dyntok.load()
@@ -53,24 +45,6 @@ class DynamicVisualTokenizer(PretrainedModule):
     `dyntok.load` makes one. In float32 on a CPU the codes of an image depend on that image alone: not on the batch, the
     order, the process or the run. On a GPU or in half precision they may differ in rare close decisions.
     """
-
-    def __init__(self, config: TokenizerConfig, *, pretrained_backbone: bool = False) -> None:
-        """Makes an untrained tokenizer. pretrained_backbone: fetch the backbone's weights from timm's hub."""
-        super().__init__(config)
-        self.backbone = Backbone(config.backbone, config.image.img_size, pretrained=pretrained_backbone)
-        width, code_dim = self.backbone.embed_dim, config.codebook.dim
-        self._check_any_grid()
-        table = self.backbone.grid if config.selector.bias == "table" else None
-        self.selector = Selector(width, table, config.selector.dither)
-        self.merger = build_merger(width, config.merger)
-        self.projection: nn.Linear | nn.Sequential = nn.Linear(width, code_dim)
-        if config.codebook.projection == "mlp":
-            self.projection = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, code_dim))
-        self.codebook = Codebook(config.codebook.size, code_dim)
-        self.decoder = None if config.decoder is None else self._build_decoder(config.decoder)
-        self.pixel_head: PixelHead | None = None
-        if config.decoder is not None and config.decoder.pixels and self.decoder is not None:
-            self.pixel_head = PixelHead(self.decoder.out_dim, self.backbone.patch_size)
 
     # Pictures in, pictures out.
 
@@ -146,7 +120,7 @@ class DynamicVisualTokenizer(PretrainedModule):
         """
         encoding = self._as_encoding(codes, positions, grid)
         self._require_pixel_head()
-        height_width = None if size is None else _pair(size)
+        height_width = None if size is None else pair(size)
         images: dict[int, Image.Image] = {}
         for rows in _rows_by_grid(encoding, BATCH_SIZE):
             for row, pixels in zip(rows, self.decode_to_pixels(encoding[rows]), strict=True):
@@ -222,50 +196,13 @@ class DynamicVisualTokenizer(PretrainedModule):
     def decode_to_pixels(
         self, codes: Codes, *, positions: IntegerRows | None = None, grid: tuple[int, int] | None = None
     ) -> Tensor:
-        """Returns normalized pixels [B, 3, H, W] for codes of images with one grid; arguments and errors as in
-        `decode`.
+        """Returns normalized pixels [B, 3, H, W] for codes of images with one grid.
+
+        Arguments and errors are those of `decode`.
         """
         head, encoding = self._require_pixel_head(), self._as_encoding(codes, positions, grid)
         with self.inference():
             return head(self._decode_features(encoding, self.require_decoder()), self._one_grid(encoding))
-
-    # What it is.
-
-    @property
-    def name(self) -> str:
-        """The name or folder that it was loaded from, or "untrained"."""
-        return "untrained" if self.origin is None else self.origin.name
-
-    @property
-    def vocab_size(self) -> int:
-        """The number of codes, K; the same as `len(tok)`."""
-        return len(self.codebook.embedding)
-
-    def __len__(self) -> int:
-        return self.vocab_size
-
-    @property
-    def max_tokens(self) -> int:
-        """The largest number of codes of an image, which is the number of its patches."""
-        return self.config.image.max_patches or self.grid[0] * self.grid[1]
-
-    @property
-    def any_grid(self) -> bool:
-        """Whether images have grids of their own; otherwise every image has the same."""
-        return self.config.image.max_patches is not None
-
-    @property
-    def image_size(self) -> int:
-        """The side in pixels of the square that images are fitted to, unless they keep their shape."""
-        return target_size(self.config.image)[0]
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(rows, columns) of patches of a square image, and of codes that come without a grid."""
-        if self.any_grid:
-            rows, columns = target_size(self.config.image)
-            return rows // self.backbone.patch_size, columns // self.backbone.patch_size
-        return self.backbone.grid
 
     def image_config(
         self, *, fit: Fit | None = None, max_patches: int | None = None, size: Size | None = None
@@ -285,66 +222,7 @@ class DynamicVisualTokenizer(PretrainedModule):
             config = dataclasses.replace(config, resize=fit)
         if max_patches is not None:
             config = dataclasses.replace(config, max_patches=max_patches)
-        return config if size is None else dataclasses.replace(config, size=_pair(size))
-
-    @property
-    def device(self) -> torch.device:  # type: ignore[override]  # accelerate and timm expect the same
-        """The device of the weights."""
-        return self.codebook.embedding.device
-
-    @property
-    def dtype(self) -> torch.dtype:  # type: ignore[override]
-        """The dtype of most weights; see `in_precision`."""
-        return next(self.backbone.parameters()).dtype
-
-    def __repr__(self) -> str:
-        shape = f"{self.image_size} x {self.image_size} pixels, {self.grid[0]} x {self.grid[1]} patches"
-        if self.any_grid:
-            shape = f"images of any shape, up to {self.max_tokens} patches"
-        facts = f"{self.name}, {shape}, {self.vocab_size} codes"
-        return f"{type(self).__name__}({facts}, fingerprint {self.fingerprint})"
-
-    def require_decoder(self) -> Decoder:
-        """Returns the decoder. Raises `ConfigError` where the tokenizer has none."""
-        if self.decoder is None:
-            raise ConfigError("this tokenizer has no decoder, so it can only encode; load one that has a decoder")
-        return self.decoder
-
-    def _build_decoder(self, config: DecoderConfig) -> Decoder:
-        dithered = self.config.selector.dither > 0
-        return Decoder(self.grid, self.config.codebook.dim, self.backbone.embed_dim, config, dithered=dithered)
-
-    def _check_any_grid(self) -> None:
-        """Raises `ConfigError` where the configuration allows any grid and one of the parts does not."""
-        config, backbone = self.config, self.backbone
-        if config.image.max_patches is None:
-            return
-        if config.image.patch_size != backbone.patch_size:
-            raise ConfigError(
-                f"image.patch_size is {config.image.patch_size}, but the backbone's patches have "
-                f"{backbone.patch_size} pixels; use that number"
-            )
-        fixed = {
-            "backbone.kwargs.dynamic_img_size: true": not backbone.any_grid,
-            "selector.bias: fixed": config.selector.dither > 0 and config.selector.bias == "table",
-            "decoder.position: rotary": config.decoder is not None and config.decoder.position == "table",
-        }
-        if wrong := [option for option, missing in fixed.items() if missing]:
-            raise ConfigError(f"image.max_patches needs parts that take any grid; set {', '.join(wrong)}")
-
-    def _require_pixel_head(self) -> PixelHead:
-        if self.pixel_head is None:
-            raise CodeError(
-                "this tokenizer has no pixel head, so it cannot make images; "
-                "decode_to_features(codes) gives patch features"
-            )
-        return self.pixel_head
-
-    def _at_once(self, images: int) -> int:
-        # matrix products round differently at different shapes, so a CPU computes every image alone
-        if type(images) is not int or images < 1:
-            raise ConfigError(f"batch_size is {images!r}, expected an int of at least 1")
-        return 1 if self.device.type == "cpu" else images
+        return config if size is None else dataclasses.replace(config, size=pair(size))
 
     def _failures(self, errors: OnError) -> Failures | None:
         if errors not in ("raise", "skip"):
@@ -389,34 +267,6 @@ class DynamicVisualTokenizer(PretrainedModule):
         done = list(without_failures(rows, self.dtype))
         _, *packed = join_images(done, torch.empty(0, width, device=self.device, dtype=self.dtype))
         return Features(*packed)
-
-    def _run(self, chunk: Chunk, choice: Choice, merge: Merge, *, quantize: bool) -> Rows:
-        """Returns the codes, or else the merged tokens, of a chunk."""
-        grid = self.backbone.grid_of(chunk.pixels)
-        with self.inference():
-            features = self.backbone(chunk.pixels.to(self.device, self.dtype))
-            log_probs = self.selector(features, grid)
-            keep = choice(log_probs, chunk.input_indices)
-            if isinstance(choice, KeepPolicy):
-                keep = canonical_mask(keep, grid, choice.places or self.config.selector.places)
-            tokens = merge(features, keep, grid=grid)
-            vectors = self.projection(tokens) if quantize else tokens
-            finite = finite_images(features, log_probs, vectors, cu_seqlens_from_mask(keep))
-            return Rows(chunk.input_indices, self.codebook(vectors) if quantize else vectors, keep, finite, grid)
-
-    def _decode_features(self, encoding: Encoding, decoder: Decoder) -> Tensor:
-        grid = self._one_grid(encoding)
-        with self.inference():
-            vectors = self.codebook.lookup(encoding.packed_codes)
-            return decoder(vectors, encoding.cu_seqlens, encoding.packed_positions, grid=grid)
-
-    def _one_grid(self, encoding: Encoding) -> tuple[int, int]:
-        grids = encoding.grids.unique(dim=0).tolist()
-        if len(grids) > 1:
-            raise CodeError(
-                f"the images have {len(grids)} different grids, expected one in a batch of tensors; decode() takes any"
-            )
-        return tuple(grids[0]) if grids else self.grid
 
     def _check_pixels(self, pixels: Tensor) -> None:
         shape, limits = f"3, {self.image_size}, {self.image_size}", ""
@@ -479,7 +329,8 @@ def _rows_by_grid(encoding: Encoding, size: int) -> Iterator[list[int]]:
         yield from (rows[i : i + size] for i in range(0, len(rows), size))
 
 
-def _pair(size: Size) -> tuple[int, int]:
+def pair(size: Size) -> tuple[int, int]:
+    """Returns a size as (height, width). Raises `ConfigError` on anything but positive whole numbers."""
     pair = (size, size) if isinstance(size, int) else size
     whole = isinstance(pair, tuple | list) and len(pair) == 2 and all(type(side) is int and side > 0 for side in pair)
     if not whole:

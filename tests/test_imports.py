@@ -22,6 +22,7 @@ LEVELS = [
     {"lavit", "training", "llm", "export", "visualize"},
     {"vocab"},
     {"tokenizer"},
+    {"network"},
     {"checkpoint", "chunks"},
     {"device", "policy", "precision", "image"},
     {"imaging", "fitting", "model", "encoding", "features", "ids"},

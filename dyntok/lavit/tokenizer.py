@@ -28,8 +28,9 @@ from dyntok.lavit.config import LavitConfig, LavitDecoderConfig
 from dyntok.lavit.decoder import LavitDecoder
 from dyntok.lavit.diffusion import FILES, DiffusionDecoder
 from dyntok.lavit.understanding import Understanding
+from dyntok.network import Merge
 from dyntok.policy import KeepOptions, KeepPolicy
-from dyntok.tokenizer import BATCH_SIZE, Codes, DynamicVisualTokenizer, IntegerRows, Merge, OnError
+from dyntok.tokenizer import BATCH_SIZE, Codes, DynamicVisualTokenizer, Fit, IntegerRows, OnError, Size, pair
 
 Part = Literal["decoder", "highres_decoder", "understanding"]
 FeaturePath = Literal["codes", "understanding"]
@@ -80,6 +81,9 @@ class LavitTokenizer(DynamicVisualTokenizer):
         *,
         policy: KeepPolicy | None = None,
         errors: OnError = "raise",
+        fit: Fit | None = None,
+        max_patches: int | None = None,
+        size: Size | None = None,
         max_pixels: int = DEFAULT_MAX_PIXELS,
         batch_size: int = BATCH_SIZE,
         lavit_softmax: bool = False,
@@ -89,8 +93,9 @@ class LavitTokenizer(DynamicVisualTokenizer):
 
         lavit_softmax: merge with the softmax formula of LaVIT's released code, which needs all patches and is slower.
         """
-        keep, failures, size = KeepPolicy.of(policy, options), self._failures(errors), self._at_once(batch_size)
-        chunks = load_chunks(images, self.config.image, size, max_pixels=max_pixels, failures=failures)
+        keep, failures = KeepPolicy.of(policy, options), self._failures(errors)
+        config = self.image_config(fit=fit, max_patches=max_patches, size=size)
+        chunks = load_chunks(images, config, self._at_once(batch_size), max_pixels=max_pixels, failures=failures)
         return self._encode_chunks(chunks, keep, self._merge("codes", lavit_softmax), failures)
 
     def features(  # type: ignore[override]  # LaVIT knows one shape of pictures
@@ -99,6 +104,9 @@ class LavitTokenizer(DynamicVisualTokenizer):
         *,
         path: FeaturePath = "codes",
         policy: KeepPolicy | None = None,
+        fit: Fit | None = None,
+        max_patches: int | None = None,
+        size: Size | None = None,
         max_pixels: int = DEFAULT_MAX_PIXELS,
         batch_size: int = BATCH_SIZE,
         lavit_softmax: bool = False,
@@ -111,7 +119,8 @@ class LavitTokenizer(DynamicVisualTokenizer):
             where the tokenizer has no such path.
         """
         keep, merge = KeepPolicy.of(policy, options), self._merge(path, lavit_softmax)
-        chunks = load_chunks(images, self.config.image, self._at_once(batch_size), max_pixels=max_pixels)
+        config = self.image_config(fit=fit, max_patches=max_patches, size=size)
+        chunks = load_chunks(images, config, self._at_once(batch_size), max_pixels=max_pixels)
         return self._merge_chunks(chunks, keep, merge, self._width(path))
 
     def decode(  # type: ignore[override]  # LaVIT knows one shape of pictures
@@ -121,7 +130,7 @@ class LavitTokenizer(DynamicVisualTokenizer):
         positions: IntegerRows | None = None,
         grid: tuple[int, int] | None = None,
         highres: bool = False,
-        size: tuple[int, int] | None = None,
+        size: Size | None = None,
         steps: int | None = None,
         guidance: float | None = None,
         generator: torch.Generator | None = None,
@@ -137,11 +146,17 @@ class LavitTokenizer(DynamicVisualTokenizer):
         """
         encoding = self._encoding_for(codes, positions, grid, highres)
         diffusion = self._diffusion_decoder(highres)
+        height_width = None if size is None else pair(size)
         images = []
         for start in range(0, len(encoding), BATCH_SIZE):
             conditioning = self.decode_to_conditioning(encoding[start : start + BATCH_SIZE], highres=highres)
             pixels = diffusion(
-                *conditioning, size=size, steps=steps, guidance=guidance, generator=generator, batch_size=batch_size
+                *conditioning,
+                size=height_width,
+                steps=steps,
+                guidance=guidance,
+                generator=generator,
+                batch_size=batch_size,
             )
             images += [to_image(row, _UNIT_RANGE) for row in pixels]
         return images

@@ -97,7 +97,7 @@ def test_through_the_command_line(release, parity, tmp_path):
 
 def test_only_lavits_tokenizer_has_diffusion_options():
     tiny = dyntok.load()
-    for options in ({"steps": 3}, {"highres": True}, {"size": (8, 8)}):
+    for options in ({"steps": 3}, {"highres": True}, {"guidance": 2.0}):
         with pytest.raises(TypeError, match=f"unexpected keyword argument '{next(iter(options))}'"):
             tiny.decode([[1]], **options)
 

@@ -1,0 +1,174 @@
+"""The parts of a tokenizer put together: from pixels to codes or tokens, and from codes to patch features.
+
+Not here: the methods that users call (`tokenizer.py`), and what a part computes (`model/`).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from dyntok.checkpoint.pretrained import PretrainedModule
+from dyntok.chunks import Chunk, Rows, finite_images
+from dyntok.config import DecoderConfig, TokenizerConfig
+from dyntok.encoding import Encoding
+from dyntok.errors import CodeError, ConfigError
+from dyntok.fitting import target_size
+from dyntok.layout import canonical_mask
+from dyntok.model.backbone import Backbone
+from dyntok.model.codebook import Codebook
+from dyntok.model.decoder import Decoder
+from dyntok.model.merger import build_merger
+from dyntok.model.pixel_head import PixelHead
+from dyntok.model.selector import Selector
+from dyntok.policy import KeepPolicy
+from dyntok.ragged import cu_seqlens_from_mask
+
+Choice: TypeAlias = Callable[[Tensor, Sequence[int]], Tensor]  # log-probabilities [B, N, 2], input indices -> keep mask
+Merge: TypeAlias = Callable[..., Tensor]  # features [B, N, D], keep mask [B, N], grid=(rows, columns) -> tokens [T, D]
+
+
+class TokenizerNetwork(PretrainedModule):
+    """Backbone, selector, merger, projection, codebook, decoder and pixel head of a tokenizer, and their sizes."""
+
+    def __init__(self, config: TokenizerConfig, *, pretrained_backbone: bool = False) -> None:
+        """Makes an untrained tokenizer. pretrained_backbone: fetch the backbone's weights from timm's hub."""
+        super().__init__(config)
+        self.backbone = Backbone(config.backbone, config.image.img_size, pretrained=pretrained_backbone)
+        width, code_dim = self.backbone.embed_dim, config.codebook.dim
+        self._check_any_grid()
+        table = self.backbone.grid if config.selector.bias == "table" else None
+        self.selector = Selector(width, table, config.selector.dither)
+        self.merger = build_merger(width, config.merger)
+        self.projection: nn.Linear | nn.Sequential = nn.Linear(width, code_dim)
+        if config.codebook.projection == "mlp":
+            self.projection = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, code_dim))
+        self.codebook = Codebook(config.codebook.size, code_dim)
+        self.decoder = None if config.decoder is None else self._build_decoder(config.decoder)
+        self.pixel_head: PixelHead | None = None
+        if config.decoder is not None and config.decoder.pixels and self.decoder is not None:
+            self.pixel_head = PixelHead(self.decoder.out_dim, self.backbone.patch_size)
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of codes, K; the same as `len(tok)`."""
+        return len(self.codebook.embedding)
+
+    def __len__(self) -> int:
+        return self.vocab_size
+
+    @property
+    def max_tokens(self) -> int:
+        """The largest number of codes of an image, which is the number of its patches."""
+        return self.config.image.max_patches or self.grid[0] * self.grid[1]
+
+    @property
+    def any_grid(self) -> bool:
+        """Whether images have grids of their own; otherwise every image has the same."""
+        return self.config.image.max_patches is not None
+
+    @property
+    def image_size(self) -> int:
+        """The side in pixels of the square that images are fitted to, unless they keep their shape."""
+        return target_size(self.config.image)[0]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches of a square image, and of codes that come without a grid."""
+        if self.any_grid:
+            rows, columns = target_size(self.config.image)
+            return rows // self.backbone.patch_size, columns // self.backbone.patch_size
+        return self.backbone.grid
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]  # accelerate and timm expect the same
+        """The device of the weights."""
+        return self.codebook.embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """The dtype of most weights; see `in_precision`."""
+        return next(self.backbone.parameters()).dtype
+
+    @property
+    def name(self) -> str:
+        """The name or folder that it was loaded from, or "untrained"."""
+        return "untrained" if self.origin is None else self.origin.name
+
+    def __repr__(self) -> str:
+        shape = f"{self.image_size} x {self.image_size} pixels, {self.grid[0]} x {self.grid[1]} patches"
+        if self.any_grid:
+            shape = f"images of any shape, up to {self.max_tokens} patches"
+        facts = f"{self.name}, {shape}, {self.vocab_size} codes"
+        return f"{type(self).__name__}({facts}, fingerprint {self.fingerprint})"
+
+    def require_decoder(self) -> Decoder:
+        """Returns the decoder. Raises `ConfigError` where the tokenizer has none."""
+        if self.decoder is None:
+            raise ConfigError("this tokenizer has no decoder, so it can only encode; load one that has a decoder")
+        return self.decoder
+
+    def _build_decoder(self, config: DecoderConfig) -> Decoder:
+        dithered = self.config.selector.dither > 0
+        return Decoder(self.grid, self.config.codebook.dim, self.backbone.embed_dim, config, dithered=dithered)
+
+    def _check_any_grid(self) -> None:
+        """Raises `ConfigError` where the configuration allows any grid and one of the parts does not."""
+        config, backbone = self.config, self.backbone
+        if config.image.max_patches is None:
+            return
+        if config.image.patch_size != backbone.patch_size:
+            raise ConfigError(
+                f"image.patch_size is {config.image.patch_size}, but the backbone's patches have "
+                f"{backbone.patch_size} pixels; use that number"
+            )
+        fixed = {
+            "backbone.kwargs.dynamic_img_size: true": not backbone.any_grid,
+            "selector.bias: fixed": config.selector.dither > 0 and config.selector.bias == "table",
+            "decoder.position: rotary": config.decoder is not None and config.decoder.position == "table",
+        }
+        if wrong := [option for option, missing in fixed.items() if missing]:
+            raise ConfigError(f"image.max_patches needs parts that take any grid; set {', '.join(wrong)}")
+
+    def _require_pixel_head(self) -> PixelHead:
+        if self.pixel_head is None:
+            raise CodeError(
+                "this tokenizer has no pixel head, so it cannot make images; "
+                "decode_to_features(codes) gives patch features"
+            )
+        return self.pixel_head
+
+    def _at_once(self, images: int) -> int:
+        # matrix products round differently at different shapes, so a CPU computes every image alone
+        if type(images) is not int or images < 1:
+            raise ConfigError(f"batch_size is {images!r}, expected an int of at least 1")
+        return 1 if self.device.type == "cpu" else images
+
+    def _run(self, chunk: Chunk, choice: Choice, merge: Merge, *, quantize: bool) -> Rows:
+        """Returns the codes, or else the merged tokens, of a chunk."""
+        grid = self.backbone.grid_of(chunk.pixels)
+        with self.inference():
+            features = self.backbone(chunk.pixels.to(self.device, self.dtype))
+            log_probs = self.selector(features, grid)
+            keep = choice(log_probs, chunk.input_indices)
+            if isinstance(choice, KeepPolicy):
+                keep = canonical_mask(keep, grid, choice.places or self.config.selector.places)
+            tokens = merge(features, keep, grid=grid)
+            vectors = self.projection(tokens) if quantize else tokens
+            finite = finite_images(features, log_probs, vectors, cu_seqlens_from_mask(keep))
+            return Rows(chunk.input_indices, self.codebook(vectors) if quantize else vectors, keep, finite, grid)
+
+    def _decode_features(self, encoding: Encoding, decoder: Decoder) -> Tensor:
+        grid = self._one_grid(encoding)
+        with self.inference():
+            vectors = self.codebook.lookup(encoding.packed_codes)
+            return decoder(vectors, encoding.cu_seqlens, encoding.packed_positions, grid=grid)
+
+    def _one_grid(self, encoding: Encoding) -> tuple[int, int]:
+        grids = encoding.grids.unique(dim=0).tolist()
+        if len(grids) > 1:
+            raise CodeError(
+                f"the images have {len(grids)} different grids, expected one in a batch of tensors; decode() takes any"
+            )
+        return tuple(grids[0]) if grids else self.grid
