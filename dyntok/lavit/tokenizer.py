@@ -75,7 +75,7 @@ class LavitTokenizer(DynamicVisualTokenizer):
 
     # Pictures in, pictures out.
 
-    def encode(  # type: ignore[override]  # LaVIT knows one shape of pictures
+    def encode(
         self,
         images: ImageSource | Iterable[ImageSource],
         *,
@@ -98,7 +98,7 @@ class LavitTokenizer(DynamicVisualTokenizer):
         chunks = load_chunks(images, config, self._at_once(batch_size), max_pixels=max_pixels, failures=failures)
         return self._encode_chunks(chunks, keep, self._merge("codes", lavit_softmax), failures)
 
-    def features(  # type: ignore[override]  # LaVIT knows one shape of pictures
+    def features(
         self,
         images: ImageSource | Iterable[ImageSource],
         *,
@@ -123,7 +123,7 @@ class LavitTokenizer(DynamicVisualTokenizer):
         chunks = load_chunks(images, config, self._at_once(batch_size), max_pixels=max_pixels)
         return self._merge_chunks(chunks, keep, merge, self._width(path))
 
-    def decode(  # type: ignore[override]  # LaVIT knows one shape of pictures
+    def decode(
         self,
         codes: Codes,
         *,
