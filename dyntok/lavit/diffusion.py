@@ -13,10 +13,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dyntok.errors import CheckpointError, ConfigError, MissingDependencyError
+from dyntok.lavit.diffusion_files import INDEX, UNCOND, load_network, load_part, load_uncond
 from dyntok.precision import HALF
 from dyntok.structure import require
 
@@ -29,10 +30,6 @@ FILES = (
     "uncond_embeddings.safetensors",
 )  # of a saved diffusion model, below its folder
 
-_WEIGHTS = "diffusion_pytorch_model"
-_INDEX = f"{_WEIGHTS}.safetensors.index.json"
-_UNCOND = "uncond_embeddings"
-_SHOWN = 400  # characters of diffusers' messages, which can list every tensor of a network
 _TIME_IDS = 6  # numbers per image: original size, crop, target size
 _DTYPES = (*HALF, torch.float32, torch.float64)
 
@@ -69,18 +66,17 @@ class DiffusionDecoder:
         cls,
         folder: str | os.PathLike,
         *,
-        uncond_file: str | os.PathLike | None = None,
         pickles: bool = False,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> "DiffusionDecoder":
-        """From a folder with the diffusers folders `unet`, `vae` and `scheduler`; nothing is downloaded.
+        """Returns the model in a folder with `unet`, `vae` and `scheduler`; nothing is downloaded.
 
-        pickles: also read weights that are torch pickles, as released; only of what a user named as LaVIT's. No code in
-        them runs. A U-Net without a pooled embedding also needs `uncond_file`, a torch pickle of one tensor [L, E] or
-        [1, L, E], or safetensors with the key `uncond_embeddings`; by default the one of that name in `folder`. It is
-        not read for other U-Nets. `dtype` is the networks'; a VAE with `force_upcast` is float32 where that is a
-        half-precision one.
+        A U-Net without a pooled embedding also needs `uncond_embeddings.safetensors` in the folder.
+
+        pickles: also read weights and the unconditional embedding from torch pickles, as released. They are read only
+            from what a user named as LaVIT's, and no code in them runs.
+        dtype: of the networks. A VAE with `force_upcast` is float32 where that is a half-precision one.
 
         Raises `CheckpointError` on a file that is missing, damaged, refused or does not fit, `MissingDependencyError`
         without diffusers.
@@ -91,14 +87,14 @@ class DiffusionDecoder:
         except ImportError as error:
             raise MissingDependencyError.of("diffusers", "diffusion") from error
         folder = Path(folder)
-        unet = _load_network(UNet2DConditionModel, folder / "unet", dtype, pickles)
-        vae = _load_network(AutoencoderKL, folder / "vae", dtype, pickles)
+        unet = load_network(UNet2DConditionModel, folder / "unet", dtype, pickles)
+        vae = load_network(AutoencoderKL, folder / "vae", dtype, pickles)
         if (
             vae.config.force_upcast and dtype in HALF
         ):  # once more, because numbers too large for a half are infinite by now
-            vae = _load_network(AutoencoderKL, folder / "vae", torch.float32, pickles)
-        scheduler = _load_part(DDIMScheduler, folder / "scheduler")
-        uncond = None if unet.config.addition_embed_type else _load_uncond(folder, uncond_file, pickles)
+            vae = load_network(AutoencoderKL, folder / "vae", torch.float32, pickles)
+        scheduler = load_part(DDIMScheduler, folder / "scheduler")
+        uncond = None if unet.config.addition_embed_type else load_uncond(folder, pickles)
         try:
             decoder = cls(unet, vae, scheduler, uncond)
         except ConfigError as error:
@@ -114,12 +110,12 @@ class DiffusionDecoder:
             for name, network in (("unet", self.unet), ("vae", self.vae)):
                 (folder / name).mkdir(parents=True, exist_ok=True)
                 network.save_pretrained(folder / name, max_shard_size="1TB")
-                (folder / name / _INDEX).unlink(missing_ok=True)  # a reader would prefer the shards it lists
+                (folder / name / INDEX).unlink(missing_ok=True)  # a reader would prefer the shards it lists
             self.scheduler.save_pretrained(folder / "scheduler")
             if self.uncond_embeddings is not None:
                 save_file(
-                    {_UNCOND: self.uncond_embeddings.contiguous()},
-                    folder / f"{_UNCOND}.safetensors",
+                    {UNCOND: self.uncond_embeddings.contiguous()},
+                    folder / f"{UNCOND}.safetensors",
                     metadata={"format": "pt"},
                 )
         except (OSError, SafetensorError) as error:
@@ -310,58 +306,3 @@ def _check_parts(unet: Any, vae: Any) -> None:
         f"U-Net input, U-Net output and VAE have {channels} latent channels, expected the same number",
     )
     require(vae.out_channels == 3, f"the VAE paints {vae.out_channels} channels, expected 3")
-
-
-def _load_network(kind: Any, folder: Path, dtype: torch.dtype, pickles: bool) -> Any:
-    """A network of diffusers' class `kind`, with every one of its weights from the folder's files."""
-    safe = not pickles or any((folder / name).is_file() for name in (f"{_WEIGHTS}.safetensors", _INDEX))
-    network, report = _load_part(kind, folder, torch_dtype=dtype, use_safetensors=safe, output_loading_info=True)
-    if missing := sorted(report["missing_keys"]):  # diffusers only warns, and leaves these at random
-        raise CheckpointError(
-            f"the weights in {folder} lack {len(missing)} tensors that config.json asks for, such as {missing[0]}"
-        )
-    network.register_to_config(_name_or_path="")  # it would put this machine's path into files that are saved
-    return network
-
-
-def _load_part(kind: Any, folder: Path, **options: Any) -> Any:
-    if not folder.is_dir():  # else diffusers takes the path for a name on the hub
-        raise CheckpointError(f"{folder} is missing, expected folders unet, vae and scheduler as diffusers saves them")
-    default = torch.get_default_dtype()
-    try:
-        return kind.from_pretrained(str(folder), local_files_only=True, **options)
-    except Exception as error:  # of any type: whatever a damaged file or an odd configuration leads to inside diffusers
-        raise CheckpointError(f"can't load {kind.__name__} from {folder}: {str(error)[:_SHOWN]}") from error
-    finally:
-        torch.set_default_dtype(default)  # diffusers leaves its own in place when a network can't be built
-
-
-def _load_uncond(folder: Path, file: str | os.PathLike | None, pickles: bool) -> Tensor:
-    """float [L, E]"""
-    if file is None:
-        file = next(
-            (path for end in ("safetensors", *["bin"] * pickles) if (path := folder / f"{_UNCOND}.{end}").is_file()),
-            None,
-        )
-        if file is None:
-            raise CheckpointError(
-                f"{folder} holds no {_UNCOND}.{'bin' if pickles else 'safetensors'}, which this U-Net needs"
-            )
-    file = Path(file)
-    if not pickles and file.suffix != ".safetensors":
-        raise CheckpointError(f"{file} is no safetensors file, and pickles are read of LaVIT's own files alone")
-    try:
-        tensor = (
-            load_file(file)[_UNCOND]
-            if file.suffix == ".safetensors"
-            else torch.load(file, map_location="cpu", weights_only=True)
-        )
-    except (
-        Exception
-    ) as error:  # of any type: pickles fail in many ways. Their advice to load without weights_only is not passed on
-        raise CheckpointError(
-            f"can't read {file} ({type(error).__name__}), expected a torch pickle of one tensor, or safetensors"
-        ) from error
-    if not isinstance(tensor, Tensor):
-        raise CheckpointError(f"{file} holds a {type(tensor).__name__}, expected one tensor [L, E] or [1, L, E]")
-    return tensor[0] if tensor.dim() == 3 and len(tensor) == 1 else tensor
