@@ -267,7 +267,7 @@ class TokenizerConfig:
     decoder: DecoderConfig | None = field(default_factory=DecoderConfig)  # None: it only encodes
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types only; `from_dict` is its inverse."""
+        """Returns plain JSON types only; `from_dict` is its inverse."""
         return dataclasses.asdict(self)
 
     def stated(self) -> dict[str, Any]:
@@ -281,7 +281,7 @@ class TokenizerConfig:
 
     @classmethod
     def preset(cls, name: str) -> "TokenizerConfig":
-        """One of `PRESETS`: tiny, small, lavit."""
+        """Returns one of `PRESETS`. Raises `ConfigError` on another name."""
         if name not in PRESETS:
             raise ConfigError(f"there is no preset {name!r}; expected one of {', '.join(PRESETS)}")
         return PRESETS[name]

@@ -160,7 +160,7 @@ def test_bad_images_raise_or_are_left_out(tokenizer, photos, tmp_path):
         tokenizer.features(missing)
 
 
-def test_which_of_many_is_bad_is_told(tokenizer, photos):
+def test_the_bad_one_of_many_is_named(tokenizer, photos):
     for bad, name in (
         (JUNK, "<bytes, 12 bytes>"),
         (photos[0] / 100, "<ndarray float64"),
@@ -321,7 +321,7 @@ def test_the_raw_door_gives_the_same(tokenizer, photos):
         torch.zeros(1, 3, 64, 64).byte(),
         [[0.0]],
     ],
-    ids=["no batch", "oblong", "grey", "integers", "list"],
+    ids=["no batch", "oblong", "gray", "integers", "list"],
 )
 def test_pixels_of_another_shape_are_refused(tokenizer, pixels):
     with pytest.raises(ImageError, match=r"expected normalized floats \[B, 3, 64, 64\]"):

@@ -111,7 +111,7 @@ def check_finite(state: Mapping[str, Tensor]) -> None:
 
 
 def few(names: list[str], count: int = 5) -> str:
-    """Returns the first names for a message, and how many there are besides."""
+    """Returns the first names for a message, and the number of the others."""
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 

@@ -83,7 +83,7 @@ class Origin:
             raise CheckpointError(_hub_trouble(name, self.revision, self.local_files_only, error)) from error
 
     def pinned(self, file: Path) -> "Origin":
-        """The same at the commit that `file`, which came from here, is of."""
+        """Returns the same origin at the commit of `file`, which was fetched from it."""
         if self.path is not None:
             return self
         parts = file.parts
@@ -92,7 +92,7 @@ class Origin:
         return Origin(**values | {"revision": commit})
 
     def file(self, name: str) -> Path:
-        """One file by its path in the repository. Raises `CheckpointError` that says the ways out."""
+        """Returns one file, by its path in the repository. Raises `CheckpointError`, which says what to do."""
         if self.path is not None:
             if not (self.path / name).is_file():
                 raise CheckpointError(
@@ -103,7 +103,7 @@ class Origin:
         return self._asked(name, lambda: Path(huggingface_hub.hf_hub_download(str(self.name_or_path), name, **options)))
 
     def folder(self, name: str, patterns: Sequence[str] = ("*",)) -> Path:
-        """What matches the patterns below one folder of the repository. Raises `CheckpointError`."""
+        """Returns a folder of the repository with the files that match the patterns. Raises `CheckpointError`."""
         if self.path is None:
             found = self._asked(name, lambda: self._snapshot([f"{name}/{pattern}" for pattern in patterns])) / name
         else:

@@ -128,7 +128,7 @@ class DiffusionDecoder:
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
-        """The (height, width) that can be painted, the default first.
+        """The possible (height, width) of pictures, the default first.
 
         With a pooled embedding: LaVIT's six sizes, scaled from 1024 to the U-Net's own size and rounded to whole latent
         pixels (of small U-Nets some may coincide; each is listed once). Without: the U-Net's own size, square.
@@ -158,9 +158,9 @@ class DiffusionDecoder:
 
         embeddings: float [B, N, E]. pooled: float [B, P], where the U-Net needs it.
 
-        `size` is one of `sizes`. With a pooled embedding `steps` is 50 and `guidance` 5.0, as LaVIT paints; without, 25
+        `size` is one of `sizes`. With a pooled embedding `steps` is 50 and `guidance` 5.0, as in LaVIT; without, 25
         and 3.0, our choice. A guidance of 1 or less leaves the unconditional half of the work out. `batch_size` images
-        are painted at a time: it bounds the memory and does not change the pictures, because the only noise is that of
+        are made at a time: it bounds the memory and does not change the pictures, because the only noise is that of
         the start, drawn image by image on the generator's device (without one, from PyTorch's global generator on the
         CPU). Raises `ConfigError` on an argument that does not fit.
         """
@@ -180,7 +180,7 @@ class DiffusionDecoder:
         return pixels
 
     def _noise(self, count: int, size: tuple[int, int], generator: torch.Generator | None) -> Tensor:
-        """float32 [B, C, h, w] on the U-Net's device"""
+        """Returns noise, float32 [B, C, h, w] on the U-Net's device."""
         shape = (1, self.unet.config.in_channels, *(side // self._scale for side in size))
         device = "cpu" if generator is None else generator.device
         noise = [torch.randn(shape, generator=generator, device=device, dtype=torch.float32) for _ in range(count)]
@@ -189,14 +189,14 @@ class DiffusionDecoder:
     def _conditions(
         self, embeddings: Tensor, pooled: Tensor | None, size: tuple[int, int], *, guided: bool
     ) -> dict[str, Any]:
-        """Keyword arguments of the U-Net's forward. Guided: twice the rows, the unconditional ones first."""
+        """Returns keyword arguments of the U-Net. Guided: twice the rows, the unconditional ones first."""
         like = {"device": self.unet.device, "dtype": self.unet.dtype}
         wanted = embeddings.to(**like)  # [B, N, E]
         if pooled is not None:
             pooled = pooled.to(**like)
             if guided:
                 wanted, pooled = (torch.cat([torch.zeros_like(rows), rows]) for rows in (wanted, pooled))
-            # float32, in which every size is exact whatever the network's dtype
+            # float32, in which every size is exact
             time_ids = torch.tensor([[*size, 0, 0, *size]], device=like["device"], dtype=torch.float32).expand(
                 len(wanted), _TIME_IDS
             )
@@ -210,7 +210,7 @@ class DiffusionDecoder:
         return {"encoder_hidden_states": torch.cat([plain, wanted]), "encoder_attention_mask": mask.flatten(0, 1)}
 
     def _denoise(self, latents: Tensor, conditions: dict[str, Any], steps: int, guidance: float) -> Tensor:
-        """Noise -> clean latents, float32 [B, C, h, w].
+        """Returns clean latents, float32 [B, C, h, w], for noise.
 
         The latents stay float32 even in a half-precision U-Net, so that small steps add up.
         """
@@ -229,7 +229,7 @@ class DiffusionDecoder:
         return latents
 
     def _decode(self, latents: Tensor) -> Tensor:
-        """[B, C, h, w] -> float32 [B, 3, H, W] in [0, 1], on the CPU"""
+        """Returns pixels, float32 [B, 3, H, W] in [0, 1] on the CPU, for latents [B, C, h, w]."""
         pixels = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype), return_dict=False)[0]
         return (pixels.float() / 2 + 0.5).clamp(0, 1).cpu()
 
@@ -243,9 +243,7 @@ class DiffusionDecoder:
         number = isinstance(guidance, int | float) and not isinstance(guidance, bool) and math.isfinite(guidance)
         require(number, f"guidance is {guidance!r}, expected a finite number; 1 or less switches it off")
         many = _is_whole(batch_size) and batch_size >= 1
-        require(
-            many, f"batch_size is {batch_size!r}, expected a whole number of at least 1: the images painted at a time"
-        )
+        require(many, f"batch_size is {batch_size!r}, expected a whole number of at least 1: the images made at a time")
         one = generator is None or isinstance(generator, torch.Generator)
         require(
             one,
@@ -305,4 +303,4 @@ def _check_parts(unet: Any, vae: Any) -> None:
         len(set(channels)) == 1,
         f"U-Net input, U-Net output and VAE have {channels} latent channels, expected the same number",
     )
-    require(vae.out_channels == 3, f"the VAE paints {vae.out_channels} channels, expected 3")
+    require(vae.out_channels == 3, f"the VAE makes {vae.out_channels} channels, expected 3")

@@ -295,7 +295,7 @@ def test_the_token_is_not_shown_or_stored(release, parity):
     assert "hf_secret" not in repr(tokenizer.origin) and b"hf_secret" not in pickle.dumps(tokenizer.origin)
 
 
-def test_the_licence_stays_with_the_weights(tokenizer, tmp_path):
+def test_the_license_stays_with_the_weights(tokenizer, tmp_path):
     for i in range(2):
         tokenizer.save_pretrained(tmp_path / str(i))
         assert "LLAMA 2 Community License" in (tmp_path / str(i) / "README.md").read_text()

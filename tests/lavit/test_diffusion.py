@@ -72,7 +72,7 @@ def paint_by_hand(decoder, shape, steps, predict):
 
 
 def calls_of(decoder, *args, **options):
-    """The keyword arguments of every call of the U-Net, beside its latents' shape."""
+    """The keyword arguments of every call of the U-Net, and its latents' shape."""
     calls = []
     hook = decoder.unet.register_forward_pre_hook(
         lambda _, given, named: calls.append((given[0].shape, named)), with_kwargs=True
@@ -84,7 +84,7 @@ def calls_of(decoder, *args, **options):
     return calls
 
 
-def test_the_released_layout_loads_and_paints(decoder, release):
+def test_the_released_layout_loads_and_makes_pictures(decoder, release):
     assert (release / "unet" / "diffusion_pytorch_model.bin").is_file()
     assert not decoder.wants_pooled and decoder.sizes == ((8, 8),)
     pixels = decoder(conditions()[0], steps=2, generator=seeded())
@@ -93,7 +93,7 @@ def test_the_released_layout_loads_and_paints(decoder, release):
     assert decoder(conditions()[0][:0], steps=2).shape == (0, 3, 8, 8)
 
 
-def test_a_seed_gives_the_same_pictures_whatever_was_painted_before(decoder):
+def test_a_seed_gives_the_same_pictures_in_any_order_of_calls(decoder):
     embeddings = conditions()[0]
     first = decoder(embeddings, steps=2, generator=seeded())
     assert not torch.equal(first, decoder(embeddings, steps=3, generator=seeded(6)))
@@ -167,7 +167,7 @@ def test_the_large_style_is_given_sizes_and_zeros(sdxl_decoder):
 
 
 @torch.no_grad()
-def test_the_large_style_paints_what_the_formula_says(sdxl_decoder):
+def test_the_large_style_follows_the_formula(sdxl_decoder):
     embeddings, pooled = conditions(2)
     times = torch.tensor([[26.0, 38, 0, 0, 26, 38]]).expand(2, -1)
 
@@ -183,7 +183,7 @@ def test_the_large_style_paints_what_the_formula_says(sdxl_decoder):
     assert torch.allclose(got, by_hand, atol=1e-5)
 
 
-def test_all_six_sizes_can_be_painted(sdxl_decoder):
+def test_all_six_sizes_can_be_made(sdxl_decoder):
     embeddings, pooled = conditions(1)
     assert sdxl_decoder.sizes == ((32, 32), (28, 36), (26, 38), (24, 42), (38, 26), (36, 28))
     for size in sdxl_decoder.sizes:
@@ -202,7 +202,7 @@ def test_sizes_follow_the_networks():
 
 
 @pytest.mark.parametrize("style", ["", "sdxl_"])
-def test_what_was_saved_paints_the_same_and_is_no_pickle(style, tmp_path, request):
+def test_what_was_saved_makes_the_same_pictures_and_is_no_pickle(style, tmp_path, request):
     decoder = request.getfixturevalue(f"{style}decoder")
     decoder.save(tmp_path / "a" / "copy")  # folders are made
     files = {str(path.relative_to(tmp_path / "a" / "copy")) for path in tmp_path.rglob("*.*") if path.is_file()}
@@ -390,7 +390,7 @@ def test_networks_have_a_floating_dtype(release, dtype):
         ({"addition_embed_type": "text", "encoder_hid_dim": WIDTH}, {}, "addition_embed_type is 'text'"),
         ({"in_channels": 9}, {}, r"have \(9, 4, 4\) latent channels"),
         ({}, {"latent_channels": 8}, r"have \(4, 4, 8\) latent channels"),
-        ({}, {"out_channels": 1}, "the VAE paints 1 channels, expected 3"),
+        ({}, {"out_channels": 1}, "the VAE makes 1 channels, expected 3"),
         ({"sample_size": (4, 4)}, {}, "sample_size is .*4, 4.*, expected a positive whole number"),
     ],
 )

@@ -109,18 +109,18 @@ def test_a_diffusion_model_is_fetched_when_pictures_are_wanted_and_nothing_else_
     pytest.importorskip("diffusers")
     from support import diffusion_files
 
-    folder = diffusion_files.write_release(tmp_path / "painter", cross_attention_dim=24)
-    painter = {
+    folder = diffusion_files.write_release(tmp_path / "diffusion", cross_attention_dim=24)
+    diffusion = {
         f"pixel_decoding/{path.relative_to(folder).as_posix()}": path.read_bytes()
         for path in folder.rglob("*")
         if path.is_file()
     }
-    Hub.repos[NAME] |= painter | {"pixel_decoding/safety_checker/model.bin": b"gigabytes"}
+    Hub.repos[NAME] |= diffusion | {"pixel_decoding/safety_checker/model.bin": b"gigabytes"}
     tokenizer = dyntok.load(NAME, **hub)
     enc = tokenizer.encode_tensor(parity["io/pixels"][:1])
     assert downloads() == ENCODING
     assert tokenizer.decode(enc, steps=1)[0].size == (8, 8)
-    assert downloads() == sorted([*ENCODING, FILES["decoder"], *painter])
+    assert downloads() == sorted([*ENCODING, FILES["decoder"], *diffusion])
 
 
 def test_the_commit_stays_the_same_for_parts_that_come_later(hub):

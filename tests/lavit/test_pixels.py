@@ -51,8 +51,8 @@ def test_decode_gives_pictures(tokenizer, parity):
     assert len(images) == 5 and all(isinstance(image, Image.Image) and image.size == (8, 8) for image in images)
     again = tokenizer.decode([row.tolist() for row in enc.codes], steps=2, generator=seeded(), batch_size=3)
     assert [image.tobytes() for image in again] == [image.tobytes() for image in images]
-    painter, conditions = tokenizer._diffusion_decoder(False), tokenizer.decode_to_conditioning(enc)
-    expected = painter(*conditions, steps=2, generator=seeded())
+    diffusion, conditions = tokenizer._diffusion_decoder(False), tokenizer.decode_to_conditioning(enc)
+    expected = diffusion(*conditions, steps=2, generator=seeded())
     assert np.array_equal(np.asarray(images[4]), (expected[4] * 255).round().permute(1, 2, 0).numpy())
     assert len(tokenizer.decode(enc[0])) == 1  # with no other argument
 
@@ -102,7 +102,7 @@ def test_only_lavits_tokenizer_has_diffusion_options():
             tiny.decode([[1]], **options)
 
 
-def test_pickles_beside_an_ordinary_checkpoint_are_not_read(release, parity, tmp_path):
+def test_pickles_next_to_an_ordinary_checkpoint_are_not_read(release, parity, tmp_path):
     convert(release, tmp_path / "own", config=parity.config, parts=["decoder"])
     shutil.copytree(release / "pixel_decoding", tmp_path / "own" / "pixel_decoding")
     own = dyntok.load(tmp_path / "own")
@@ -119,7 +119,7 @@ def test_a_saved_copy_takes_its_diffusion_model_along(release, tokenizer, parity
     assert pictures[0] == pictures[1]
 
 
-def test_painters_follow_the_tokenizer(release, parity):
+def test_diffusion_models_follow_the_tokenizer(release, parity):
     tokenizer = dyntok.load(release, config=parity.config)
     assert tokenizer._diffusion_decoder(False).unet.dtype == torch.float32
     assert tokenizer._diffusion_decoder(False) is tokenizer._diffusion_decoder(False)

@@ -28,7 +28,7 @@ def shared(release, parity):
 
 
 @pytest.mark.parametrize(
-    "change, told",
+    "change, message",
     [
         ({"head": 4}, "config has 'head', expected for LaVIT's files some of heads, vit_heads"),
         ({"heads": "4"}, "config's heads is '4', expected a positive whole number"),
@@ -37,8 +37,8 @@ def shared(release, parity):
     ],
     ids=str,
 )
-def test_a_config_that_is_not_that_of_the_files(release, parity, change, told):
-    with pytest.raises(ConfigError, match=told):
+def test_a_config_that_is_not_that_of_the_files(release, parity, change, message):
+    with pytest.raises(ConfigError, match=message):
         dyntok.load(release, config=parity.config | change)
 
 
@@ -116,7 +116,7 @@ def test_positions_are_refused_by_decode_too(shared):
 
 
 @pytest.mark.parametrize(
-    "part, key, value, told",
+    "part, key, value, message",
     [
         (
             "encoder",
@@ -140,9 +140,9 @@ def test_positions_are_refused_by_decode_too(shared):
     ],
     ids=["integers", "meta", "dimensions", "widths"],
 )
-def test_tensors_of_another_kind_are_named(parity, tmp_path, part, key, value, told):
+def test_tensors_of_another_kind_are_named(parity, tmp_path, part, key, value, message):
     folder = write_release(parity, tmp_path, lambda name, tensors: tensors | ({key: value} if name == part else {}))
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=message):
         dyntok.load(folder, config=parity.config)
 
 
