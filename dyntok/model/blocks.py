@@ -21,7 +21,10 @@ def feed_forward(embed_dim: int, mlp_ratio: float) -> nn.Sequential:
 
 
 def scale_branches(scale: float, *layers: Any) -> None:
-    """Scales the last layer (linear or convolution; None is skipped) of each residual branch, so that a deep stack starts near the identity."""
+    """Scales the last layer (linear or convolution.
+
+    None is skipped) of each residual branch, so that a deep stack starts near the identity.
+    """
     with torch.no_grad():
         for layer in layers:
             if layer is not None:
