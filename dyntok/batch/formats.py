@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from dyntok.batch.engines.rows import Row, TokenizedImage
 from dyntok.batch.engines.stages import narrowest
@@ -207,7 +208,7 @@ class Megatron:
         return {file: output.publish(file, write) for file, write in writes.items()}
 
     def _document(self, row: TokenizedRow) -> np.ndarray:
-        ids = [self.vocab.to_ids(image.codes.astype(np.int64)).numpy() for image in row.present]
+        ids = [self.vocab.to_ids(torch.from_numpy(image.codes.astype(np.int64))).numpy() for image in row.present]
         end = [] if self.eod is None else [self.eod]
         return np.concatenate([*ids, np.array(end, np.int64)]).astype(self.dtype)
 

@@ -76,9 +76,9 @@ class TokenizeColumn:
         pictures = [self._picture(image) for image in self._images(batch)]
         good = [picture for picture in pictures if isinstance(picture, Picture)]
         results = iter(tokenize_pictures(good, self.tokenizer, self.options))
-        results = [next(results) if isinstance(picture, Picture) else picture for picture in pictures]
+        tokenized = [next(results) if isinstance(picture, Picture) else picture for picture in pictures]
         rest = {name: values for name, values in batch.items() if name != self.image}
-        return {**rest, **self._columns(results)}
+        return {**rest, **self._columns(tokenized)}
 
     def _images(self, batch: Mapping[str, Sequence[Any]]) -> Sequence[Any]:
         if self.image not in batch:
@@ -103,7 +103,7 @@ class TokenizeColumn:
         if image is None:
             return "is null"
         if isinstance(image, np.ndarray) and image.dtype == object:
-            image = np.stack(image)
+            image = np.stack(list(image))
         try:
             return Picture(*to_array(image, self.tokenizer.config.image, max_pixels=self.options.max_pixels))
         except ImageError as error:

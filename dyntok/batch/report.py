@@ -83,7 +83,9 @@ _QUANTILES = {"least": 1e-12, "1 %": 0.01, "median": 0.5, "99 %": 0.99, "most": 
 def inspect(folder: str, *, storage: StorageOptions | None = None) -> Report:
     """Everything complete in an output folder is read once, with little memory. Raises `DataError` where it is none."""
     output = Output(folder, storage or {})
-    description, totals, reasons = read_description(output), Counter(), Counter()
+    description = read_description(output)
+    totals: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
     for span, record in read_records(output):
         totals.update(shards=1, rows=record.rows, images=record.images, tokens=record.tokens, errors=record.errors)
         totals.update(duplicates=record.duplicates, bytes=sum(facts["bytes"] for facts in record.files.values()))
@@ -191,5 +193,6 @@ def _originals(
                 image = next((image for image in source.fetch(sample).images if image is not None), None)
                 codes, positions, grid = rows[sample.key].images[0]
                 if image is not None and not isinstance(image, Broken):
-                    integers = ([torch.from_numpy(values.astype(np.int64))] for values in (codes, positions))
-                    yield image, Encoding.pack(*integers, torch.from_numpy(np.array([grid], np.int64)), fingerprint)
+                    code_row, position_row = (torch.from_numpy(row.astype(np.int64)) for row in (codes, positions))
+                    grids = torch.from_numpy(np.array([grid], np.int64))
+                    yield image, Encoding.pack([code_row], [position_row], grids, fingerprint)

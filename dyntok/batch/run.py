@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -77,7 +78,7 @@ def _run(
     summary, open_ranges = Summary(output=redact(task.output.address)), _OpenRanges()
     if progress is not None and not retry_errors:
         threading.Thread(target=_count_shards, args=(task.source, summary), daemon=True).start()
-    chunks = _engine(engine)(work, task.source, task.options, engine, task.tokenizer)
+    chunks: Any = _engine(engine)(work, task.source, task.options, engine, task.tokenizer)
 
     def commit(completed: Iterable[tuple[RangeEnd, list[TokenizedRow]]]) -> None:
         for end, rows in completed:

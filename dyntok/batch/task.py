@@ -42,8 +42,8 @@ def prepare(
 ) -> Task:
     """Opens everything that a run needs; arguments and errors are those of `tokenize`."""
     options, storage = options or BatchOptions(), storage or {}
-    sources = [inputs] if isinstance(inputs, str | os.PathLike) else inputs
-    sources = [os.fspath(source) for source in sources]
+    given = [inputs] if isinstance(inputs, str | os.PathLike) else inputs
+    sources = [os.fspath(source) for source in given]
     target = Output(output, storage)
     for name in sources:
         fs, path = locate(name, storage)

@@ -50,7 +50,7 @@ def _line(summary: "Summary") -> str:
     left = "time left not known yet"
     if _has_estimate(summary):
         done = f"{summary.images:,} of about {summary.images_expected:,} images"
-        left = f"about {ProgressBar.format_interval(summary.seconds_left)} left"
+        left = f"about {ProgressBar.format_interval(summary.seconds_left or 0.0)} left"
     return f"batch: {done}, {summary.images_per_second:.1f} images/s, {summary.errors:,} errors, {left}"
 
 

@@ -27,7 +27,7 @@ class GrammarState(NamedTuple):
     """A sequence's place in the grammar. All but `images` starts anew with each image."""
 
     inside: bool = False  # in an image
-    count: int = 0  # codes
+    count: int = 0  # type: ignore[assignment]  # codes; hides tuple.count
     images: int = 0  # image ends so far
     position: int = -1  # the last position
     waiting: bool = False  # a position was written, its code was not
@@ -35,6 +35,13 @@ class GrammarState(NamedTuple):
     columns: int = 0
     blocks: int = 0  # map tokens
     total: int = 0  # the sum of their counts
+
+
+def as_tuple(value: int | tuple[int, ...] | None) -> tuple[int, ...]:
+    """Returns numbers as a tuple: one number is a tuple of one, None an empty tuple."""
+    if isinstance(value, tuple):
+        return value
+    return () if value is None else (value,)
 
 
 @dataclass(frozen=True)
@@ -95,14 +102,16 @@ class ImageGrammar:
                 "the number of ids up to the last visual one"
             )
         self._check_limits(most)
-        for id in self.eos:
+        for id in as_tuple(self.eos):
             if type(id) is not int or not 0 <= id < self.vocab_size or self.vocab.is_visual(id):
                 raise ConfigError(f"eos is {id!r}, expected ids of text below {self.vocab_size}")
         if not self.eos and not (self.text and self.text_ranges):
             raise ConfigError("without text, eos= is needed: the id that ends a sequence after its last image")
 
     def _check_limits(self, most: int) -> None:
-        images = max(len(self.max_tokens), len(self.min_tokens)) if self.max_tokens and self.min_tokens else 1
+        images = 1
+        if self.max_tokens and self.min_tokens:
+            images = max(len(as_tuple(self.max_tokens)), len(as_tuple(self.min_tokens)))
         for i in range(images):
             low, high = self.limits(i) if self.max_tokens and self.min_tokens else (None, None)
             if type(low) is not int or type(high) is not int or not 1 <= low <= high <= most:
@@ -116,8 +125,8 @@ class ImageGrammar:
 
     def limits(self, image: int) -> tuple[int, int]:
         """Returns the fewest and most codes of the image with this number, counted from 0."""
-        least = self.min_tokens[min(image, len(self.min_tokens) - 1)]
-        return least, self.max_tokens[min(image, len(self.max_tokens) - 1)]
+        least, most = as_tuple(self.min_tokens), as_tuple(self.max_tokens)
+        return least[min(image, len(least) - 1)], most[min(image, len(most) - 1)]
 
     def start(self, prompt: Sequence[int] = ()) -> GrammarState:
         """Returns the state after a prompt. Images that are complete there do not count; one that is left open does."""
@@ -159,7 +168,7 @@ class ImageGrammar:
         if state.images < self.max_images and room >= self.shortest(least):
             ranges.append((vocab.image_start, vocab.image_start + 1))
         if state.images >= self.min_images or not ranges:
-            ranges += [(id, id + 1) for id in self.eos]
+            ranges += [(id, id + 1) for id in as_tuple(self.eos)]
         return ranges
 
     def _inside(self, state: GrammarState, room: int) -> _Ranges:
@@ -232,7 +241,7 @@ class ImageGrammar:
     def text_ranges(self) -> list[tuple[int, int]]:
         """Ranges of ids that are text, `eos` excluded; in order."""
         vocab = self.vocab
-        taken = [(id, id + 1) for id in (vocab.image_start, vocab.image_end, *self.eos)]
+        taken = [(id, id + 1) for id in (vocab.image_start, vocab.image_end, *as_tuple(self.eos))]
         taken.append((vocab.offset, vocab.ranges[-1].stop))
         ranges, first = [], 0
         for low, high in sorted(taken) + [(self.vocab_size,) * 2]:

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from dyntok.errors import ConfigError
 from dyntok.layout import map_digits
-from dyntok.llm.grammar import UNLIMITED, ImageGrammar
+from dyntok.llm.grammar import UNLIMITED, ImageGrammar, as_tuple
 
 
 class MaskState(NamedTuple):
     """`GrammarState` of R rows: bool [R] or int64 [R] each."""
 
     inside: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count
     images: Tensor
     position: Tensor
     waiting: Tensor
@@ -55,7 +55,7 @@ class GrammarMask:
         self._text_ranges, self._width = self.grammar.text_ranges, self.grammar.ids_per_code
         self._codes, self._rows, self._columns = vocab.codes, vocab.rows, vocab.columns
         self._map, self._positions, self._visual = vocab.map, vocab.positions, (vocab.offset, vocab.ranges[-1].stop)
-        images = range(max(len(limit) for g in grammars for limit in (g.min_tokens, g.max_tokens)))
+        images = range(max(len(as_tuple(limit)) for g in grammars for limit in (g.min_tokens, g.max_tokens)))
 
         def table(make) -> Tensor:
             return torch.tensor([make(g) for g in grammars], device=device)
@@ -174,7 +174,7 @@ class GrammarMask:
         forbidden[:, grammar.vocab_size :] = True
         for low, high in self._text_ranges:
             forbidden[:, low:high] = ~text[:, None]
-        for id in grammar.eos:
+        for id in as_tuple(grammar.eos):
             forbidden[:, id] = ~eos
         forbidden[:, vocab.image_start], forbidden[:, vocab.image_end] = ~start, ~following.end
         forbidden[:, self._codes.offset : self._codes.stop] = ~following.codes[:, None]

@@ -67,7 +67,7 @@ class VisualPrefix(nn.Module):
             else attention_mask.bool()
         )
         visual = (
-            self.projection(features.tokens.to(self.projection[0].weight.dtype))
+            self.projection(features.tokens.to(next(self.projection.parameters()).dtype))
             .to(text.dtype)
             .split(features.lengths.tolist())
         )

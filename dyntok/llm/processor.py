@@ -16,6 +16,7 @@ from dyntok.errors import CodeError, ConfigError
 from dyntok.image import ImageSource, is_single
 from dyntok.llm.packing import IGNORED
 from dyntok.llm.parsing import parse_ids
+from dyntok.policy import KeepOptions
 from dyntok.tokenizer import DynamicVisualTokenizer
 from dyntok.validation import counted
 from dyntok.vocab import VisualVocab
@@ -60,7 +61,7 @@ class VisualProcessor:
                 f"the tokenizer has no token {missing[0]} with its id; call extend_tokenizer(tokenizer, vocab) first"
             )
         self.tokenizer, self.visual, self.vocab, self.placeholder = tokenizer, visual, vocab, placeholder
-        self.policy = {"budget": budget, "threshold": threshold, "max_tokens": max_tokens}
+        self.policy: KeepOptions = {"budget": budget, "threshold": threshold, "max_tokens": max_tokens}
 
     def __call__(
         self,

@@ -100,7 +100,8 @@ def _read_again(reading: ShardReader, work: Work, retry: Retry) -> Iterator[Sour
 
 def chunked(rows: Iterable[SourceRow | RangeEnd], size: int) -> Iterator[Chunk[SourceRow]]:
     """Yields chunks of at most `size` rows, and of fewer where images are large."""
-    chunk, content = Chunk([]), 0
+    content = 0
+    chunk: Chunk[SourceRow] = Chunk([])
     for row in rows:
         if isinstance(row, RangeEnd):
             chunk.ends.append(row)
@@ -170,7 +171,8 @@ def encode(
             if isinstance(result, ImageError):
                 failures.append(Failure(i, str(result)))
             images.append(result if isinstance(result, TokenizedImage) else None)
-        return replace(row, images=tuple(images), failures=tuple(sorted(failures, key=lambda failure: failure.image)))
+        done: Any = tuple(images)  # `replace` can't change the type of a row
+        return replace(row, images=done, failures=tuple(sorted(failures, key=lambda failure: failure.image)))
 
     return Chunk([encoded(row) for row in chunk.rows], chunk.ends)
 
