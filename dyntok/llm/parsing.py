@@ -6,7 +6,7 @@ Accepts anything: malformed input is returned as labelled segments. The strict w
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,7 +91,8 @@ def parse_text(text: str, vocab: VisualVocab) -> list[Segment]:
         done = 0
         for match in _TOKEN.finditer(text):
             letter, digits = match.groups()
-            number, kind = int(digits or 0), "start" if match[0] == START_TOKEN else "end"
+            number = int(digits or 0)
+            kind: Any = "start" if match[0] == START_TOKEN else "end"
             if letter is not None:
                 part = ranges.get(letter)
                 if part is None or not part.first <= number < part.first + part.size:
@@ -141,12 +142,14 @@ def _add(pieces: list[tuple[str, list[_Lexeme]]], kind: str, lexemes: list[_Lexe
         pieces.append((kind, lexemes))
 
 
-def _segment(kind: str, lexemes: list[_Lexeme], vocab: VisualVocab) -> Segment:
+def _segment(kind: Any, lexemes: list[_Lexeme], vocab: VisualVocab) -> Segment:
     start, stop = lexemes[0].start, lexemes[-1].stop
     codes = tuple(lexeme.value for lexeme in lexemes if lexeme.kind == "code")
     if kind not in ("image", "truncated"):
         return Segment(kind, start, stop, codes)
-    tokens = [(part.kind, part.value) for part in lexemes if part.kind not in ("start", "end", "space")]
+    tokens: list[tuple[str, int]] = [
+        (part.kind, part.value) for part in lexemes if part.kind not in ("start", "end", "space")
+    ]
     grid = vocab.grid
     if vocab.sides:
         grid = (tokens[0][1], tokens[1][1]) if [k for k, _ in tokens[:2]] == ["rows", "columns"] else None

@@ -171,8 +171,9 @@ def encode(
             if isinstance(result, ImageError):
                 failures.append(Failure(i, str(result)))
             images.append(result if isinstance(result, TokenizedImage) else None)
-        done: Any = tuple(images)  # `replace` can't change the type of a row
-        return replace(row, images=done, failures=tuple(sorted(failures, key=lambda failure: failure.image)))
+        untyped: Any = row  # `replace` can't change the type of a row
+        failed = tuple(sorted(failures, key=lambda failure: failure.image))
+        return replace(untyped, images=tuple(images), failures=failed)
 
     return Chunk([encoded(row) for row in chunk.rows], chunk.ends)
 
