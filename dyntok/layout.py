@@ -94,7 +94,8 @@ def mask_to_counts(mask: Tensor, grid: tuple[int, int]) -> Tensor:
     if bad.any():
         number = int(cell[bad.nonzero()[0, -1]])
         raise CodeError(
-            f"{_cell_name(number, grid)} keeps other patches than the first of the fixed order, so counts can't describe "
+            f"{_cell_name(number, grid)} keeps other patches than the first of the fixed order, "
+            "so counts can't describe "
             'this mask; encode with places="map", or write positions'
         )
     return counts

@@ -196,10 +196,8 @@ class VisualVocab(IdRanges):
         if self.layout == "lattice":
             self._check_lattice(places, len(row), grid)
         elif (places is None) != (self.layout == "none"):
-            way = "give one for each code" if places is None else "leave them out"
-            raise CodeError(
-                f"the vocabulary's layout is {self.layout!r}, and positions were {'not ' * (places is None)}given; {way}"
-            )
+            given, way = ("not given", "give one for each code") if places is None else ("given", "leave them out")
+            raise CodeError(f"the vocabulary's layout is {self.layout!r}, and positions were {given}; {way}")
         elif self.layout == "positions":
             ids = torch.stack([places + self.positions.offset, ids], 1).flatten()
         elif self.layout == "map":
@@ -247,7 +245,8 @@ class VisualVocab(IdRanges):
     def _images(self, encoding: Encoding) -> Iterable[tuple[Tensor, Tensor | None, _Grid]]:
         if None not in (self.fingerprint, encoding.fingerprint) and self.fingerprint != encoding.fingerprint:
             raise FingerprintError(
-                f"the vocabulary belongs to the tokenizer {self.fingerprint}, the codes come from {encoding.fingerprint}"
+                f"the vocabulary belongs to the tokenizer {self.fingerprint}, "
+                f"the codes come from {encoding.fingerprint}"
             )
         positions = encoding.positions if self.layout != "none" else None
         for i, (codes, grid) in enumerate(zip(encoding.codes, encoding.grids.tolist(), strict=True)):
@@ -291,7 +290,8 @@ class VisualVocab(IdRanges):
     def _known_grid(self, grid: _Grid | None) -> _Grid | None:
         if grid is not None and self.grid not in (None, tuple(grid)):
             raise CodeError(
-                f"an image has the grid {tuple(grid)}, expected {self.grid}; VisualVocab.of(..., any_grid=True) writes any"
+                f"an image has the grid {tuple(grid)}, expected {self.grid}; "
+                "VisualVocab.of(..., any_grid=True) writes any"
             )
         grid = self.grid if grid is None else (grid[0], grid[1])
         if grid is None and self.sides:

@@ -311,7 +311,7 @@ def test_what_no_layout_allows_is_refused(call, message):
         (None, "does not exist; vocab.save_pretrained"),
         ("[]", "holds list"),
         ("{", "can't read"),
-        ('{"size": 3}', "holds .size."),
+        ('{"size": 3}', "holds ..size.."),
         ('{"size": 3, "offset": 2, "image_start": 0, "image_end": 1, "colour": 4}', "expected a mapping"),
         ('{"size": 0, "offset": 2, "image_start": 0, "image_end": 1}', "size of the vocabulary is 0"),
     ],

@@ -1,4 +1,7 @@
-"""Whole datasets into codes, once: resumable, with nothing lost. Needs the extra `batch` (and `ray`, `s3` where they are used)."""
+"""Whole datasets into codes, once: resumable, with nothing lost.
+
+Needs the extra `batch` (and `ray`, `s3` where they are used).
+"""
 
 from dyntok.errors import MissingDependencyError
 

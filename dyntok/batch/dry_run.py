@@ -55,9 +55,10 @@ class DryRun:
         return self.errors > 0 and not self.tokens_per_image
 
     def __str__(self) -> str:
+        finished = f"; {self.input_shards_finished:,} are finished" if self.input_shards_finished else ""
         lines = [
-            f"would read   {self.input_shards:,} input shards ({self.kind}) of {self.input_bytes / 1e6:,.1f} MB, about {self.rows:,} rows"
-            + f"; {self.input_shards_finished:,} are finished" * bool(self.input_shards_finished),
+            f"would read   {self.input_shards:,} input shards ({self.kind}) of {self.input_bytes / 1e6:,.1f} MB, "
+            f"about {self.rows:,} rows{finished}",
         ]
         if self.all_failed:
             lines.append(
@@ -66,13 +67,15 @@ class DryRun:
         else:
             lines += self._estimates()
         lines += [f"  {count:>8,}  {reason}" for reason, count in self.reasons.items()]
-        lines += [f"left out so far: {LeftOut(self.left_out)}"] * bool(self.left_out)
+        if self.left_out:
+            lines.append(f"left out so far: {LeftOut(self.left_out)}")
         return "\n".join(lines)
 
     def _estimates(self) -> list[str]:
         minutes = f"{self.seconds / 60:.1f} minutes" if self.seconds < 7200 else f"{self.seconds / 3600:.1f} hours"
         return [
-            f"would write  about {self.output_bytes / 1e6:,.1f} MB in {self.output_shards:,} shards or more, to {self.output}",
+            f"would write  about {self.output_bytes / 1e6:,.1f} MB in {self.output_shards:,} shards or more, "
+            f"to {self.output}",
             f"would take   about {minutes} on this machine with one device",
             f"from a sample of {self.sampled} rows: {self.tokens_per_image:.1f} tokens per image, {self.errors} errors",
         ]

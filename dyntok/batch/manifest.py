@@ -1,7 +1,7 @@
 """What a run has finished: one record per output shard, written last of all; and the rows that failed.
 
-`OUTPUT/__run__/run.json` says what the run is, `done/NAME.json` that an output shard is complete, `errors/NAME.parquet` which rows are not
-in it. A file that no record names is not part of the output.
+`OUTPUT/__run__/run.json` says what the run is, `done/NAME.json` that an output shard is complete, `errors/NAME.parquet`
+which rows are not in it. A file that no record names is not part of the output.
 """
 
 import os
@@ -153,7 +153,8 @@ class Manifest:
             found = differences({**description, "dyntok": None}, {**read_description(output), "dyntok": None})
             if found:
                 raise BatchError(
-                    f"{redact(output.address)} holds another run: {'; '.join(found)}; go on as it was begun, or name a new folder"
+                    f"{redact(output.address)} holds another run: {'; '.join(found)}; "
+                    "go on as it was begun, or name a new folder"
                 )
         elif create and before != description:  # a run that finished nothing binds nobody, and leaves nothing
             for name in [name for name in output.names() if _SHARD.fullmatch(name)]:
@@ -181,7 +182,8 @@ class Manifest:
             yield from _unfinished_ranges(shard, done)
         if (beyond := records.rest()) is not None:
             raise BatchError(
-                f"the input has fewer shards than when this run began: {beyond['address']} is not there; run into a new folder"
+                f"the input has fewer shards than when this run began: {beyond['address']} is not there; "
+                "run into a new folder"
             )
 
     def failed_work(self, source: Input) -> Iterator[Work]:

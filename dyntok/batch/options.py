@@ -1,4 +1,7 @@
-"""What a run is asked to do: `BatchOptions` decides what is written and is compared when a run goes on; `EngineOptions` decides only how."""
+"""What a run is asked to do: `BatchOptions` decides what is written and is compared when a run goes on.
+
+`EngineOptions` decides only how.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -45,7 +48,8 @@ class BatchOptions:
         taken = sorted({"key", "codes", "positions", "grid", "width", "height", "fingerprint"} & set(self.keep_columns))
         if taken or len(set(self.keep_columns)) < len(self.keep_columns):
             raise ConfigError(
-                f"keep_columns is {', '.join(self.keep_columns)}; expected different names, and none that the output has itself {taken}"
+                f"keep_columns is {', '.join(self.keep_columns)}; "
+                f"expected different names, and none that the output has itself {taken}"
             )
         KeepPolicy(self.budget, self.threshold, None, self.max_tokens)
         if (self.format == "megatron") != (self.vocab_size is not None):
@@ -54,7 +58,8 @@ class BatchOptions:
             )
         if self.eod is not None and not (type(self.eod) is int and 0 <= self.eod < (self.vocab_size or 0)):
             raise ConfigError(
-                f"eod is {self.eod!r}, expected an id of the LLM's vocabulary, 0 to vocab_size - 1, with format megatron"
+                f"eod is {self.eod!r}, expected an id of the LLM's vocabulary, 0 to vocab_size - 1, "
+                "with format megatron"
             )
         if self.format == "megatron":
             VisualVocab.after(self.vocab_size, 1)

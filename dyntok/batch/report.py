@@ -61,7 +61,8 @@ class Report:
     def __str__(self) -> str:
         per_image = f"{8 * self.bytes / max(self.images, 1):,.0f} bits per image on disk"
         lines = [
-            f"images       {self.images:,} of {self.rows:,} rows, in {self.shards:,} shards of {self.bytes / 1e6:,.1f} MB ({per_image})",
+            f"images       {self.images:,} of {self.rows:,} rows, "
+            f"in {self.shards:,} shards of {self.bytes / 1e6:,.1f} MB ({per_image})",
             f"tokenizer    {self.description['tokenizer']['fingerprint']}, by dyntok {self.description['dyntok']}",
             f"tokens       {self.tokens:,}, {self.tokens_per_image:.1f} per image",
         ]
@@ -69,9 +70,8 @@ class Report:
             quantiles = ", ".join(f"{name} {self.quantile(share)}" for name, share in _QUANTILES.items())
             lines += [f"lengths      {quantiles}", *_bars(self.lengths)]
             lines.append(f"codes        {self.codes_used:,} different ones, perplexity {self.perplexity:,.0f}")
-        lines += [f"duplicates   {self.duplicates:,} rows with a key that came before in their shard"] * bool(
-            self.duplicates
-        )
+        if self.duplicates:
+            lines.append(f"duplicates   {self.duplicates:,} rows with a key that came before in their shard")
         lines.append(f"errors       {self.errors:,}")
         lines += [f"  {count:>8,}  {reason}" for reason, count in self.reasons.items()]
         return "\n".join(lines)
@@ -107,7 +107,10 @@ def inspect(folder: str, *, storage: StorageOptions | None = None) -> Report:
 
 
 def all_errors(folder: str, *, storage: StorageOptions | None = None) -> Iterator[dict[str, Any]]:
-    """The errors table, row by row: key, source, reason, place in its range, number among the row's images. Raises as `inspect`."""
+    """The errors table, row by row: key, source, reason, place in its range, number among the row's images.
+
+    Raises as `inspect`.
+    """
     output = Output(folder, storage or {})
     read_description(output)
     for span, record in read_records(output):
@@ -151,7 +154,8 @@ def draw_lengths(report: Report, path: str | Path) -> None:
 def draw_sample_sheet(
     folder: str, tokenizer: DynamicVisualTokenizer, *, images: int = 12, storage: StorageOptions | None = None
 ) -> Image.Image:
-    """Originals, kept patches and reconstructions of images spread over the output; the originals are read from the input.
+    """Originals, kept patches and reconstructions of images spread over the output; the originals are read from the
+    input.
 
     Raises `BatchError` where the input can't be found as it was, `FingerprintError` where the tokenizer is another one.
     """

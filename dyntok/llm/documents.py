@@ -67,7 +67,8 @@ def read_documents(
                 missing = [name for name in wanted if name not in names]
                 if missing:
                     raise DataError(
-                        f"{path} has no column {', '.join(missing)}, only {', '.join(names)}; text= names the column of texts"
+                        f"{path} has no column {', '.join(missing)}, only {', '.join(names)}; "
+                        "text= names the column of texts"
                     )
                 for batch in file.iter_batches(batch_size=1024, columns=wanted):
                     for row in batch.to_pylist():
@@ -104,7 +105,10 @@ def _documents(row: dict[str, Any], text: str | None, draw: str, path: Path) -> 
     for words, image, place in zip(texts, images, places, strict=True):
         if words is not None and not isinstance(words, str):
             raise DataError(f"{path}: {text} of {key} is {type(words).__name__}, expected text or a list of texts")
-        segments += [ImageCodes(image, place)] * bool(image) + [words] * bool(words)
+        if image:
+            segments.append(ImageCodes(image, place))
+        if words:
+            segments.append(words)
     if segments:
         yield Document(key, tuple(segments))
 

@@ -43,7 +43,8 @@ def extend_tokenizer(tokenizer: Any, vocab: VisualVocab) -> int:
     first = max(known.values(), default=-1) + 1
     if list(new.values()) != list(range(first, first + len(new))):
         raise CodeError(
-            f"the tokenizer's next id is {first}, and the new tokens of the vocabulary have {brief(list(new.values()))}; "
+            f"the tokenizer's next id is {first}, "
+            f"and the new tokens of the vocabulary have {brief(list(new.values()))}; "
             f"expected ids without a gap from there: VisualVocab.after({first}, size={vocab.size})"
         )
     # A special token is a list entry to tokenizers written in Python, which they go through for each one that is added.

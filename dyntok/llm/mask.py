@@ -157,7 +157,8 @@ class GrammarMask:
         grammar, vocab = self.grammar, self.grammar.vocab
         if width < grammar.vocab_size:
             raise ConfigError(
-                f"logits for {width} ids, but the grammar's vocabulary has {grammar.vocab_size}; call extend_model() first"
+                f"logits for {width} ids, but the grammar's vocabulary has {grammar.vocab_size}; "
+                "call extend_model() first"
             )
         rows = len(state.inside)
         image = state.images.clamp(max=self._least.shape[1] - 1)[:, None]

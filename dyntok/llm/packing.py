@@ -145,7 +145,8 @@ class Packer:
                 else:
                     if not ids:
                         raise CodeError(
-                            f"an image of {document.key!r} takes {len(piece)} tokens, more than a row of {self.length}; "
+                            f"an image of {document.key!r} takes {len(piece)} tokens, "
+                            f"more than a row of {self.length}; "
                             "make rows longer, or encode with max_tokens="
                         )
                     yield ids, labels

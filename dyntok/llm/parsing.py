@@ -83,7 +83,8 @@ def parse_ids(ids: Tensor | Sequence[int], vocab: VisualVocab) -> list[Segment]:
 def parse_text(text: str, vocab: VisualVocab) -> list[Segment]:
     """Returns the segments of any text.
 
-    White space between the tokens of an image, which some tokenizers add, belongs to the image. Numbers may have fewer or more digits than usual; a number too large for the vocabulary is text.
+    White space between the tokens of an image, which some tokenizers add, belongs to the image. Numbers may have fewer
+    or more digits than usual; a number too large for the vocabulary is text.
     """
     ranges = {part.letter: part for part in vocab.ranges}
 

@@ -53,7 +53,8 @@ class VisualProcessor:
     ) -> None:
         if vocab.size != visual.config.codebook.size:
             raise ConfigError(
-                f"the vocabulary has {vocab.size} codes and the tokenizer {visual.config.codebook.size}, expected as many"
+                f"the vocabulary has {vocab.size} codes and the tokenizer {visual.config.codebook.size}, "
+                "expected as many"
             )
         known = tokenizer.get_vocab()
         if missing := [token for token, id in vocab.tokens.items() if known.get(token) != id]:
@@ -172,7 +173,8 @@ class VisualProcessor:
         if len(images) != sum(wanted):
             places = f"{sum(wanted)} {self.placeholder} placeholder{'' if sum(wanted) == 1 else 's'}"
             raise CodeError(
-                f"texts contain {places}, but {counted(len(images), 'image')} {'was' if len(images) == 1 else 'were'} given"
+                f"texts contain {places}, but {counted(len(images), 'image')} "
+                f"{'was' if len(images) == 1 else 'were'} given"
             )
         if not images:
             return []
@@ -194,6 +196,7 @@ class VisualProcessor:
                 parts.append(self.placeholder)
             else:
                 raise CodeError(
-                    f"a part of a message is {part.get('type')!r} with {', '.join(part)}; expected text, or image with image"
+                    f"a part of a message is {part.get('type')!r} with {', '.join(part)}; "
+                    "expected text, or image with image"
                 )
         return "".join(parts)

@@ -1,4 +1,7 @@
-"""A run that stops goes on where it stood: nothing lost, nothing twice, no finished byte changed; other runs are refused."""
+"""A run that stops goes on where it stood: nothing lost, nothing twice, no finished byte changed.
+
+Other runs are refused.
+"""
 
 import dataclasses
 import json

@@ -61,7 +61,10 @@ def legal_prefixes(vocab, least, most, only):
 
 
 def is_legal(ids, room, grammar):
-    """Whether these ids are legal so far and an open image can be ended with `room` more; the end of sequence is not checked."""
+    """Whether these ids are legal so far and an open image can be ended with `room` more.
+
+    The end of sequence is not checked.
+    """
     vocab, images, i = grammar.vocab, 0, 0
     while i < len(ids):
         if ids[i] == vocab.image_start:

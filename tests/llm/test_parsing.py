@@ -1,4 +1,4 @@
-"""Codes as text, and what a language model wrote taken apart: every way back, and nothing that makes the parser fail."""
+"""Codes as text, and generated output taken apart: every round trip, and nothing that makes the parser fail."""
 
 import pytest
 import torch

@@ -41,7 +41,10 @@ class Channel:
         self._lock = threading.Lock()
 
     def send(self, message: Any) -> None:
-        """Send a message; several threads may. A model is streamed tensor by tensor, without a file descriptor for each."""
+        """Send a message; several threads may.
+
+        A model is streamed tensor by tensor, without a file descriptor for each.
+        """
         with self._lock:
             pickle.dump(message, self._writing, protocol=pickle.HIGHEST_PROTOCOL)
             self._writing.flush()
