@@ -281,7 +281,7 @@ class TokenizerConfig:
 
     @classmethod
     def preset(cls, name: str) -> "TokenizerConfig":
-        """Returns one of `PRESETS`. Raises `ConfigError` on another name."""
+        """Returns one of `PRESETS`: tiny, flex, small, lavit. Raises `ConfigError` on another name."""
         if name not in PRESETS:
             raise ConfigError(f"there is no preset {name!r}; expected one of {', '.join(PRESETS)}")
         return PRESETS[name]
@@ -309,6 +309,38 @@ PRESETS = {
         codebook=CodebookConfig(size=8192, dim=16, projection="linear"),
         decoder=DecoderConfig(
             depth=4, num_heads=3, mlp_ratio=4.0, placement="grid", conv=True, head="none", pixels=True, init_scale=0.0
+        ),
+    ),
+    "flex": TokenizerConfig(
+        image=ImageConfig(img_size=128, resize="keep", max_patches=256, patch_size=8, color="srgb"),
+        backbone=BackboneConfig(
+            name="vit_small_patch16_rope_224",
+            kwargs=dict(
+                img_size=128,
+                patch_size=8,
+                embed_dim=192,
+                depth=4,
+                num_heads=3,
+                init_values=0.1,
+                class_token=False,
+                global_pool="avg",
+                dynamic_img_size=True,
+            ),
+            frozen=False,
+        ),
+        selector=SelectorConfig(dither=4.0, bias="fixed", places="map"),
+        merger=MergerConfig(depth=2, num_heads=3, mlp_ratio=4.0, norm=False, init_scale=0.1, position="rotary"),
+        codebook=CodebookConfig(size=16384, dim=16, projection="linear"),
+        decoder=DecoderConfig(
+            depth=8,
+            num_heads=3,
+            mlp_ratio=4.0,
+            placement="grid",
+            conv=True,
+            head="none",
+            pixels=True,
+            init_scale=0.0,
+            position="rotary",
         ),
     ),
     "small": TokenizerConfig(

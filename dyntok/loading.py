@@ -88,8 +88,11 @@ def _bundled_names() -> list[str]:
 
 def _description(folder: Path) -> str:
     config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["config"]
-    size = config["image"]["img_size"]
-    return f"{size} x {size} pixels, {config['codebook']['size']} codes"
+    image, codes = config["image"], config["codebook"]["size"]
+    shape = f"{image['img_size']} x {image['img_size']} pixels"
+    if image.get("max_patches") is not None:
+        shape = f"any shape, up to {image['max_patches']} patches of {image['patch_size']} pixels"
+    return f"{shape}, {codes} codes"
 
 
 def _resolve_name(source: str | os.PathLike) -> str | os.PathLike:
