@@ -3,8 +3,8 @@
     python benchmarks/ids.py SOURCE... [--model NAME] [--ids 100 160] [--max-patches 256] [--square] [--limit 200]
 
 SOURCE is a folder of images or a webdataset tar; with tars only the validation part is used (1 image in 20, by key).
-Every picture goes through `to_ids`, `to_encoding` and `decode`. Ids count the header: grid and map tokens, but not start
-and end. A code is worth log2(K) bits, a map token log2(625), a grid token 7. WebP may scale the picture down first.
+Every picture goes through `to_ids`, `to_encoding` and `decode`. Ids count the header (grid and map tokens), but not
+start and end. A code is worth log2(K) bits, a map token log2(625), a grid token 7. WebP may scale the picture down.
 """
 
 import argparse

@@ -120,7 +120,10 @@ def test_megatron_is_what_megatron_loads(tar, vocab_size, dtype, checkpoint_fold
 
 
 def test_megatron_index_byte_for_byte():
-    """By hand, from the documented format: magic, version, type, sequences, documents + 1, lengths, byte offsets, first sequences."""
+    """By hand, from the documented format.
+
+    Magic, version, type, sequences, documents + 1, lengths, byte offsets, first sequences.
+    """
     written = megatron_index([3, 1], np.dtype("uint16"))
     by_hand = (
         b"MMIDIDX\x00\x00" + (1).to_bytes(8, "little") + b"\x08" + (2).to_bytes(8, "little") + (3).to_bytes(8, "little")
