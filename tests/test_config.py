@@ -68,7 +68,7 @@ def test_unknown_parts_are_named(values, message):
 
 
 def test_unknown_presets_are_named():
-    with pytest.raises(ConfigError, match="there is no preset 'huge'; expected one of tiny, small, lavit"):
+    with pytest.raises(ConfigError, match="there is no preset 'huge'; expected one of tiny, flex, small, lavit"):
         TokenizerConfig.preset("huge")
 
 
