@@ -1,4 +1,4 @@
-"""Checks that a device exists before anything is moved to it."""
+"""Checks that a device exists before anything is moved to it, and makes it the current one."""
 
 import torch
 
@@ -22,3 +22,10 @@ def _available() -> str:
     gpus = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     names = [repr(name) for name, available in gpus.items() if available]
     return " or ".join(["'cpu'", *names]) if names else "'cpu', because PyTorch found no GPU"
+
+
+def make_current(device: torch.device | str) -> None:
+    """Makes a GPU the current one of this process, on which everything starts that names none."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)

@@ -6,11 +6,31 @@ Ragged batches are packed: the rows of all images one after another, with their 
 `total_of` reads a number back to the host. `reference.py` has a readable version of each operation.
 """
 
+from collections.abc import Callable
+from functools import wraps
+
 import torch
 from torch import Tensor
-from torch.library import custom_op
+from torch.library import CustomOpDef, custom_op
 
 from dyntok_kernels import cpu
+
+
+def _on_gpu(operation: CustomOpDef) -> Callable[[Callable], Callable]:
+    """Registers the launcher of an operation for CUDA and ROCm.
+
+    Triton launches on the current device, which need not be that of the tensors.
+    """
+
+    def register(launch: Callable) -> Callable:
+        @wraps(launch)
+        def launch_on_device(*args):
+            with torch.cuda.device(next(x.device for x in args if isinstance(x, Tensor))):
+                return launch(*args)
+
+        return operation.register_kernel("cuda")(launch_on_device)
+
+    return register
 
 
 def total_of(cu_seqlens: Tensor) -> int:
@@ -41,7 +61,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, caus
     return cpu.varlen_attention(q, k, v, cu_q, cu_k, causal), q.new_empty(0, dtype=torch.float32)
 
 
-@_attention.register_kernel("cuda")
+@_on_gpu(_attention)
 def _(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
     from dyntok_kernels.gpu.attention import varlen_attention
 
@@ -61,7 +81,7 @@ def _attention_backward(
     return cpu.varlen_attention_backward(grad, q, k, v, cu_q, cu_k, causal)
 
 
-@_attention_backward.register_kernel("cuda")
+@_on_gpu(_attention_backward)
 def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,7 +120,7 @@ def _nearest_code(z: Tensor, codebook: Tensor, normalize: bool) -> Tensor:
     return cpu.nearest_code(z, codebook, normalize)
 
 
-@_nearest_code.register_kernel("cuda")
+@_on_gpu(_nearest_code)
 def _(z: Tensor, codebook: Tensor, normalize: bool) -> Tensor:
     from dyntok_kernels.gpu.nearest_code import nearest_code
 
@@ -139,7 +159,7 @@ def _compact(keep: Tensor) -> tuple[Tensor, Tensor]:
     return cpu.compact(keep)
 
 
-@_compact.register_kernel("cuda")
+@_on_gpu(_compact)
 def _(keep: Tensor) -> tuple[Tensor, Tensor]:
     from dyntok_kernels.gpu.rows import compact
 
@@ -167,7 +187,7 @@ def _gather_rows(x: Tensor, index: Tensor, embed: Tensor | None) -> Tensor:
     return cpu.gather_rows(x, index, embed)
 
 
-@_gather_rows.register_kernel("cuda")
+@_on_gpu(_gather_rows)
 def _(x: Tensor, index: Tensor, embed: Tensor | None) -> Tensor:
     from dyntok_kernels.gpu.rows import gather_rows
 
@@ -184,7 +204,7 @@ def _scatter_rows(rows: Tensor, index: Tensor, base: Tensor | None, total: int) 
     return cpu.scatter_rows(rows, index, base, total)
 
 
-@_scatter_rows.register_kernel("cuda")
+@_on_gpu(_scatter_rows)
 def _(rows: Tensor, index: Tensor, base: Tensor | None, total: int) -> Tensor:
     from dyntok_kernels.gpu.rows import scatter_rows
 
@@ -252,7 +272,7 @@ def _codebook_stats(z: Tensor, codes: Tensor, size: int) -> tuple[Tensor, Tensor
     return cpu.codebook_stats(z, codes, size)
 
 
-@_codebook_stats.register_kernel("cuda")
+@_on_gpu(_codebook_stats)
 def _(z: Tensor, codes: Tensor, size: int) -> tuple[Tensor, Tensor]:
     from dyntok_kernels.gpu.codebook_stats import codebook_stats
 
@@ -279,7 +299,7 @@ def _merge_similar(
     return cpu.merge_similar(x, weights, kept, cu_kept, dropped, cu_dropped)
 
 
-@_merge_similar.register_kernel("cuda")
+@_on_gpu(_merge_similar)
 def _(
     x: Tensor, weights: Tensor, kept: Tensor, cu_kept: Tensor, dropped: Tensor, cu_dropped: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,6 +14,7 @@ import torch
 from dyntok.batch.engines.pipeline import ModelJob, encode_work
 from dyntok.batch.engines.process import CONNECTION_LOST, Channel, FreshChild, exit_reason
 from dyntok.batch.engines.rows import Chunk, Row, TokenizedImage, Work
+from dyntok.device import make_current
 from dyntok.errors import BatchError, DyntokError
 
 _RESULTS_PER_DEVICE = 4  # chunks that wait for the writer
@@ -127,6 +128,7 @@ def _serve(channel: Channel) -> None:
         job: _DeviceJob = channel.receive()
         device = job.device
         torch.set_num_threads(job.threads)
+        make_current(device)
         for chunk in encode_work(_requested_work(channel), job.model, device):
             channel.send(chunk)
         channel.send(_Finished())
