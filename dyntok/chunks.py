@@ -36,13 +36,15 @@ class Chunk:
 class Rows:
     """What the network made of a chunk.
 
-    values: one row per kept patch, codes [T] or tokens [T, D]. keep: keep mask, bool [B, N]. finite: bool [B], False
-    where a number on the way to an image's rows was NaN or infinite. grid: (rows, columns) of all images of the chunk.
+    values: one row per kept patch, codes [T] or tokens [T, D]. positions: of these patches, int64 [T]. lengths: the
+    number of kept patches of each image. finite: bool [B], False where a number on the way to an image's rows was NaN
+    or infinite. grid: (rows, columns) of all images of the chunk.
     """
 
     input_indices: Sequence[int]
     values: Tensor
-    keep: Tensor
+    positions: Tensor
+    lengths: Sequence[int]
     finite: Tensor
     grid: tuple[int, int]
 
@@ -97,9 +99,8 @@ def join_images(parts: Sequence[Rows], nothing: Tensor) -> tuple[list[int], Tens
     """
     images = []
     for part in parts:
-        lengths = part.keep.sum(1).tolist()
-        values, positions = part.values.split(lengths), part.keep.nonzero()[:, 1].split(lengths)
-        rows = zip(part.input_indices, values, positions, lengths, strict=True)
+        values, positions = (packed.split(list(part.lengths)) for packed in (part.values, part.positions))
+        rows = zip(part.input_indices, values, positions, part.lengths, strict=True)
         images += [(*row, part.grid) for row in rows]
     images.sort(key=lambda image: image[0])
     device = nothing.device
@@ -159,9 +160,13 @@ def _checked(rows: Rows, dtype: torch.dtype, failures: Failures | None) -> Rows:
             if failures is None:
                 raise error
             failures.append((index, error))
-    indices = [index for index, fine in zip(rows.input_indices, finite, strict=True) if fine]
-    kept_tokens = rows.finite[:, None].expand_as(rows.keep)[rows.keep]  # bool [T]
-    return Rows(indices, rows.values[kept_tokens], rows.keep[rows.finite], rows.finite[rows.finite], rows.grid)
+    left = [row for row, fine in enumerate(finite) if fine]
+    values, positions = (
+        torch.cat([packed[:0], *(packed.split(list(rows.lengths))[row] for row in left)])
+        for packed in (rows.values, rows.positions)
+    )
+    indices, lengths = ([numbers[row] for row in left] for numbers in (rows.input_indices, rows.lengths))
+    return Rows(indices, values, positions, lengths, rows.finite[rows.finite], rows.grid)
 
 
 def _not_finite(dtype: torch.dtype) -> str:

@@ -208,7 +208,7 @@ class Encoding:
         else:
             pieces = zip(starts.tolist(), ends.tolist(), strict=True)
             tokens = join_rows([torch.arange(start, end) for start, end in pieces], self.device)
-        return _unchecked(
+        return unchecked(
             packed_codes=self.packed_codes[tokens],
             packed_positions=None if self.packed_positions is None else self.packed_positions[tokens],
             cu_seqlens=cu_seqlens_from_lengths(ends - starts),
@@ -245,7 +245,7 @@ class Encoding:
     def to(self, device: torch.device | str) -> "Encoding":
         """Returns the batch with all tensors on `device`: itself if they are there already."""
         moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in vars(self).items()}
-        return self if all(moved[name] is value for name, value in vars(self).items()) else _unchecked(**moved)
+        return self if all(moved[name] is value for name, value in vars(self).items()) else unchecked(**moved)
 
     def __eq__(self, other: object) -> bool:
         """Compare codes, positions, grids and fingerprint; failures, source_index and device do not count."""
@@ -328,8 +328,8 @@ def _equal(one: Tensor | None, other: Tensor | None) -> bool:
     return torch.equal(one.cpu(), other.cpu())
 
 
-def _unchecked(**fields: Any) -> Encoding:
-    # Parts of a checked Encoding are valid, and every check would wait for the device.
+def unchecked(**fields: Any) -> Encoding:
+    """Returns an Encoding of fields that are known to fit, all of them: every check would wait for the device."""
     enc = object.__new__(Encoding)
     for name, value in fields.items():
         object.__setattr__(enc, name, value)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dyntok.errors import ConfigError, MissingDependencyError
 from dyntok.layout import canonical_mask
 from dyntok.policy import KeepPolicy
+from dyntok.precision import autocast
 from dyntok.ragged import cu_seqlens_from_mask
 from dyntok.tokenizer import DynamicVisualTokenizer
 from dyntok_kernels import compact
@@ -21,8 +22,8 @@ from dyntok_kernels import compact
 class FixedEncoder(nn.Module):
     """Encodes normalized pixels [B, 3, H, W] as codes and positions, int64 [B, budget].
 
-    The codes are those of `encode_tensor(pixels, budget=budget)`. grid: (rows, columns) of the images, by default the
-    tokenizer's own.
+    The codes are those of `encode_tensor(pixels, budget=budget)`, in half precision, too.
+    grid: (rows, columns) of the images, by default the tokenizer's own.
 
     Raises `ConfigError` unless the budget is from 1 to the number of patches, and on a grid the tokenizer can't take.
     """
@@ -40,6 +41,11 @@ class FixedEncoder(nn.Module):
         self.eval()
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = next(self.backbone.parameters()).dtype
+        with autocast(pixels.device.type, dtype):
+            return self._encode(pixels.to(dtype))
+
+    def _encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         images = len(pixels)
         features = self.backbone(pixels)
         keep = canonical_mask(self.policy(self.selector(features, self.grid)), self.grid, self.places)
@@ -71,9 +77,10 @@ class FixedDecoder(nn.Module):
     def forward(self, codes: Tensor, positions: Tensor) -> Tensor:
         images, count = codes.shape
         cu_seqlens = torch.arange(images + 1, dtype=torch.int32, device=codes.device) * count
-        vectors = F.embedding(codes.flatten(), self.embedding)
-        features = self.decoder(vectors, cu_seqlens, positions.flatten(), [count] * images, self.grid)
-        return features if self.head is None else self.head(features, self.grid)
+        with autocast(codes.device.type, self.decoder.in_proj.weight.dtype):
+            vectors = F.embedding(codes.flatten(), self.embedding)
+            features = self.decoder(vectors, cu_seqlens, positions.flatten(), self.grid)
+            return features if self.head is None else self.head(features, self.grid)
 
 
 def fixed_grid(tokenizer: DynamicVisualTokenizer, grid: tuple[int, int] | None) -> tuple[int, int]:

@@ -12,8 +12,8 @@ Both orders are that of `bayer_pattern`, highest threshold first. Not here: ids 
 """
 
 from collections.abc import Callable
-from functools import lru_cache
-from typing import TypeVar
+from functools import lru_cache, wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -29,13 +29,23 @@ _PLACE_VALUES = (1, 5, 25, 125)  # of the four cells of a block, in raster order
 
 
 def _table(make: _Table) -> _Table:
-    """Remembers the tables of a grid. A table that was made in inference mode could not take part in training later."""
-    return lru_cache(torch.inference_mode(False)(make))  # type: ignore[return-value]
+    """Remembers the tables of a grid and a device.
+
+    A table that was made in inference mode could not take part in training later. One that was made while a graph is
+    compiled or exported belongs to that graph.
+    """
+    remembered = lru_cache(torch.inference_mode(False)(make))
+
+    @wraps(make)
+    def table(*args: Any) -> object:
+        return make(*args) if torch.compiler.is_compiling() else remembered(*args)
+
+    return cast(_Table, table)
 
 
-def bayer_pattern(grid: tuple[int, int]) -> Tensor:
+def bayer_pattern(grid: tuple[int, int], device: torch.device | None = None) -> Tensor:
     """Returns the thresholds of an ordered dither (Bayer 1973) for a grid: float [N], evenly spaced within -1 to 1."""
-    matrix = torch.zeros(1, 1)
+    matrix = torch.zeros(1, 1, device=device)
     for _ in range(3):
         matrix = torch.cat([torch.cat([4 * matrix, 4 * matrix + 2], 1), torch.cat([4 * matrix + 3, 4 * matrix + 1], 1)])
     tiled = matrix.repeat(-(-grid[0] // 8), -(-grid[1] // 8))[: grid[0], : grid[1]]
@@ -43,9 +53,14 @@ def bayer_pattern(grid: tuple[int, int]) -> Tensor:
 
 
 @_table
-def lattice_order(grid: tuple[int, int]) -> Tensor:
+def lattice_order(grid: tuple[int, int], device: torch.device | None = None) -> Tensor:
     """Returns all positions of the grid, int64 [N], in the order in which the lattice keeps them."""
-    return bayer_pattern(grid).sort(descending=True, stable=True).indices
+    return bayer_pattern(grid, device).sort(descending=True, stable=True).indices
+
+
+def lattice_mask(lengths: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Returns the patches that images of `lengths` [B] tokens keep, bool [B, N], on the device of the lengths."""
+    return lattice_order(grid, lengths.device).argsort() < lengths[:, None]
 
 
 def lattice_positions(length: int, grid: tuple[int, int]) -> Tensor:
@@ -69,7 +84,7 @@ def counts_to_mask(counts: Tensor, grid: tuple[int, int]) -> Tensor:
 
     Raises `CodeError` where a count exceeds the patches of its cell.
     """
-    cell, rank, capacity = (table.to(counts.device) for table in _cells(grid))
+    cell, rank, capacity = _cells(grid, counts.device)
     _check_last(counts, len(capacity), "counts", grid)
     bad = (counts < 0) | (counts > capacity)
     if bad.any():
@@ -86,7 +101,7 @@ def mask_to_counts(mask: Tensor, grid: tuple[int, int]) -> Tensor:
 
     Raises `CodeError` with the cell where the mask is not canonical.
     """
-    cell, rank, capacity = (table.to(mask.device) for table in _cells(grid))
+    cell, rank, capacity = _cells(grid, mask.device)
     _check_last(mask, len(cell), "the mask", grid)
     counts = torch.zeros(*mask.shape[:-1], len(capacity), dtype=torch.long, device=mask.device)
     counts.scatter_add_(-1, cell.expand(mask.shape), mask.long())
@@ -108,13 +123,12 @@ def canonical_mask(mask: Tensor, grid: tuple[int, int], places: str) -> Tensor:
         count; "free" returns the mask itself.
     """
     if places == "map":
-        cell, rank, capacity = (table.to(mask.device) for table in _cells(grid))
+        cell, rank, capacity = _cells(grid, mask.device)
         counts = torch.zeros(len(mask), len(capacity), dtype=torch.long, device=mask.device)
         counts.scatter_add_(1, cell.expand(mask.shape), mask.long())
         return rank < counts[:, cell]
     if places == "lattice":
-        rank = lattice_order(grid).argsort().to(mask.device)
-        return rank < mask.sum(1, keepdim=True)
+        return lattice_mask(mask.sum(1), grid)
     return mask
 
 
@@ -162,14 +176,17 @@ def block_capacities(grid: tuple[int, int]) -> Tensor:
 
 
 @_table
-def _cells(grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+def _cells(grid: tuple[int, int], device: torch.device | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Returns each patch's cell and its rank in that cell, int64 [N] each, and each cell's size, int64 [cells]."""
     columns = -(-grid[1] // 2)
-    y, x = (axis.flatten() for axis in torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij"))
+    place = torch.arange(grid[0] * grid[1], device=device)
+    y, x = place // grid[1], place % grid[1]
     cell = y // 2 * columns + x // 2
-    order = torch.tensor(_CELL_ORDER).argsort()[y % 2 * 2 + x % 2]  # among four, were all of them there
-    present = torch.zeros(-(-grid[0] // 2) * columns, 4, dtype=torch.long)
-    present[cell, order] = 1
+    quarter, order = y % 2 * 2 + x % 2, torch.zeros_like(place)
+    for number, which in enumerate(_CELL_ORDER):  # without a tensor of the host
+        order = torch.where(quarter == which, number, order)  # among four, were all of them there
+    present = torch.zeros(-(-grid[0] // 2) * columns, 4, dtype=torch.long, device=device)
+    present = present.flatten().index_fill(0, cell * 4 + order, 1).view_as(present)
     return cell, (present.cumsum(1) - 1)[cell, order], present.sum(1)
 
 

@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from dyntok.checkpoint.pretrained import PretrainedModule
 from dyntok.chunks import Chunk, Rows, finite_images
@@ -24,9 +25,11 @@ from dyntok.model.pixel_head import PixelHead
 from dyntok.model.selector import Selector
 from dyntok.policy import KeepPolicy
 from dyntok.ragged import cu_seqlens_from_mask
+from dyntok_kernels import compact
+from dyntok_kernels.limits import HEAD_DIMS, HEAD_DIMS_IN_WORDS, MAX_CODE_DIM
 
 Choice: TypeAlias = Callable[[Tensor, Sequence[int]], Tensor]  # log-probabilities [B, N, 2], input indices -> keep mask
-Merge: TypeAlias = Callable[..., Tensor]  # features [B, N, D], keep mask [B, N], grid=(rows, columns) -> tokens [T, D]
+Merge: TypeAlias = Callable[..., Tensor]  # features [B, N, D], keep mask [B, N], total=T, grid= -> tokens [T, D]
 
 
 class TokenizerNetwork(PretrainedModule):
@@ -103,6 +106,31 @@ class TokenizerNetwork(PretrainedModule):
         facts = f"{self.name}, {shape}, {self.vocab_size} codes"
         return f"{type(self).__name__}({facts}, fingerprint {self.fingerprint})"
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if fn(torch.empty(0)).device.type == "cuda":
+            self._check_gpu()
+        return super()._apply(fn, recurse)
+
+    def _check_gpu(self) -> None:
+        """Raises `ConfigError` where a size is one that the GPU kernels do not take."""
+        config, width = self.config, self.backbone.embed_dim
+        if config.codebook.dim > MAX_CODE_DIM:
+            raise ConfigError(
+                f"codebook.dim is {config.codebook.dim}, and a GPU searches codes of at most {MAX_CODE_DIM} channels; "
+                "choose fewer, or use a CPU"
+            )
+        heads = {}
+        if config.merger.kind == "blocks" and config.merger.depth:
+            heads["merger"] = (width, config.merger.num_heads)
+        if config.decoder is not None and config.decoder.placement == "rank" and config.decoder.depth:
+            heads["decoder"] = (config.decoder.embed_dim or width, config.decoder.num_heads)
+        for part, (channels, count) in heads.items():
+            if channels // count not in HEAD_DIMS:
+                raise ConfigError(
+                    f"{part}.num_heads is {count}, so its heads have {channels // count} of {channels} channels, "
+                    f"and a GPU takes {HEAD_DIMS_IN_WORDS}; choose another number, or use a CPU"
+                )
+
     def require_decoder(self) -> Decoder:
         """Returns the decoder. Raises `ConfigError` where the tokenizer has none."""
         if self.decoder is None:
@@ -146,7 +174,10 @@ class TokenizerNetwork(PretrainedModule):
         return 1 if self.device.type == "cpu" else images
 
     def _run(self, chunk: Chunk, choice: Choice, merge: Merge, *, quantize: bool) -> Rows:
-        """Returns the codes, or else the merged tokens, of a chunk."""
+        """Returns the codes, or else the merged tokens, of a chunk.
+
+        The host reads one result of the device, the lengths, and none where the budget is exact.
+        """
         grid = self.backbone.grid_of(chunk.pixels)
         with self.inference():
             features = self.backbone(chunk.pixels.to(self.device, self.dtype))
@@ -154,10 +185,14 @@ class TokenizerNetwork(PretrainedModule):
             keep = choice(log_probs, chunk.input_indices)
             if isinstance(choice, KeepPolicy):
                 keep = canonical_mask(keep, grid, choice.places or self.config.selector.places)
-            tokens = merge(features, keep, grid=grid)
+            count = choice.count(keep.shape[1]) if isinstance(choice, KeepPolicy) else None
+            lengths = keep.sum(1).tolist() if count is None else [count] * len(keep)
+            tokens = merge(features, keep, total=sum(lengths), grid=grid)
             vectors = self.projection(tokens) if quantize else tokens
             finite = finite_images(features, log_probs, vectors, cu_seqlens_from_mask(keep))
-            return Rows(chunk.input_indices, self.codebook(vectors) if quantize else vectors, keep, finite, grid)
+            positions = compact(keep)[0][: sum(lengths)].long() % keep.shape[1]
+            values = self.codebook(vectors) if quantize else vectors
+            return Rows(chunk.input_indices, values, positions, lengths, finite, grid)
 
     def _decode_features(self, encoding: Encoding, decoder: Decoder) -> Tensor:
         grid = self._one_grid(encoding)

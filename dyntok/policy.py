@@ -101,12 +101,9 @@ class KeepPolicy:
         num_patches = score.shape[1]
         # stable: equal scores in raster order, so that the same picture always keeps the same patches
         rank = score.sort(dim=1, descending=True, stable=True).indices.argsort(1)
-        if self.budget is not None:
-            count = self.budget if isinstance(self.budget, int) else max(1, round(self.budget * num_patches))
-            if count > num_patches:
-                raise ConfigError(f"budget is {count} tokens, but an image has {num_patches} patches")
-            keep = rank < count
-        elif self.threshold is not None:
+        if (count := self.count(num_patches)) is not None:
+            return rank < count
+        if self.threshold is not None:
             keep = log_probs[..., KEEP].exp() >= self.threshold
         elif self.seed is not None:
             indices = range(len(score)) if input_indices is None else input_indices[: len(score)]
@@ -116,6 +113,18 @@ class KeepPolicy:
             keep = score > 0
         keep = keep | (rank == 0) & ~keep.any(1, keepdim=True)  # at least one token
         return keep if self.max_tokens is None else keep & _best(keep, rank, self.max_tokens)
+
+    def count(self, num_patches: int) -> int | None:
+        """Returns the number of patches that every image of N patches keeps; None where it depends on the image.
+
+        Raises `ConfigError` where an int budget exceeds N.
+        """
+        if self.budget is None:
+            return None
+        count = self.budget if isinstance(self.budget, int) else max(1, round(self.budget * num_patches))
+        if count > num_patches:
+            raise ConfigError(f"budget is {count} tokens, but an image has {num_patches} patches")
+        return count if self.max_tokens is None else min(count, self.max_tokens)
 
     @property
     def seed(self) -> int | None:

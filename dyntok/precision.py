@@ -1,6 +1,9 @@
 """Numeric precision: the names of dtypes, and modules in half precision whose sensitive parts stay float32."""
 
-from typing import TypeVar
+import contextlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -39,3 +42,36 @@ def cast(module: M, dtype: torch.dtype) -> M:
         return tensor.to(torch.float32 if id(tensor) in kept else dtype) if tensor.is_floating_point() else tensor
 
     return module._apply(convert)
+
+
+def autocast(device_type: str, dtype: torch.dtype) -> AbstractContextManager:
+    """Returns the context in which weights of `dtype` compute: autocast in half precision, else none at all."""
+    if dtype in HALF:
+        return torch.autocast(device_type, dtype)
+    outside = torch.is_autocast_enabled(device_type)  # a graph without autocast holds no sign of it
+    return torch.autocast(device_type, enabled=False) if outside else contextlib.nullcontext()
+
+
+@contextmanager
+def full_float32(device: torch.device) -> Iterator[None]:
+    """Computes convolutions and products of float32 in float32 on a GPU.
+
+    By default cuDNN rounds the factors of a convolution to TF32, which changes codes.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    convolutions: Any = torch.backends.cudnn
+    value: Any = False
+    name = "allow_tf32"
+    if hasattr(convolutions, "conv"):  # PyTorch 2.9 and later name the precision
+        convolutions, name, value = convolutions.conv, "fp32_precision", "ieee"
+    settings = [convolutions, torch.backends.cuda.matmul]
+    before = [getattr(setting, name) for setting in settings]
+    try:
+        for setting in settings:
+            setattr(setting, name, value)
+        yield
+    finally:
+        for setting, old in zip(settings, before, strict=True):
+            setattr(setting, name, old)

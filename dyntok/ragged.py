@@ -26,8 +26,7 @@ def image_of_token(cu_seqlens: Tensor, tokens: int) -> Tensor:
     """Returns int64 [T], the image of each of `tokens` tokens. Every image must have at least one."""
     # repeat_interleave gives the same, but starts all threads for a few numbers: milliseconds on a busy machine.
     begins = torch.zeros(tokens, dtype=torch.long, device=cu_seqlens.device)
-    begins[cu_seqlens[1:-1].long()] = 1
-    return begins.cumsum(0)
+    return begins.index_fill_(0, cu_seqlens[1:-1].long(), 1).cumsum(0)
 
 
 def join_rows(rows: Sequence[Tensor], device: torch.device | None) -> Tensor:

@@ -82,12 +82,12 @@ def test_only_the_images_concerned_are_left_out(tokenizer, photos):
 
 
 def test_images_of_one_chunk_are_told_apart():
-    keep = torch.tensor([[True, False, True], [False, True, False], [True, True, True]])
     finite = torch.tensor([True, False, True])
-    rows, failures = Rows([4, 5, 7], torch.arange(6), keep, finite, (1, 3)), []
+    rows, failures = Rows([4, 5, 7], torch.arange(6), torch.tensor([0, 2, 1, 0, 1, 2]), [2, 1, 3], finite, (1, 3)), []
     (left,) = without_failures([rows], torch.float16, failures)
     assert left.values.tolist() == [0, 1, 3, 4, 5] and left.input_indices == [4, 7]
-    assert torch.equal(left.keep, keep[[0, 2]]) and [index for index, _ in failures] == [5]
+    assert left.positions.tolist() == [0, 2, 0, 1, 2] and left.lengths == [2, 3]
+    assert [index for index, _ in failures] == [5]
 
 
 def test_pixels_and_arrays_that_are_not_finite_are_refused(tokenizer):

@@ -22,7 +22,7 @@ from dyntok.checkpoint.hub import Origin
 from dyntok.config import TokenizerConfig
 from dyntok.device import check_device
 from dyntok.errors import CheckpointError, ConfigError
-from dyntok.precision import HALF, cast, dtype_named
+from dyntok.precision import autocast, cast, dtype_named, full_float32
 
 
 class PushOptions(TypedDict, total=False):
@@ -107,13 +107,15 @@ class PretrainedModule(nn.Module):
 
     @contextmanager
     def inference(self) -> Iterator[None]:
-        """Runs a block without gradients, in evaluation mode and, with half-precision weights, under autocast."""
+        """Runs a block without gradients and in evaluation mode.
+
+        Half-precision weights compute under autocast, float32 on a GPU without TF32.
+        """
         training = [part for part in self.modules() if part.training]
         for part in training:
             part.training = False
-        half = self.dtype in HALF
         try:
-            with torch.no_grad(), torch.autocast(self.device.type, self.dtype if half else None, enabled=half):
+            with torch.no_grad(), autocast(self.device.type, self.dtype), full_float32(self.device):
                 yield
         finally:
             for part in training:

@@ -18,6 +18,12 @@ class Understanding(nn.Module):
         self.proj = nn.Linear(embed_dim, out_dim)
 
     def forward(
-        self, features: Tensor, keep: Tensor, *, exact: bool = False, grid: tuple[int, int] | None = None
+        self,
+        features: Tensor,
+        keep: Tensor,
+        *,
+        exact: bool = False,
+        total: int | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> Tensor:
-        return self.proj(self.merger(features, keep, exact=exact, grid=grid))
+        return self.proj(self.merger(features, keep, exact=exact, total=total, grid=grid))

@@ -13,22 +13,32 @@ from torch.nn import functional as F
 
 from dyntok.config import DecoderConfig
 from dyntok.errors import ConfigError
-from dyntok.layout import lattice_positions
+from dyntok.layout import lattice_mask
 from dyntok.model.blocks import check_heads, feed_forward, scale_branches
 from dyntok.model.rotary import Rotary, rotate
-from dyntok_kernels import lengths_of, scatter_rows, varlen_attention
+from dyntok.ragged import image_of_token
+from dyntok_kernels import compact, scatter_rows, varlen_attention
 
 _WAVES = 4  # frequencies per axis of the coordinate features
 
 
-def guessed_positions(length: int, grid: tuple[int, int], dithered: bool) -> Tensor:
-    """Returns places for tokens whose positions are unknown: int64 [length], strictly increasing.
+def guessed_positions(cu_seqlens: Tensor, tokens: int, grid: tuple[int, int], dithered: bool) -> Tensor:
+    """Returns places for tokens whose positions are unknown: int64 [T], strictly increasing within an image.
 
     With a dithered selector they are the lattice, on which most kept patches lie. Otherwise they are evenly spread.
+    cu_seqlens: int32 [B+1] of images of 1 to N tokens, `tokens` in all.
     """
+    lengths, num_patches = cu_seqlens.diff().long(), grid[0] * grid[1]
     if dithered:
-        return lattice_positions(length, grid)
-    return ((torch.arange(length) * 2 + 1) * grid[0] * grid[1]) // (2 * length)
+        return compact(lattice_mask(lengths, grid))[0][:tokens].long() % num_patches
+    place, image = rank_of_token(cu_seqlens, tokens)
+    return (place * 2 + 1) * num_patches // (2 * lengths[image])
+
+
+def rank_of_token(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Returns the number of each token within its image and the number of that image, int64 [T] both."""
+    image = image_of_token(cu_seqlens, tokens)
+    return torch.arange(tokens, device=cu_seqlens.device) - cu_seqlens.long()[image], image
 
 
 class Decoder(nn.Module):
@@ -74,14 +84,13 @@ class Decoder(nn.Module):
         vectors: Tensor,
         cu_seqlens: Tensor,
         positions: Tensor | None = None,
-        lengths: list[int] | None = None,
         grid: tuple[int, int] | None = None,
     ) -> Tensor:
         """Returns features [B, N, out_dim].
 
         vectors: [T, C]. cu_seqlens: int32 [B+1].
         positions: int64 [T], -1 throughout an image whose positions are unknown; None where all are unknown.
-        lengths: B numbers of 1 to N, where the host knows them. grid: (rows, columns) of all images of the call.
+        grid: (rows, columns) of all images of the call.
 
         Raises `ConfigError` where a decoder with a table of positions gets another grid than its own.
         """
@@ -91,47 +100,45 @@ class Decoder(nn.Module):
                 f"this decoder knows the grid {self.grid[0]} x {self.grid[1]} alone, got {grid[0]} x {grid[1]}; "
                 "decoder.position: rotary takes any"
             )
-        lengths = lengths_of(cu_seqlens) if lengths is None else lengths
-        tokens = self.in_proj(vectors)
+        tokens, images = self.in_proj(vectors), len(cu_seqlens) - 1
         if self.placement == "rank":
-            x = self.query_embed.expand(len(lengths), -1, -1)
-            tokens = tokens + torch.cat([self.rank_embed[:n] for n in [0, *lengths]])
-            steps = torch.arange(len(lengths) + 1, dtype=torch.int32, device=vectors.device)
+            x = self.query_embed.expand(images, -1, -1)
+            tokens = tokens + self.rank_embed[rank_of_token(cu_seqlens, len(tokens))[0]]
+            steps = torch.arange(images + 1, dtype=torch.int32, device=vectors.device)
             cu_queries = steps * len(self.query_embed)
         else:
-            x, tokens, cu_queries = self._place(tokens, lengths, positions, grid), None, None
+            x, tokens, cu_queries = self._place(tokens, cu_seqlens, positions, grid), None, None
         rotation = None if self.rotary is None else self.rotary(grid)
         for block in self.blocks:
             x = block(x, grid, rotation, tokens, cu_seqlens, cu_queries)
         return self.head(x)
 
-    def _place(self, tokens: Tensor, lengths: list[int], positions: Tensor | None, grid: tuple[int, int]) -> Tensor:
+    def _place(self, tokens: Tensor, cu_seqlens: Tensor, positions: Tensor | None, grid: tuple[int, int]) -> Tensor:
         """Patch queries [B, N, D] with the tokens put on the grid."""
-        none, num_patches = torch.empty(0, dtype=torch.long), grid[0] * grid[1]  # a batch may hold no image
-        guessed = [guessed_positions(n, grid, self.dithered) for n in lengths]
-        cell = torch.cat([none, *guessed]).to(tokens.device)
+        num_patches = grid[0] * grid[1]
+        cell = guessed_positions(cu_seqlens, len(tokens), grid, self.dithered)
         known = torch.zeros_like(cell, dtype=torch.bool) if positions is None else positions >= 0
         cell = cell if positions is None else torch.where(known, positions, cell)
-        first = [torch.full((n,), i * num_patches) for i, n in enumerate(lengths)]
-        cell = cell + torch.cat([none, *first]).to(tokens.device)
+        cell = cell + image_of_token(cu_seqlens, len(tokens)) * num_patches
         tokens = tokens + torch.where(known[:, None], self.placed_embed[0], self.placed_embed[1])
         queries = self.query_embed
         if self.coordinates is not None:
-            features = coordinate_features(grid).to(self.coordinates.weight)
+            features = coordinate_features(grid, tokens.device).to(self.coordinates.weight)
             queries = queries + self.coordinates(features)
-        return scatter_rows(tokens, cell, queries, total=len(lengths) * num_patches).unflatten(0, (-1, num_patches))
+        placed = scatter_rows(tokens, cell, queries, total=(len(cu_seqlens) - 1) * num_patches)
+        return placed.unflatten(0, (-1, num_patches))
 
 
-def coordinate_features(grid: tuple[int, int]) -> Tensor:
+def coordinate_features(grid: tuple[int, int], device: torch.device | None = None) -> Tensor:
     """Returns what a patch knows about its place in the picture: float [N, 18].
 
     Cosines and sines of its coordinates, from 0 to 1 along each side, at four frequencies; and the grid's size.
     """
-    axes = [(torch.arange(side) + 0.5) / side for side in grid]
+    axes = [(torch.arange(side, device=device) + 0.5) / side for side in grid]
     places = torch.stack([axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")], 1)  # [N, 2]
-    angles = (places[:, :, None] * math.pi * torch.arange(1, _WAVES + 1)).flatten(1)
-    sizes = torch.tensor([math.log2(side / 16) for side in grid]).expand(len(places), 2)
-    return torch.cat([angles.cos(), angles.sin(), sizes], 1)
+    angles = (places[:, :, None] * math.pi * torch.arange(1, _WAVES + 1, device=device)).flatten(1)
+    sizes = [places.new_full((len(places), 1), math.log2(side / 16)) for side in grid]
+    return torch.cat([angles.cos(), angles.sin(), *sizes], 1)
 
 
 class DecoderBlock(nn.Module):

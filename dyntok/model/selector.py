@@ -47,7 +47,7 @@ class Selector(nn.Module):
             return 0.0
         if grid is None:
             raise ConfigError("a selector with a fixed dither needs grid=(rows, columns)")
-        return self.dither * bayer_pattern(grid).to(self.head.bias.device)
+        return self.dither * bayer_pattern(grid, self.head.bias.device)
 
     def forward(self, features: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Returns log-probabilities [B, N, 2] for features [B, N, D]; index 0 is keep.

@@ -59,12 +59,16 @@ def differ(a, b):
 # Places of tokens whose positions are unknown.
 
 
+def places_of(length, grid, dithered):
+    return guessed_positions(bounds([length]), length, grid, dithered)
+
+
 @pytest.mark.parametrize("grid", [(1, 1), (1, 2), (3, 5), (8, 8), (16, 16)])
 @pytest.mark.parametrize("dithered", [False, True])
 def test_guessed_positions_increase_and_fill_the_picture(grid, dithered):
     patches = grid[0] * grid[1]
     for length in range(1, patches + 1):
-        positions = guessed_positions(length, grid, dithered)
+        positions = places_of(length, grid, dithered)
         assert positions.dtype == torch.long and len(positions) == length
         assert positions[0] >= 0 and positions[-1] < patches and (positions.diff() > 0).all()
         gaps = positions.diff()
@@ -73,15 +77,15 @@ def test_guessed_positions_increase_and_fill_the_picture(grid, dithered):
             assert (
                 abs(int(positions[0]) - (patches - 1 - int(positions[-1]))) <= 1
             )  # and as far from the start as from the end
-    assert guessed_positions(patches, grid, dithered).tolist() == list(range(patches))
+    assert places_of(patches, grid, dithered).tolist() == list(range(patches))
 
 
 def test_guessed_positions_by_hand():
-    assert guessed_positions(1, (3, 5), False).tolist() == [7]
-    assert guessed_positions(3, (3, 5), False).tolist() == [2, 7, 12]
-    assert guessed_positions(2, (2, 2), False).tolist() == [1, 3]
+    assert places_of(1, (3, 5), False).tolist() == [7]
+    assert places_of(3, (3, 5), False).tolist() == [2, 7, 12]
+    assert places_of(2, (2, 2), False).tolist() == [1, 3]
     assert (
-        guessed_positions(64, (16, 16), True).tolist()
+        places_of(64, (16, 16), True).tolist()
         == KeepPolicy(budget=64)(bayer_log_probs((16, 16))).nonzero()[:, 1].tolist()
     )
 
@@ -102,7 +106,7 @@ def test_tokens_without_positions_go_where_they_are_guessed(dithered):
     vectors = vectors_for(lengths)
     got = decoder(vectors, bounds(lengths))
     assert got.shape == (3, PATCHES, WIDTH)
-    guessed = torch.cat([guessed_positions(n, GRID, dithered) for n in lengths])
+    guessed = guessed_positions(bounds(lengths), 20, GRID, dithered)
     assert differ(decoder(vectors, bounds(lengths), guessed), got).all()  # the blocks are told that these are guesses
     with torch.no_grad():
         decoder.placed_embed[0] = decoder.placed_embed[1]

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dyntok_kernels.gpu.tiles import FLOATS, Blocks, Variant, cast, check, dot, find_block, kernel, padded, slots
+from dyntok_kernels.limits import HEAD_DIMS, HEAD_DIMS_IN_WORDS
 
 HEAD_SIZES = (16, 32, 64, 88, 128)  # those the compile gate looks at; any multiple of 8 up to 128 works
 
@@ -185,9 +186,7 @@ def varlen_attention(
         f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}, expected one of {FLOATS}",
     )
     total_q, heads, width = q.shape
-    check(
-        width % 8 == 0 and 8 <= width <= 128, f"heads have {width} channels, the kernel takes multiples of 8 up to 128"
-    )
+    check(width in HEAD_DIMS, f"heads have {width} channels, the kernel takes {HEAD_DIMS_IN_WORDS}")
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(heads, total_q, dtype=torch.float32, device=q.device)
     images, blocks = len(cu_q) - 1, forward_blocks(q.dtype, width)

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dyntok_kernels.gpu.tiles import FLOATS, Blocks, Variant, alike_dot, cast, check, kernel, padded
+from dyntok_kernels.limits import MAX_CODE_DIM
 
 CODE_SIZES = (8, 16, 32, 64)
 
@@ -53,7 +54,7 @@ def nearest_code(z: Tensor, codebook: Tensor, normalize: bool) -> Tensor:
         f"z is {z.dtype} and the codebook {codebook.dtype}, expected one of {FLOATS}",
     )
     dim = z.shape[1]
-    check(1 <= dim <= 64, f"codes have {dim} channels, the kernel takes 1 to 64")
+    check(1 <= dim <= MAX_CODE_DIM, f"codes have {dim} channels, the kernel takes 1 to {MAX_CODE_DIM}")
     z, codebook = z.contiguous(), codebook.contiguous()
     codes = torch.empty(len(z), dtype=torch.long, device=z.device)
     half_norms = codebook.float().square().sum(-1) / 2

@@ -1,0 +1,197 @@
+"""On a GPU, without one: devices and dtypes of all stages, no tensor of the host between them, and what the host reads.
+
+Fake tensors have no values, so what reads one fails.
+"""
+
+import dataclasses
+import sys
+
+import pytest
+import torch
+from support.any_grid import any_grid_config
+from support.fake_gpu import FAKE, fake_gpu, to_fake_gpu
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dyntok
+from dyntok import KeepPolicy
+from dyntok.chunks import Chunk
+from dyntok.encoding import unchecked
+from dyntok.export import FixedDecoder, FixedEncoder
+from dyntok.ragged import cu_seqlens_from_lengths
+
+GPU, BUDGET = torch.device("cuda", 0), 40
+
+
+class _NoTensorOfTheHost(TorchDispatchMode):
+    """Fails where an operation takes or makes a tensor on a CPU."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves((args, kwargs, result)):
+            assert not isinstance(x, torch.Tensor) or x.device == GPU, f"{operation} on {x.device}"
+        return result
+
+
+@pytest.fixture(params=["free", "map"])
+def config(request, small_config):
+    """Of a tokenizer for one grid with free masks, and of one for any grid with canonical masks."""
+    return small_config if request.param == "free" else any_grid_config(small_config, request.param)
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def on_gpu(request, config, monkeypatch):
+    tokenizer = dyntok.DynamicVisualTokenizer(config).eval()
+    tokenizer = to_fake_gpu(tokenizer.in_precision(request.param))
+    with fake_gpu(monkeypatch):
+        yield tokenizer
+
+
+def pixels_for(tokenizer, images=3):
+    return torch.randn(images, 3, tokenizer.image_size, tokenizer.image_size, device=GPU)
+
+
+def ints(*shape):
+    return torch.zeros(shape, dtype=torch.long, device=GPU)
+
+
+@torch.no_grad()
+def test_the_fixed_doors(on_gpu):
+    pixels, codes = pixels_for(on_gpu), ints(3, BUDGET)
+    encoder, decoder = FixedEncoder(on_gpu, BUDGET), FixedDecoder(on_gpu)
+    with _NoTensorOfTheHost():
+        for result in encoder(pixels):
+            assert (result.shape, result.dtype) == ((3, BUDGET), torch.long)
+        painted = decoder(codes, codes)
+    assert painted.shape == pixels.shape and painted.is_floating_point()
+
+
+@pytest.mark.parametrize("quantize", [True, False])
+def test_encoding_with_an_exact_budget_reads_nothing(on_gpu, quantize):
+    chunk = Chunk(range(3), pixels_for(on_gpu))
+    with _NoTensorOfTheHost():
+        rows = on_gpu._run(chunk, KeepPolicy(budget=BUDGET), on_gpu.merger, quantize=quantize)
+    assert rows.values.dtype == (torch.long if quantize else on_gpu.dtype)
+    assert list(rows.lengths) == [BUDGET] * 3 and rows.positions.dtype == torch.long and rows.finite.dtype == torch.bool
+
+
+def test_decoding_has_no_tensor_of_the_host(on_gpu):
+    cu_seqlens = cu_seqlens_from_lengths(ints(3) + BUDGET)
+    with _NoTensorOfTheHost(), on_gpu.inference():
+        vectors = torch.randn(3 * BUDGET, on_gpu.config.codebook.dim, device=GPU)
+        for positions in (None, ints(3 * BUDGET)):
+            features = on_gpu.require_decoder()(vectors, cu_seqlens, positions, grid=on_gpu.grid)
+            painted = on_gpu.pixel_head(features, on_gpu.grid)
+    assert painted.shape == (3, 3, on_gpu.image_size, on_gpu.image_size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_forward_pass_of_a_training_step(dtype, tokenizer, monkeypatch):
+    tokenizer = to_fake_gpu(tokenizer.train())
+    with fake_gpu(monkeypatch), _NoTensorOfTheHost(), torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+        features = tokenizer.backbone(pixels_for(tokenizer))
+        keep = KeepPolicy(budget=BUDGET)(tokenizer.selector(features))
+        merged = tokenizer.merger(features, keep, total=3 * BUDGET)
+        rows, codes = tokenizer.codebook.quantize(tokenizer.projection(merged))
+        cu_seqlens = cu_seqlens_from_lengths(keep.sum(1))
+        painted = tokenizer.pixel_head(tokenizer.decoder(rows, cu_seqlens), tokenizer.grid)
+    assert rows.dtype == torch.float32 and codes.dtype == torch.long and painted.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_float32_computes_without_tf32(dtype, tokenizer, monkeypatch):
+    tokenizer, seen = to_fake_gpu(tokenizer.in_precision(dtype)), []
+    allowed = torch.backends.cudnn.allow_tf32
+    tokenizer.backbone.model.patch_embed.proj.register_forward_hook(
+        lambda *_: seen.append((torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision))
+    )
+    torch.backends.cuda.matmul.fp32_precision = "tf32"  # as a user's program may want it
+    try:
+        with fake_gpu(monkeypatch), tokenizer.inference():
+            tokenizer.backbone(pixels_for(tokenizer))
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
+    assert seen == [("ieee", "ieee")] and torch.backends.cudnn.allow_tf32 == allowed
+
+
+class _HostReads(TorchFunctionMode):
+    """Counts what makes the host wait for a GPU; the CPU form of an operation is not one of its programs."""
+
+    waits = {"tolist", "item", "nonzero", "unique", "cpu", "numpy", "masked_select", "argwhere", "equal", "__index__",
+             "__bool__", "__int__", "__float__", "repeat_interleave"}  # fmt: skip
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        masked = name in ("__getitem__", "__setitem__") and _has_mask(args[1])
+        if (name in self.waits or masked) and not _inside_an_operation():
+            self.seen.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def _has_mask(index):
+    parts = index if isinstance(index, tuple) else (index,)
+    return any(isinstance(part, torch.Tensor) and part.dtype == torch.bool for part in parts)
+
+
+def _inside_an_operation():
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_filename.endswith("dyntok_kernels/cpu.py"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+@pytest.mark.parametrize(
+    "options, reads",
+    [({}, 1), ({"threshold": 0.4}, 1), ({"budget": 0.25}, 0), ({"budget": 30, "max_tokens": 20, "places": "map"}, 0)],
+    ids=str,
+)
+def test_what_the_host_reads(options, reads, tokenizer):
+    """While the network runs: the lengths, unless they are known. At the end of a chunk: whether numbers are finite."""
+    pixels = torch.randn(1, 3, 64, 64)
+    tokenizer.encode_tensor(pixels, **options)  # makes the tables, and the fingerprint
+    with _HostReads() as host:
+        tokenizer._run(Chunk([0], pixels), KeepPolicy(**options), tokenizer.merger, quantize=True)
+    assert len(host.seen) == reads, host.seen
+    with _HostReads() as host:
+        encoding = tokenizer._encode_chunks([Chunk([0], pixels)], KeepPolicy(**options), tokenizer.merger, None)
+    assert len(host.seen) == reads + 1 and isinstance(encoding, dyntok.Encoding), host.seen
+
+
+def test_an_encoding_of_the_network_passes_every_check(tokenizer, photos):
+    encoding = tokenizer.encode(photos)
+    assert dyntok.Encoding(**vars(encoding)) == encoding == unchecked(**vars(encoding))
+
+
+@pytest.mark.parametrize(
+    "section, sizes, message",
+    [
+        ("codebook", {"dim": 65}, "codebook.dim is 65, and a GPU searches codes of at most 64 channels"),
+        (
+            "merger",
+            {"num_heads": 4},
+            "merger.num_heads is 4, so its heads have 12 of 48 channels, and a GPU takes mult",
+        ),
+        ("decoder", {"num_heads": 12, "placement": "rank"}, "decoder.num_heads is 12, so its heads have 4 of 48"),
+    ],
+)
+def test_sizes_that_no_gpu_kernel_takes_are_refused_when_moved_there(section, sizes, message, small_config):
+    part = dataclasses.replace(getattr(small_config, section), **sizes)
+    tokenizer = dyntok.DynamicVisualTokenizer(dataclasses.replace(small_config, **{section: part}))
+    tokenizer.to(torch.float64).to("cpu").float()
+    with FAKE, pytest.raises(dyntok.ConfigError, match=message):
+        torch.nn.Module.to(tokenizer, "cuda")
+    assert tokenizer.device.type == "cpu"
+
+
+def test_sizes_that_only_a_cpu_kernel_sees_are_free(small_config):
+    decoder = dataclasses.replace(small_config.decoder, num_heads=12)  # attention over the whole grid is PyTorch's
+    merger = dataclasses.replace(small_config.merger, num_heads=4, kind="similar")
+    config = dataclasses.replace(small_config, decoder=decoder, merger=merger)
+    dyntok.DynamicVisualTokenizer(config)._check_gpu()
