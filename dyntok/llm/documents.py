@@ -1,6 +1,4 @@
-"""Documents of text and image segments in any order, and the way there from Parquet: a row is a document of a text and
-its images.
-"""
+"""Documents of text and images in any order, read from Parquet: a row is a document of a text and its images."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -11,21 +9,27 @@ from typing import Any
 from torch import Tensor
 
 from dyntok.errors import DataError, MissingDependencyError
+from dyntok.vocab import VisualVocab
 
 
 @dataclass(frozen=True)
 class ImageCodes:
-    """One image of a document: its codes, and their positions where the vocabulary writes them."""
+    """One image of a document: its codes, and the positions and grid that the vocabulary's layout writes."""
 
     codes: Tensor | Sequence[int]
     positions: Tensor | Sequence[int] | None = None
+    grid: tuple[int, int] | None = None
+
+    def to_ids(self, vocab: VisualVocab) -> list[int]:
+        """Returns the image as ids, start and end included. Raises `CodeError` where they can't say its layout."""
+        known = vocab.layout != "none"
+        grid = self.grid if known or vocab.sides else None
+        return vocab.to_ids(self.codes, positions=self.positions if known else None, grid=grid).tolist()
 
 
 @dataclass(frozen=True)
 class Document:
-    """Text and images, one after another. `key` names it: what is drawn for a document depends on that, not on its
-    place.
-    """
+    """Text and images, one after another. Random draws for a document depend on its `key`, not on its place."""
 
     key: str
     segments: tuple[str | ImageCodes, ...]

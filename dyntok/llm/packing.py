@@ -1,6 +1,7 @@
-"""Documents into rows of fixed length for training: no image cut, and the borders of documents kept.
+"""Documents into rows of fixed length for training: no image is cut, and the borders of documents are kept.
 
-A document that fits into a row stays whole; a longer one goes on in the next rows, cut in its text or between segments.
+A document that fits into a row stays whole. A longer one is cut in its text or between segments and continues in
+another row. Not here: rows for a DataLoader (`rows.py`).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -9,7 +10,6 @@ from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
 
 from dyntok.errors import CodeError, ConfigError
 from dyntok.llm.documents import Document, ImageCodes
@@ -24,13 +24,10 @@ class PackedRow:
     """L tokens of several documents; int64 [L] each.
 
     input_ids     padded at the end
-    labels        the ids again (a model shifts them itself), or -100: padding, the first token of each document, the
-                  other modality
+    labels        the ids again (a model shifts them itself), or -100: padding, the first token of each document, and
+                  the modality without loss
     position_ids  from 0 in each document; 0 in the padding
     document      0 for the first document of the row, 1, ...; -1 in the padding
-
-    With position_ids and no attention mask, transformers keeps documents apart by itself; `attention_mask` is for other
-    code.
     """
 
     input_ids: Tensor
@@ -38,15 +35,20 @@ class PackedRow:
     position_ids: Tensor
     document: Tensor
 
-    @property
-    def attention_mask(self) -> Tensor:
-        """bool [L, L]: which tokens (columns) each token (row) sees: earlier ones of its document, and itself."""
-        length = torch.arange(len(self.document))
-        return (self.document[:, None] == self.document) & (length[:, None] >= length)
+    def attention_mask(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Returns the mask that is added to attention scores, [1, L, L]: 0, or the minimum where a token may not look.
 
-    def inputs(self) -> dict[str, Tensor]:
-        """What `model(**inputs)` takes, without the batch dimension."""
-        return {"input_ids": self.input_ids, "labels": self.labels, "position_ids": self.position_ids}
+        A token (row) sees itself and the earlier tokens (columns) of its document.
+        """
+        place = torch.arange(len(self.document))
+        seen = (self.document[:, None] == self.document) & (place[:, None] >= place)
+        mask = torch.zeros(1, *seen.shape, dtype=dtype)
+        return mask.masked_fill(~seen, torch.finfo(dtype).min)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each document, int64 [documents]."""
+        return torch.bincount(self.document[self.document >= 0])
 
 
 @dataclass
@@ -161,7 +163,7 @@ class Packer:
             yield [self.bos], [IGNORED], False
         for segment in document.segments:
             if isinstance(segment, ImageCodes):
-                ids = vocab.to_ids(segment.codes, positions=segment.positions if vocab.patches else None).tolist()
+                ids = segment.to_ids(vocab)
                 rest = ids[1:] if on_image else [IGNORED] * (len(ids) - 1)
                 yield ids, [ids[0] if on_text else IGNORED, *rest], True
             else:
@@ -170,42 +172,3 @@ class Packer:
                 yield ids, ids if on_text else [IGNORED] * len(ids), False
         if self.eos is not None:
             yield [self.eos], [self.eos if on_text else IGNORED], False
-
-
-class PackedDataset(IterableDataset):
-    """A stream of rows for a DataLoader: dicts of `input_ids`, `labels`, `position_ids`, as `model(**batch)` takes
-    them.
-
-    documents: for an epoch's number, its documents; every rank and every worker of a loader goes over them and packs
-    its own share
-    packer: makes an empty `Packer`
-
-    >>> data = PackedDataset(lambda epoch: map(in_drawn_order, read_documents("codes/")), lambda: Packer(2048, vocab,
-    encode, ...))
-    >>> for batch in DataLoader(data, batch_size=8): model(**batch).loss.backward()
-    """
-
-    def __init__(
-        self,
-        documents: Callable[[int], Iterable[Document]],
-        packer: Callable[[], Packer],
-        *,
-        epoch: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        if not 0 <= rank < world:
-            raise ConfigError(f"rank {rank} of {world}, expected 0 to {world - 1}")
-        self.documents, self.packer, self.epoch, self.rank, self.world = documents, packer, epoch, rank, world
-
-    def set_epoch(self, epoch: int) -> None:
-        """Before the next iteration."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        worker = get_worker_info()
-        share, shares = (worker.id, worker.num_workers) if worker else (0, 1)
-        share, shares = self.rank * shares + share, self.world * shares
-        own = (document for i, document in enumerate(self.documents(self.epoch)) if i % shares == share)
-        for row in self.packer().pack(own):
-            yield row.inputs()

@@ -53,8 +53,9 @@ def test_borders_of_documents():
                 continue
             assert row.position_ids[places].tolist() == list(range(len(places)))
             assert row.labels[places[0]] == -100
-        mask = row.attention_mask
-        assert not (mask & (row.document[:, None] != row.document)).any() and not mask.triu(1).any()
+        seen = row.attention_mask()[0] == 0
+        assert not (seen & (row.document[:, None] != row.document)).any() and not seen.triu(1).any()
+        assert row.lengths.tolist() == [int((row.document == i).sum()) for i in range(int(row.document.max()) + 1)]
 
 
 @pytest.mark.parametrize("loss", ["text", "image"])

@@ -1,0 +1,122 @@
+"""Packed rows for a DataLoader, with everything that keeps the documents of a row apart.
+
+Attention must not cross the borders of documents. Three forms do that, each with its cost:
+
+    position_ids   the default; transformers masks by them where there is no cache, so `use_cache=False` goes with them
+    float mask     `PackedDataset(mask=torch.float32)`; for code that ignores position_ids, L * L numbers per row
+    flattened      `collate_fn=flatten_rows`; cu_seq_lens for flash attention, without padding
+
+`check_packing(model)` in `separation.py` measures whether a model heeds them.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from dyntok.errors import ConfigError
+from dyntok.llm.documents import Document
+from dyntok.llm.packing import PackedRow, Packer
+
+
+class RowInputs(dict[str, Any]):
+    """The tensors of one row, int64 [L] each, for `model(**batch)` once they are in a batch; `row` is the whole row.
+
+    torch's default collate begins a batch with a copy of the first row. That copy is a plain dict with
+    `use_cache=False`, without which transformers lets documents see each other.
+    """
+
+    row: PackedRow
+
+    @classmethod
+    def of(cls, row: PackedRow, mask: torch.dtype | None = None) -> "RowInputs":
+        """Returns the inputs of a row; mask: the dtype of a float mask [1, L, L] to add to them."""
+        inputs = cls(input_ids=row.input_ids, labels=row.labels, position_ids=row.position_ids)
+        if mask is not None:
+            inputs["attention_mask"] = row.attention_mask(mask)
+        inputs.row = row
+        return inputs
+
+    def __copy__(self) -> dict[str, Any]:
+        return {**self, "use_cache": False}
+
+
+def collate_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns a batch of rows with `use_cache=False`, for loaders and trainers whose own collate does not add it."""
+    return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]} | {"use_cache": False}
+
+
+def flatten_rows(rows: Sequence[RowInputs]) -> dict[str, Any]:
+    """Returns the documents of all rows as one row without padding, with the borders that flash attention takes.
+
+    input_ids, labels, position_ids int64 [1, T]; cu_seq_lens_q, cu_seq_lens_k int32 [documents + 1]; max_length_q,
+    max_length_k; and `use_cache=False`, with which other attention keeps the documents apart by position_ids.
+    """
+    packed = [row.row for row in rows]
+    filled = [row.document >= 0 for row in packed]
+    lengths = torch.cat([row.lengths for row in packed])
+    bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    longest = int(lengths.max())
+
+    def joined(name: str) -> Tensor:
+        return torch.cat([getattr(row, name)[used] for row, used in zip(packed, filled, strict=True)])[None]
+
+    return {
+        **{name: joined(name) for name in ("input_ids", "labels", "position_ids")},
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": longest,
+        "max_length_k": longest,
+        "use_cache": False,
+    }
+
+
+class PackedDataset(IterableDataset):
+    """A stream of rows for a DataLoader, as `model(**batch)` takes them.
+
+    documents: for an epoch's number, its documents. Every rank and every worker of a loader reads them all and packs
+        its own share
+    packer: makes an empty `Packer`
+    mask: dtype of a float mask [1, L, L] to add to each row, that of the model's weights. A model with sliding windows
+        then attends without them
+
+    >>> documents = lambda epoch: read_documents("codes/", epoch=epoch)
+    >>> data = PackedDataset(documents, lambda: Packer(2048, vocab, encode, ...))
+    >>> check_packing(model)
+    >>> for batch in DataLoader(data, batch_size=8):
+    ...     model(**batch).loss.backward()
+
+    Documents stay apart in Llama, Qwen2, Qwen3, Mistral, Gemma, Gemma 2, Gemma 3 (text), GPT-2, Phi-3, OLMo 2 and
+    SmolLM3 of transformers, with default and eager attention, by position_ids or by mask. OPT and Qwen2-VL need the
+    mask. BLOOM, Mamba and other recurrent models can't keep documents apart: give those one document per row.
+    transformers' `Trainer` takes this data set as it is, TRL's `SFTTrainer` with `data_collator=collate_rows`.
+    """
+
+    def __init__(
+        self,
+        documents: Callable[[int], Iterable[Document]],
+        packer: Callable[[], Packer],
+        *,
+        epoch: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        mask: torch.dtype | None = None,
+    ) -> None:
+        if not 0 <= rank < world:
+            raise ConfigError(f"rank {rank} of {world}, expected 0 to {world - 1}")
+        self.documents, self.packer, self.epoch, self.rank, self.world = documents, packer, epoch, rank, world
+        self.mask = mask
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch of the next iteration."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[RowInputs]:
+        worker = get_worker_info()
+        share, shares = (worker.id, worker.num_workers) if worker else (0, 1)
+        share, shares = self.rank * shares + share, self.world * shares
+        own = (document for i, document in enumerate(self.documents(self.epoch)) if i % shares == share)
+        for row in self.packer().pack(own):
+            yield RowInputs.of(row, self.mask)

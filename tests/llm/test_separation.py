@@ -1,0 +1,196 @@
+"""Documents in packed rows do not see each other, in every architecture that the docs name."""
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+transformers = pytest.importorskip("transformers")
+
+from dyntok import ConfigError, VisualVocab  # noqa: E402
+from dyntok.llm import (  # noqa: E402
+    Document,
+    ImageCodes,
+    PackedDataset,
+    Packer,
+    check_packing,
+    collate_rows,
+    document_leak,
+    flatten_rows,
+)
+
+VOCAB = VisualVocab.after(300, size=50)
+SIZE = VOCAB.vocab_size
+SMALL = dict(
+    vocab_size=SIZE,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    pad_token_id=292,
+)
+WITHOUT_HEAD_DIM = {name: value for name, value in SMALL.items() if name != "head_dim"}
+CONFIGS = {
+    "llama": lambda: transformers.LlamaConfig(**SMALL),
+    "qwen2": lambda: transformers.Qwen2Config(**WITHOUT_HEAD_DIM),
+    "qwen3": lambda: transformers.Qwen3Config(**SMALL),
+    "mistral": lambda: transformers.MistralConfig(**SMALL, sliding_window=8),
+    "gemma": lambda: transformers.GemmaConfig(**SMALL),
+    "gemma2": lambda: transformers.Gemma2Config(**SMALL, sliding_window=8),
+    "gemma3": lambda: transformers.Gemma3TextConfig(**SMALL, sliding_window=8),
+    "phi3": lambda: transformers.Phi3Config(**WITHOUT_HEAD_DIM),
+    "olmo2": lambda: transformers.Olmo2Config(**WITHOUT_HEAD_DIM),
+    "smollm3": lambda: transformers.SmolLM3Config(**WITHOUT_HEAD_DIM),
+    "gpt2": lambda: transformers.GPT2Config(vocab_size=SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=128),
+}
+
+
+def model_of(config, attention=None):
+    torch.manual_seed(0)
+    options = {} if attention is None else {"attn_implementation": attention}
+    return transformers.AutoModelForCausalLM.from_config(config, **options).eval()
+
+
+def dataset(first, **options):
+    """Rows of three documents each; the first document of every row comes from the argument."""
+    others = [Document("b", ("second", ImageCodes([4, 5, 6]))), Document("c", ("the third",))]
+    documents = [Document("a", (first, ImageCodes([1, 2, 3]))), *others]
+
+    def packer():
+        return Packer(48, VOCAB, lambda text: list(text.encode()), bos=290, eos=291, pad=292)
+
+    return PackedDataset(lambda epoch: documents * 2, packer, **options)
+
+
+def batches(**loader):
+    """Two batches that differ in the first of the three documents alone."""
+    options = {"mask": loader.pop("mask")} if "mask" in loader else {}
+    return [next(iter(DataLoader(dataset(text, **options), batch_size=2, **loader))) for text in ("first", "FIRST")]
+
+
+def unchanged(one, other):
+    """Which tokens belong to documents that are the same in both batches: bool [B, L]."""
+    numbers = (one["position_ids"] == 0).cumsum(1)
+    same = torch.empty_like(numbers, dtype=torch.bool)
+    for row, document in enumerate(numbers):
+        same[row] = ~torch.isin(document, document[one["input_ids"][row] != other["input_ids"][row]])
+    assert same.any() and not same.all()
+    return same
+
+
+def leak(one, other, first, second):
+    """The largest change of the logits where nothing changed; the rest must change."""
+    same, change = unchanged(one, other), (first - second).abs()
+    assert change[~same].max() > 1e-3
+    return change[same].max()
+
+
+LOADERS = {
+    "default": {},
+    "collated": {"collate_fn": collate_rows},
+    "masked": {"mask": torch.float32},
+    "flattened": {"collate_fn": flatten_rows},
+}
+
+
+@pytest.mark.parametrize("attention", [None, "eager"], ids=["default", "eager"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_neighbor_changes_nothing(name, attention):
+    model = model_of(CONFIGS[name](), attention)
+    for loader in LOADERS.values():
+        one, other = batches(**loader)
+        with torch.no_grad():
+            assert leak(one, other, model(**one).logits, model(**other).logits) < 1e-5
+    check_packing(model)
+    check_packing(model, mask=torch.float32)
+
+
+def test_batches_are_plain_and_workers_make_them_too():
+    alone, parallel = (next(iter(DataLoader(dataset("first"), batch_size=1, num_workers=n))) for n in (0, 1))
+    assert type(alone) is type(parallel) is dict and alone["use_cache"] is parallel["use_cache"] is False
+    assert torch.equal(alone["input_ids"], parallel["input_ids"])
+
+
+def test_a_cache_would_let_documents_leak():
+    """What the rows protect from: without `use_cache=False` transformers does not look for packed documents."""
+    model = model_of(CONFIGS["llama"]())
+    one, other = batches()
+    with torch.no_grad():
+        logits = [model(**{**batch, "use_cache": True}).logits for batch in (one, other)]
+    assert leak(one, other, *logits) > 1e-3
+
+
+def test_models_that_leak_are_refused():
+    opt = transformers.OPTConfig(
+        vocab_size=SIZE, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32
+    )
+    bloom = transformers.BloomConfig(vocab_size=SIZE, hidden_size=32, n_layer=2, n_head=4)
+    qwen_vl = transformers.Qwen2VLConfig(
+        text_config=WITHOUT_HEAD_DIM | {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}},
+        vision_config={"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2},
+    )
+    vision = transformers.Qwen2VLForConditionalGeneration(qwen_vl)
+    for model in (model_of(opt), model_of(bloom), vision):
+        with pytest.raises(ConfigError, match="packed documents see each other .* try mask=torch.float32"):
+            check_packing(model)
+    for model in (model_of(opt), vision):
+        check_packing(model, mask=torch.float32)
+    with pytest.raises(ConfigError, match="BloomForCausalLM .* give it one document per row"):
+        check_packing(model_of(bloom), mask=torch.float32)
+
+
+def test_recurrent_models_are_refused():
+    config = transformers.MambaConfig(vocab_size=SIZE, hidden_size=32, num_hidden_layers=2, state_size=4)
+    for mask in (None, torch.float32):
+        with pytest.raises(ConfigError, match="one document per row"):
+            check_packing(model_of(config), mask=mask)
+
+
+def test_the_measure_restores_the_mode():
+    model = model_of(CONFIGS["llama"]()).train()
+    assert document_leak(model) < 1e-5 and model.training
+
+
+def test_flattened_rows_have_the_borders_of_flash_attention():
+    batch = flatten_rows(list(dataset("first")))
+    bounds, starts = batch["cu_seq_lens_q"].tolist(), (batch["position_ids"][0] == 0).nonzero()[:, 0].tolist()
+    assert batch["cu_seq_lens_q"].dtype == torch.int32 and bounds == [*starts, batch["input_ids"].shape[1]]
+    assert batch["max_length_q"] == max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+    assert 292 not in batch["input_ids"]
+
+
+@pytest.mark.parametrize("kind", ["trainer", "default-collator", "trl"])
+def test_trainers_keep_documents_apart(kind, tmp_path):
+    """What the decoder computes inside a trainer, for two neighbors."""
+    calls = []
+
+    def record(decoder, args, inputs, output):
+        calls.append((inputs, output.last_hidden_state))
+
+    options = dict(output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=2, report_to=[], use_cpu=True)
+    options |= dict(save_strategy="no", remove_unused_columns=False, bf16=False, disable_tqdm=True)
+    collator = {} if kind == "default-collator" else {"data_collator": collate_rows}
+    for text in ("first", "FIRST"):
+        model = model_of(CONFIGS["llama"]())
+        model.model.register_forward_hook(record, with_kwargs=True)
+        if kind == "trl":
+            trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+            rows = datasets.IterableDataset.from_generator(dataset, gen_kwargs={"first": text})
+            arguments = trl.SFTConfig(**options, dataset_kwargs={"skip_prepare_dataset": True})
+            trainer = trl.SFTTrainer(model, arguments, train_dataset=rows, processing_class=_tokenizer(), **collator)
+        else:
+            arguments = transformers.TrainingArguments(**options)
+            trainer = transformers.Trainer(model, arguments, train_dataset=dataset(text), **collator)
+        trainer.train()
+    (one, first), (other, second) = calls
+    assert leak(one, other, first, second) < 1e-5
+
+
+def _tokenizer():
+    from tokenizers import Tokenizer, models
+
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "<pad>": 292, "</s>": 291}, unk_token="<unk>"))
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="</s>"
+    )
