@@ -69,7 +69,7 @@ class VisualVocab(IdRanges):
 
     @classmethod
     def of(
-        cls, tok: "DynamicVisualTokenizer", after: int, *, layout: Layout | None = None, any_grid: bool = False
+        cls, tok: "DynamicVisualTokenizer", after: int, *, layout: Layout | None = None, any_grid: bool | None = None
     ) -> "VisualVocab":
         """Returns the vocabulary of a tokenizer, appended to the `after` entries of a language model's vocabulary.
 
@@ -78,7 +78,8 @@ class VisualVocab(IdRanges):
 
         layout: by default what the tokenizer needs: "map" or "lattice" where it keeps only such patches, "none" where
             its decoder knows no places (LaVIT), otherwise "positions"
-        any_grid: images say their grid, of 1 to 128 rows and columns; otherwise all images have the tokenizer's grid
+        any_grid: images say their grid, of 1 to 128 rows and columns; otherwise all images have the tokenizer's grid.
+            By default as the tokenizer does.
 
         >>> vocab = dyntok.VisualVocab.of(tok, after=len(tokenizer))
         >>> vocab.to_encoding(vocab.to_ids(tok.encode(photos)))
@@ -86,6 +87,8 @@ class VisualVocab(IdRanges):
         if layout is None:
             places = _LAYOUT_OF_PLACES[getattr(tok.config.selector, "places", "free")]
             layout = places if tok.config.decoder.placement == "grid" else "none"
+        if any_grid is None:
+            any_grid = getattr(tok, "any_grid", False)
         grid, sides = (None, MAX_SIDE) if any_grid else (tok.grid, 0)
         patches = (MAX_SIDE**2 if grid is None else grid[0] * grid[1]) if layout == "positions" else 0
         return cls.after(
@@ -206,8 +209,21 @@ class VisualVocab(IdRanges):
         ids = torch.cat([*head, ids]) if head else ids
         return torch.cat([ids.new_tensor([self.image_start]), ids, ids.new_tensor([self.image_end])]) if wrap else ids
 
-    def to_text(self, codes: _Integers, *, positions: _Integers | None = None, grid: _Grid | None = None) -> str:
-        """Returns one image as text, between start and end. Arguments and errors are those of `to_ids`."""
+    @overload
+    def to_text(self, codes: Encoding) -> list[str]: ...
+
+    @overload
+    def to_text(self, codes: _Integers, *, positions: _Integers | None = None, grid: _Grid | None = None) -> str: ...
+
+    def to_text(
+        self, codes: _Integers | Encoding, *, positions: _Integers | None = None, grid: _Grid | None = None
+    ) -> str | list[str]:
+        """Returns one image as text, between start and end; of an `Encoding`, a list of such texts.
+
+        Arguments and errors are those of `to_ids`.
+        """
+        if isinstance(codes, Encoding):
+            return [self.to_text(row, positions=places, grid=grid) for row, places, grid in self._images(codes)]
         ids = self.to_ids(codes, wrap=False, positions=positions, grid=grid).tolist()
         ranges = self.ranges
         pieces = [next(part.spell(id - part.offset + part.first) for part in ranges if id < part.stop) for id in ids]

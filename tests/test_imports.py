@@ -17,9 +17,10 @@ KERNELS = Path(dyntok_kernels.__file__).parent
 # From the top down. A room, or a module directly in dyntok, may import what stands further down.
 LEVELS = [
     {"cli"},
+    {"llm"},
     {"batch"},
     {"loading"},
-    {"lavit", "training", "llm", "export", "visualize"},
+    {"lavit", "training", "export", "visualize"},
     {"vocab"},
     {"tokenizer"},
     {"network"},
@@ -27,6 +28,7 @@ LEVELS = [
     {"device", "policy", "precision", "image"},
     {"imaging", "fitting", "model", "encoding", "features", "ids"},
     {"config", "ragged", "validation"},
+    {"texts"},
     {"structure", "layout"},
     {"errors"},
     {"dyntok_kernels"},

@@ -10,9 +10,9 @@ from typing import Any
 import pyarrow as pa
 
 from dyntok.batch.addresses import redact
-from dyntok.batch.engines.rows import Work
+from dyntok.batch.engines.rows import TokenizedRow, Work
 from dyntok.batch.engines.stages import DecodeOptions, chunked, decode, encode, read
-from dyntok.batch.formats import TokenizedRow, make_writer
+from dyntok.batch.formats import make_writer
 from dyntok.batch.inputs.names import LeftOut
 from dyntok.batch.storage import Output
 from dyntok.batch.summary import reason_kind

@@ -1,39 +1,35 @@
-"""How rows of codes become files: Parquet, webdataset tars, Megatron's `.bin` and `.idx`.
+"""How rows of codes become files: Parquet and webdataset tars.
 
-The same rows give the same bytes (with the same library versions). Not here: where files go, and when (`storage.py`,
-`manifest.py`).
+The same rows give the same bytes (with the same library versions). Not here: Megatron's files (`megatron.py`), and
+where files go, and when (`storage.py`, `manifest.py`).
 """
 
 import io
 import json
 import re
-import struct
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path, PurePosixPath
-from typing import Any, Protocol, TypeAlias
+from pathlib import PurePosixPath
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
-from dyntok.batch.engines.rows import Row, TokenizedImage
+from dyntok.batch.engines.rows import TokenizedImage, TokenizedRow
 from dyntok.batch.engines.stages import narrowest
+from dyntok.batch.megatron import Megatron as Megatron
+from dyntok.batch.megatron import TextTokenizer, visual_vocab
+from dyntok.batch.megatron import megatron_index as megatron_index
 from dyntok.batch.options import BatchOptions
 from dyntok.batch.storage import Output
-from dyntok.errors import BatchError, DataError
+from dyntok.errors import DataError
 from dyntok.tokenizer import DynamicVisualTokenizer
-from dyntok.vocab import VisualVocab
 
 ROWS_IN_GROUP = 1024  # of a Parquet file: what a reader takes at once
 METADATA_KEY = b"dyntok"
-_MEGATRON_MAGIC, _MEGATRON_VERSION = b"MMIDIDX\x00\x00", 1
-_MEGATRON_TYPES = {"uint16": 8, "int32": 4}
 _MEMBER_SUFFIX = re.compile(r"[\w-]+(\.[\w-]+)*")
 _OWN_MEMBERS = ("json", "codes.npy", "positions.npy")
-
-TokenizedRow: TypeAlias = Row[TokenizedImage]
 
 
 class Writer(Protocol):
@@ -53,7 +49,8 @@ def make_writer(options: BatchOptions, tokenizer: DynamicVisualTokenizer, descri
     """Returns the writer for `options.format`."""
     codes, patches = tokenizer.config.codebook.size, tokenizer.grid[0] * tokenizer.grid[1]
     if options.format == "megatron":
-        return Megatron(VisualVocab.after(options.vocab_size, codes), options.eod)
+        text = None if options.text_tokenizer is None else TextTokenizer(options.text_tokenizer, options.keep_columns)
+        return Megatron(visual_vocab(options, tokenizer), options.eod, text)
     if options.format == "webdataset":
         return WebDataset(description)
     return Parquet(options.interleaved, codes, patches, description)
@@ -175,52 +172,3 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(content)
     tar.addfile(member, io.BytesIO(content))
-
-
-class Megatron:
-    """Megatron-core's indexed dataset: a document per row, each image between start and end, in the LLM's ids.
-
-    eod: an id that ends every document, where GPTDataset resets attention and positions. The keys are written as JSON.
-    """
-
-    def __init__(self, vocab: VisualVocab, eod: int | None = None) -> None:
-        self.vocab, self.eod = vocab, eod
-        self.dtype = np.dtype("uint16" if vocab.dtype == "uint16" else "int32")
-        if vocab.vocab_size - 1 > np.iinfo(self.dtype).max:
-            raise BatchError(
-                f"ids up to {vocab.vocab_size - 1} do not fit into Megatron's {self.dtype}; "
-                "the vocabulary must be smaller"
-            )
-
-    def write(
-        self, output: Output, name: str, rows: Sequence[TokenizedRow], types: Mapping[str, pa.DataType]
-    ) -> dict[str, int]:
-        if not rows:
-            return {}
-        documents = [self._document(row) for row in rows]
-        lengths = [len(document) for document in documents]
-        keys = json.dumps([row.key for row in rows], ensure_ascii=False) + "\n"
-        writes: dict[str, Callable[[str], Any]] = {
-            f"{name}.bin": lambda path: np.concatenate(documents).tofile(path),
-            f"{name}.idx": lambda path: Path(path).write_bytes(megatron_index(lengths, self.dtype)),
-            f"{name}.keys.json": lambda path: Path(path).write_text(keys, encoding="utf-8"),
-        }
-        return {file: output.publish(file, write) for file, write in writes.items()}
-
-    def _document(self, row: TokenizedRow) -> np.ndarray:
-        ids = [self.vocab.to_ids(torch.from_numpy(image.codes.astype(np.int64))).numpy() for image in row.present]
-        end = [] if self.eod is None else [self.eod]
-        return np.concatenate([*ids, np.array(end, np.int64)]).astype(self.dtype)
-
-
-def megatron_index(lengths: Sequence[int], dtype: np.dtype) -> bytes:
-    """Returns the `.idx` file of documents that are one sequence each.
-
-    It holds a header, lengths (int32), byte offsets (int64), and the first sequence of each document (int64).
-    """
-    offsets = np.concatenate([[0], np.cumsum(lengths)])[:-1] * dtype.itemsize
-    header = _MEGATRON_MAGIC + struct.pack(
-        "<QBQQ", _MEGATRON_VERSION, _MEGATRON_TYPES[dtype.name], len(lengths), len(lengths) + 1
-    )
-    arrays = np.asarray(lengths, "<i4"), offsets.astype("<i8"), np.arange(len(lengths) + 1, dtype="<i8")
-    return header + b"".join(array.tobytes() for array in arrays)

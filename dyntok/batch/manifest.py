@@ -14,10 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dyntok.batch.addresses import StorageOptions, address_key, is_remote, local_path, redact, wrap_storage_errors
-from dyntok.batch.engines.rows import Failure, Range, RangeEnd, Retry, Work
-from dyntok.batch.formats import TokenizedRow, Writer
+from dyntok.batch.engines.rows import Failure, Range, RangeEnd, Retry, TokenizedRow, Work
+from dyntok.batch.formats import Writer
 from dyntok.batch.inputs.names import LeftOut
 from dyntok.batch.inputs.samples import Input, Shard
+from dyntok.batch.megatron import text_tokenizer_digest
 from dyntok.batch.options import BatchOptions, differences
 from dyntok.batch.storage import RUN, Output
 from dyntok.chunks import batched
@@ -59,6 +60,9 @@ def describe_run(
     sources: Sequence[str], kind: str, fingerprint: str, options: BatchOptions, version: str
 ) -> dict[str, Any]:
     """What `run.json` holds, and what must be the same when the run goes on (but for the version of dyntok)."""
+    values = {name: value for name, value in options.to_dict().items() if name != "kind"}
+    if options.text_tokenizer is not None:
+        values["text_tokenizer"] = text_tokenizer_digest(options.text_tokenizer)
     return {
         "version": _VERSION,
         "dyntok": version,
@@ -69,7 +73,7 @@ def describe_run(
                 address_key(source if is_remote(source) else os.path.abspath(local_path(source))) for source in sources
             ],
         },
-        "options": {name: value for name, value in options.to_dict().items() if name != "kind"},
+        "options": values,
     }
 
 

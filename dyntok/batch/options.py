@@ -6,9 +6,10 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from dyntok.errors import ConfigError
+from dyntok.ids import Layout
 from dyntok.image import DEFAULT_MAX_PIXELS
 from dyntok.policy import KeepPolicy
 from dyntok.vocab import VisualVocab
@@ -36,6 +37,8 @@ class BatchOptions:
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     vocab_size: int | None = None  # megatron: entries of the LLM's vocabulary; image start, end and codes follow them
     eod: int | None = None  # megatron: an id of the LLM's vocabulary that ends every document
+    layout: Layout | None = None  # megatron: how ids say the places of codes; None: as the tokenizer's masks need it
+    text_tokenizer: str | None = None  # megatron: the LLM's tokenizer.json, with which kept columns are written as text
 
     def __post_init__(self) -> None:
         for name, choices in (("kind", KINDS), ("format", FORMATS), ("dtype", DTYPES)):
@@ -63,15 +66,23 @@ class BatchOptions:
             )
         if self.format == "megatron":
             VisualVocab.after(self.vocab_size, 1)
-            if self.keep_columns:
-                raise ConfigError("megatron files hold ids alone; leave keep_columns out, or write parquet")
+            if bool(self.keep_columns) != (self.text_tokenizer is not None):
+                raise ConfigError(
+                    "megatron files hold ids alone: give keep_columns with the texts and text_tokenizer that encodes "
+                    "them, or neither of the two"
+                )
+        elif (self.layout, self.text_tokenizer) != (None, None):
+            raise ConfigError("layout and text_tokenizer belong to the format megatron; leave them out")
+        if self.layout not in (None, *get_args(Layout)):
+            raise ConfigError(f"layout is {self.layout!r}, expected one of {', '.join(get_args(Layout))}")
         if self.interleaved and self.format == "webdataset":
             raise ConfigError("interleaved rows are written as parquet or megatron, not as webdataset")
 
     @property
     def policy(self) -> dict[str, Any]:
         """Arguments of `encode_tensor`."""
-        return {"budget": self.budget, "threshold": self.threshold, "max_tokens": self.max_tokens}
+        places = self.layout if self.layout in ("map", "lattice") else None
+        return {"budget": self.budget, "threshold": self.threshold, "max_tokens": self.max_tokens, "places": places}
 
     def to_dict(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "keep_columns": list(self.keep_columns)}

@@ -12,8 +12,8 @@ import torch
 
 from dyntok.batch.addresses import StorageOptions, redact
 from dyntok.batch.engines.local import run_local
-from dyntok.batch.engines.rows import Chunk, Range, RangeEnd
-from dyntok.batch.formats import TokenizedRow, make_writer
+from dyntok.batch.engines.rows import Chunk, Range, RangeEnd, TokenizedRow
+from dyntok.batch.formats import make_writer
 from dyntok.batch.inputs.samples import Input
 from dyntok.batch.manifest import Manifest
 from dyntok.batch.options import BatchOptions, EngineOptions

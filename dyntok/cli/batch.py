@@ -108,6 +108,16 @@ def _add_output_options(group: "argparse._ArgumentGroup") -> None:
         help="megatron: size of the LLM's vocabulary; the codes come after it",
     )
     group.add_argument("--eod", type=whole(0, LARGEST), metavar="ID", help="megatron: an id that ends every document")
+    group.add_argument(
+        "--layout",
+        choices=["map", "positions", "lattice", "none"],
+        help="megatron: how ids say the places of codes (default: as the tokenizer's masks need it)",
+    )
+    group.add_argument(
+        "--text-tokenizer",
+        metavar="FILE",
+        help="megatron: the LLM's tokenizer.json; the columns of --keep-columns are then written as text",
+    )
     group.add_argument("--retry-errors", action="store_true", help="encode only the images that failed before")
     group.add_argument(
         "--max-error-rate",

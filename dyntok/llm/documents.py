@@ -1,14 +1,15 @@
 """Documents of text and images in any order, read from Parquet: a row is a document of a text and its images."""
 
-import hashlib
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
 from dyntok.errors import DataError, MissingDependencyError
+from dyntok.texts import draw_text, parse_texts, share
 from dyntok.vocab import VisualVocab
 
 
@@ -22,9 +23,8 @@ class ImageCodes:
 
     def to_ids(self, vocab: VisualVocab) -> list[int]:
         """Returns the image as ids, start and end included. Raises `CodeError` where they can't say its layout."""
-        known = vocab.layout != "none"
-        grid = self.grid if known or vocab.sides else None
-        return vocab.to_ids(self.codes, positions=self.positions if known else None, grid=grid).tolist()
+        places = None if vocab.layout == "none" else self.positions
+        return vocab.to_ids(self.codes, positions=places, grid=self.grid).tolist()
 
 
 @dataclass(frozen=True)
@@ -33,88 +33,136 @@ class Document:
 
     key: str
     segments: tuple[str | ImageCodes, ...]
+    fingerprint: str | None = None  # of the tokenizer that made the codes
 
 
 def read_documents(
-    source: str | Path, *, text: str | None = "caption", positions: bool = False, epoch: int = 0, seed: int = 0
+    source: str | Path, *, text: str | None = "caption", positions: bool | None = None, epoch: int = 0, seed: int = 0
 ) -> Iterator[Document]:
-    """Documents from a Parquet file, or from all in a folder that have `key` and `codes`, in the order of their names;
-    streamed.
+    """Yields the documents of an output of `dyntok batch`, of a folder of Parquet files, or of one file.
 
-    text: the column whose text goes with the images of a row; of a list of texts one is drawn for each epoch; None:
-    images alone
-    positions: whether to read them
+    text: the column whose text goes with the images of a row. Of a list of texts one is drawn for each epoch; a text
+        that is a list of strings in JSON, as `.json` companions are, is such a list. None: images alone.
+    positions: whether to read the places of codes, which most layouts of a vocabulary write; None: where they are there
+
+    Files come in the order of their names. Of an output of `dyntok batch` only the files are read that its records
+    name, as `dyntok.batch.read` does. Files of a folder without records are read if they have the columns `key` and
+    `codes`.
 
     A row may hold one image (`codes` is a list) or several (a list of lists). Where it holds as many texts as images,
     nulls included, they stand at the same places of an interleaved document. A row without codes and text is left out.
 
-    Raises `DataError` where there are no such files, where a column is missing or of the wrong type,
+    Raises `DataError` where there are no such files, and where a column is missing or of the wrong type;
     `MissingDependencyError` without pyarrow.
     """
+    found = False
+    for path in _files(Path(source)):
+        rows = _tar_rows(path, text) if path.suffix == ".tar" else _parquet_rows(path, text, positions)
+        for row, fingerprint in rows:
+            found = True
+            if row is not None:
+                yield from _documents(row, text, f"{seed} {epoch}", path, fingerprint)
+    if not found:
+        raise DataError(f"no Parquet with the columns key and codes in {source}; `dyntok batch` writes such files")
+
+
+_Rows: TypeAlias = Iterator[tuple[dict[str, Any] | None, str | None]]  # a row or none, and the fingerprint of its codes
+
+
+def _files(source: Path) -> list[Path]:
+    """Returns the files of a folder that may hold documents; of an output, those that its records name."""
+    if not source.is_dir():
+        return [source]
+    outputs = {path.parent.parent for path in source.rglob("__run__/run.json")}
+    paths = [path for path in source.rglob("*.parquet") if outputs.isdisjoint(path.parents)]
+    if outputs:
+        from dyntok.batch.manifest import recorded_files
+
+        paths += [output / file.name for output in outputs for file in recorded_files(output)]
+    return sorted(paths)
+
+
+def _parquet_rows(path: Path, text: str | None, positions: bool | None) -> _Rows:
+    """Yields the rows of a file, first of all None where the file has the columns of documents."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ModuleNotFoundError as error:
         raise MissingDependencyError.of("pyarrow", "transformers") from error
 
-    source = Path(source)
-    paths = sorted(source.rglob("*.parquet")) if source.is_dir() else [source]
-    wanted = ["key", "codes", *["positions"] * positions, *[text] * (text is not None)]
-    found = False
-    for path in paths:
-        try:
-            with pyarrow.parquet.ParquetFile(path) as file:
-                names = file.schema_arrow.names
-                if not {"key", "codes"} <= set(names):
-                    continue
-                found = True
-                missing = [name for name in wanted if name not in names]
-                if missing:
-                    raise DataError(
-                        f"{path} has no column {', '.join(missing)}, only {', '.join(names)}; "
-                        "text= names the column of texts"
-                    )
-                for batch in file.iter_batches(batch_size=1024, columns=wanted):
-                    for row in batch.to_pylist():
-                        yield from _documents(row, text, f"{seed} {epoch}", path)
-        except (OSError, pyarrow.ArrowException) as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError(
-                f"can't read {path}: {error}; expected Parquet with the columns {', '.join(wanted)}"
-            ) from error
-    if not found:
-        raise DataError(f"no Parquet with the columns key and codes in {source}; `dyntok batch` writes such files")
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if not {"key", "codes"} <= set(names):
+                return
+            fingerprint = _fingerprint(file.schema_arrow.metadata or {})
+            yield None, fingerprint
+            wanted = ["key", "codes", *["positions"] * bool(positions), *[text] * (text is not None)]
+            if missing := [name for name in wanted if name not in names]:
+                raise DataError(
+                    f"{path} has no column {', '.join(missing)}, only {', '.join(names)}; "
+                    "text= names the column of texts"
+                )
+            places = [name for name in ("positions", "grid") if name in names and positions is not False]
+            for batch in file.iter_batches(batch_size=1024, columns=list(dict.fromkeys([*wanted, *places]))):
+                for row in batch.to_pylist():
+                    yield row, fingerprint
+    except (OSError, pyarrow.ArrowException) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"can't read {path}: {error}; expected Parquet with the columns key and codes") from error
 
 
-def _documents(row: dict[str, Any], text: str | None, draw: str, path: Path) -> Iterator[Document]:
-    codes, places, words, key = (
-        row["codes"] or [],
-        row.get("positions"),
-        row[text] if text is not None else None,
-        str(row["key"]),
-    )
+def _tar_rows(path: Path, text: str | None) -> _Rows:
+    from dyntok.batch.manifest import read_description
+    from dyntok.batch.shard_reader import read_block
+    from dyntok.batch.storage import Output
+
+    output = Output(path.parent, {})
+    fingerprint = read_description(output)["tokenizer"]["fingerprint"]
+    for row in read_block(output, path.name, 0, [] if text is None else [text]):
+        ((codes, positions, grid),) = row.images
+        columns = {"key": row.key, "codes": codes.tolist(), "positions": positions.tolist(), "grid": list(grid)}
+        yield {**columns, **row.columns}, fingerprint
+
+
+def _fingerprint(metadata: Mapping[bytes, bytes]) -> str | None:
+    """Returns the tokenizer's fingerprint in the metadata of Parquet, None where it is not there."""
+    try:
+        return json.loads(metadata[b"dyntok"])["tokenizer"]["fingerprint"]
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _documents(
+    row: dict[str, Any], text: str | None, draw: str, path: Path, fingerprint: str | None
+) -> Iterator[Document]:
+    codes, key = row["codes"] or [], str(row["key"])
+    words = None if text is None else parse_texts(row[text], f"{path}: {text} of {key}")
     nested = any(code is None or isinstance(code, list) for code in codes)
-    images = (codes if nested else [codes]) if codes else []
-    places = (places if nested else [places]) if places else [None] * len(images)
-    if (
-        nested and isinstance(words, list) and len(words) == len(codes)
-    ):  # interleaved, as web pages are: at each place a text or an image
+    images = _images(row, nested) if codes else []
+    if nested and isinstance(words, list) and len(words) == len(codes):  # interleaved: a text or an image at each place
         texts = list(words)
     else:
-        if isinstance(words, list):
-            words = words[int(_share(f"{draw} text {key}") * len(words))] if words else None
-        images, places, texts = [*images, None], [*places, None], [None] * len(images) + [words]
+        images, texts = [*images, None], [None] * len(images) + [draw_text(words, key, draw)]
     segments: list[str | ImageCodes] = []
-    for words, image, place in zip(texts, images, places, strict=True):
+    for words, image in zip(texts, images, strict=True):
         if words is not None and not isinstance(words, str):
             raise DataError(f"{path}: {text} of {key} is {type(words).__name__}, expected text or a list of texts")
-        if image:
-            segments.append(ImageCodes(image, place))
-        if words:
-            segments.append(words)
+        segments += [part for part in (image, words) if part]
     if segments:
-        yield Document(key, tuple(segments))
+        yield Document(key, tuple(segments), fingerprint)
+
+
+def _images(row: dict[str, Any], nested: bool) -> list[ImageCodes | None]:
+    """Returns the images of a row, None where there is none at a place of an interleaved document."""
+    columns = [row.get(name) for name in ("codes", "positions", "grid")]
+    rows = [column if nested else [column] for column in columns]
+    codes, positions, grids = (values or [None] * len(rows[0] or []) for values in rows)
+    return [
+        ImageCodes(own, places, tuple(grid) if grid else None) if own else None
+        for own, places, grid in zip(codes, positions, grids, strict=True)
+    ]
 
 
 def in_drawn_order(document: Document, *, epoch: int = 0, seed: int = 0) -> Document:
@@ -123,11 +171,6 @@ def in_drawn_order(document: Document, *, epoch: int = 0, seed: int = 0) -> Docu
     Image first teaches to describe, text first to paint. The draw depends on the key, the epoch and the seed.
     """
     kinds = [isinstance(segment, str) for segment in document.segments]
-    if sorted(kinds) != [False, True] or _share(f"{seed} {epoch} order {document.key}") < 0.5:
+    if sorted(kinds) != [False, True] or share(f"{seed} {epoch} order {document.key}") < 0.5:
         return document
     return replace(document, segments=document.segments[::-1])
-
-
-def _share(text: str) -> float:
-    """A number from 0 to 1 that belongs to this text."""
-    return int.from_bytes(hashlib.sha256(text.encode(errors="surrogateescape")).digest()[:6], "big") / 2**48

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dyntok.errors import CodeError, ConfigError, MissingDependencyError
+from dyntok.ids import IdRange
+from dyntok.layout import MAX_SIDE, map_digits
 from dyntok.structure import brief
 from dyntok.vocab import VisualVocab
 
@@ -18,10 +20,13 @@ from dyntok.vocab import VisualVocab
 def extend_tokenizer(tokenizer: Any, vocab: VisualVocab) -> int:
     """Adds every token of `vocab` that the tokenizer does not have, each as one token; returns how many those were.
 
-    >>> vocab = VisualVocab.after(len(tokenizer), size=tok.config.codebook.size)
+    >>> vocab = VisualVocab.of(tok, after=len(tokenizer))
     >>> extend_tokenizer(tokenizer, vocab)
 
     The tokenizer saves, reloads and pushes as before. Adding the same tokens again does nothing.
+
+    Visual tokens are special tokens: `tokenizer.decode(ids, skip_special_tokens=True)` returns the text without its
+    images. To keep the images, use `parse_ids(ids, vocab)`, or `parse_text` on `tokenizer.decode(ids)`.
 
     Raises `CodeError` where a token would get another id than `vocab` says, or a token of these names is there already
     with another id: nothing was added then; and `ConfigError` for a tokenizer that takes no new tokens (the
@@ -64,16 +69,20 @@ def extend_tokenizer(tokenizer: Any, vocab: VisualVocab) -> int:
 def extend_model(
     model: Any, vocab: VisualVocab, *, init: Literal["mean"] | Tensor = "mean", pad_to_multiple_of: int | None = None
 ) -> None:
-    """Gives embedding and head of a causal language model rows for every id of `vocab`, tied or not; in place.
+    """Gives the embedding and head of a causal language model rows for every id of `vocab`, tied or not; in place.
 
-    init: "mean", every new row is the mean of the old ones; or the codebook, float [K, C] (`tok.codebook.embedding`):
-        the rows of codes lie around that mean as the codebook's vectors do, projected at random and spread as the old
-        rows are, so that near codes start near
-    pad_to_multiple_of: of the number of rows. Rows that the vocabulary had left over as padding are used first; none is
-    taken away.
+    init: "mean" sets the rows of codes to the mean of the text rows. The codebook, float [K, C]
+        (`tok.codebook.embedding`), places them around that mean as the codebook's vectors lie, projected at random and
+        spread as the text rows are, so that near codes start near. The rows of map values, positions and sides always
+        start apart: they lie around the mean as sines and cosines of counts, rows and columns do.
+    pad_to_multiple_of: the number of rows becomes a multiple of this. Rows that the model had as padding are used
+        first; none is removed.
 
-    Rows below the visual ids stay as they are, bit for bit. Raises `ConfigError` where the codebook has not K rows, or
-    the model has no embedding that can grow.
+    Only new rows are filled. Text rows and the visual rows of an earlier call stay as they are, bit for bit, so an
+    extended and trained model can be extended again. `model.config.dyntok_rows` records the rows that are filled, and
+    `save_pretrained` saves it. Without that record, a model that has a row for every visual id counts as extended.
+
+    Raises `ConfigError` where the codebook has not K rows, or the model has no embedding that can grow.
     """
     if (
         isinstance(init, Tensor)
@@ -89,7 +98,8 @@ def extend_model(
             f"the model's embedding is {type(embedding).__name__}, expected nn.Embedding with rows that can be added"
         )
     visual = torch.tensor(sorted(vocab.tokens.values()))
-    old = min(int(visual.min()), len(embedding.weight))  # what lies behind is padding, or visual already
+    old = min(int(visual.min()), len(embedding.weight))  # the rows after these are padding, or visual already
+    new = visual[visual >= _filled_rows(model, vocab, len(embedding.weight))]
     tables = [embedding.weight.detach()[:old].clone()]
     if head is not None and head.weight is not embedding.weight:
         tables.append(head.weight.detach()[:old].clone())
@@ -97,26 +107,60 @@ def extend_model(
     model.resize_token_embeddings(rows, pad_to_multiple_of=pad_to_multiple_of, mean_resizing=False)
     weights = [model.get_input_embeddings().weight, *[model.get_output_embeddings().weight] * (len(tables) - 1)]
     for weight, table in zip(weights, tables, strict=True):
-        _fill(weight, table, vocab, visual.to(weight.device), init)
+        _fill(weight, table, vocab, new.to(weight.device), init)
     bias = getattr(model.get_output_embeddings(), "bias", None)
     if bias is not None:
         with torch.no_grad():
-            bias[visual.to(bias.device)] = bias[:old].mean()
+            bias[new.to(bias.device)] = bias[:old].mean()
+    model.config.dyntok_rows = max(vocab.vocab_size, getattr(model.config, "dyntok_rows", 0))
+
+
+def _filled_rows(model: Any, vocab: VisualVocab, rows: int) -> int:
+    """Returns the number of rows, from the first, that hold text or visual tokens already."""
+    recorded = getattr(model.config, "dyntok_rows", None)
+    if recorded is None:
+        return rows if rows >= vocab.vocab_size else 0
+    return min(recorded, rows)
 
 
 @torch.no_grad()
-def _fill(weight: Tensor, old: Tensor, vocab: VisualVocab, visual: Tensor, init: Literal["mean"] | Tensor) -> None:
+def _fill(weight: Tensor, old: Tensor, vocab: VisualVocab, new: Tensor, init: Literal["mean"] | Tensor) -> None:
+    """Fills the new rows of one table: around the mean of the old ones where something tells them apart, else at it."""
     old = old.float()
-    mean = old.mean(0)
-    weight[visual] = mean.to(weight.dtype)
-    if isinstance(init, Tensor):
-        vectors = init.detach().to(old.device, torch.float32)
-        vectors = vectors - vectors.mean(0)
-        near = vectors @ _projection(vectors.shape[1], old.shape[1]).to(old.device)
-        near *= (old - mean).square().mean().sqrt() / near.square().mean().sqrt().clamp(min=1e-12)
-        weight[vocab.offset : vocab.position_offset] = (mean + near).to(weight.dtype)
+    weight[new] = old.mean(0).to(weight.dtype)
+    for seed, part in enumerate(vocab.ranges):
+        vectors = init if part.kind == "code" else _sinusoids(_coordinates(part, vocab))
+        rows = new[(new >= part.offset) & (new < part.stop)]
+        if isinstance(vectors, Tensor) and len(rows):
+            weight[rows] = _around(old, vectors, seed)[rows - part.offset].to(weight.dtype)
 
 
-def _projection(rows: int, columns: int) -> Tensor:
-    """Random [rows, columns], the same every time: what keeps distances on average."""
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) / math.sqrt(columns)
+def _around(old: Tensor, vectors: Tensor, seed: int) -> Tensor:
+    """Returns rows [n, D] around the mean of the old ones, as far apart as those, that lie as `vectors` [n, C] do."""
+    vectors = vectors.detach().to(old.device, torch.float32)
+    vectors = vectors - vectors.mean(0)
+    near = vectors @ _projection(vectors.shape[1], old.shape[1], seed).to(old.device)
+    spread = (old - old.mean(0)).square().mean().sqrt() / near.square().mean().sqrt().clamp(min=1e-12)
+    return old.mean(0) + near * spread
+
+
+def _coordinates(part: IdRange, vocab: VisualVocab) -> Tensor:
+    """Returns what the numbers of a range say: the counts of map values, row and column of positions, or a side."""
+    numbers = torch.arange(part.first, part.first + part.size)
+    if part.kind == "map":
+        return map_digits()
+    if part.kind == "position":
+        columns = vocab.grid[1] if vocab.grid else math.isqrt(part.size)
+        return torch.stack([numbers // columns, numbers % columns], 1)
+    return numbers[:, None]
+
+
+def _sinusoids(coordinates: Tensor) -> Tensor:
+    """Returns sines and cosines of coordinates [n, d] at eight frequencies: [n, 16 d]."""
+    angles = (coordinates[..., None] * MAX_SIDE ** -torch.linspace(0, 1, 8)).flatten(1)
+    return torch.cat([angles.sin(), angles.cos()], 1)
+
+
+def _projection(rows: int, columns: int, seed: int) -> Tensor:
+    """Returns a random matrix [rows, columns], always the same for a seed, that keeps distances on average."""
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) / math.sqrt(columns)

@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from dyntok.errors import CodeError, ConfigError
+from dyntok.errors import CodeError, ConfigError, FingerprintError
 from dyntok.llm.documents import Document, ImageCodes
 from dyntok.vocab import VisualVocab
 
@@ -101,9 +101,17 @@ class Packer:
         self._open: list[_Open] = []
 
     def add(self, document: Document) -> Iterator[PackedRow]:
-        """Rows that this document made full. Raises `CodeError` on an image that is longer than a row, and on bad
-        codes.
+        """Yields the rows that this document made full.
+
+        Raises `CodeError` on an image that is longer than a row, and on bad codes; `FingerprintError` on codes of
+        another tokenizer than the vocabulary's.
         """
+        expected = self.vocab.fingerprint
+        if None not in (document.fingerprint, expected) and document.fingerprint != expected:
+            raise FingerprintError(
+                f"the vocabulary belongs to the tokenizer {expected}, "
+                f"the codes of {document.key!r} come from {document.fingerprint}"
+            )
         for ids, labels in self._parts(document):
             for row in self._open:
                 if len(row.ids) + len(ids) <= self.length:
@@ -118,12 +126,12 @@ class Packer:
                 yield self._close(row)
 
     def flush(self) -> Iterator[PackedRow]:
-        """The rows that are not full."""
+        """Yields the rows that are not full."""
         while self._open:
             yield self._close(self._open[0])
 
     def pack(self, documents: Iterable[Document]) -> Iterator[PackedRow]:
-        """All rows of these documents."""
+        """Yields all rows of these documents."""
         for document in documents:
             yield from self.add(document)
         yield from self.flush()

@@ -1,7 +1,7 @@
-"""Text and pictures in, ids out, and back: the processor of a model that writes pictures, in the shape that
-transformers' users know.
+"""Text and pictures in, ids out, and back: the processor of a model that writes pictures, in transformers' form.
 
-Needs torch alone; `tokenizer` is one of transformers, extended by `extend_tokenizer`.
+Needs torch alone; `tokenizer` is one of transformers, extended by `extend_tokenizer`. Not here: which part of a
+conversation is learned (`chat.py`).
 """
 
 from collections.abc import Sequence
@@ -12,10 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from dyntok.encoding import Encoding
-from dyntok.errors import CodeError, ConfigError
+from dyntok.errors import CodeError, ConfigError, FingerprintError
 from dyntok.image import ImageSource, is_single
+from dyntok.llm.chat import flatten_messages, learned_labels, render
 from dyntok.llm.packing import IGNORED
-from dyntok.llm.parsing import parse_ids
+from dyntok.llm.parsing import Segment, parse_ids
 from dyntok.policy import KeepOptions
 from dyntok.tokenizer import DynamicVisualTokenizer
 from dyntok.validation import counted
@@ -25,19 +26,23 @@ PLACEHOLDER = "<image>"
 
 
 class VisualProcessor:
-    """Puts the codes of pictures where the text has a placeholder.
+    """Puts the ids of pictures where the text has a placeholder, in the layout of the vocabulary.
 
-    tokenizer    of the language model, with a token for every id of `vocab` (`extend_tokenizer`)
-    visual       the tokenizer of pictures
-    placeholder  what stands for a picture in a text
-    policy       how many tokens a picture gets: `budget`, `threshold`, `max_tokens` of `DynamicVisualTokenizer.encode`
+    tokenizer      of the language model, with a token for every id of `vocab` (`extend_tokenizer`)
+    visual         the tokenizer of pictures
+    placeholder    what stands for a picture in a text
+    policy         how many tokens a picture gets: `budget`, `threshold`, `max_tokens` of
+                   `DynamicVisualTokenizer.encode`
+    visual_tokens  whether texts may spell pictures, such as `<|image|><|v:0001|><|/image|>`, as a model wrote them
+                   before. By default such texts are refused, since a user's text could bring a picture that way.
 
-    >>> processor = VisualProcessor(tokenizer, dyntok.load(), vocab, max_tokens=96)
+    >>> processor = VisualProcessor(tokenizer, tok, VisualVocab.of(tok, after=32000), max_tokens=96)
     >>> inputs = processor(text=["A photo: <image> What is it?"], images=[photo])
     >>> rows = model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"])
     >>> pictures = processor.decode_images(rows)
 
-    Raises `ConfigError` where the vocabulary is of another size than the codebook, or the tokenizer lacks its tokens.
+    Raises `ConfigError` where the vocabulary is of another size than the codebook, or the tokenizer lacks its tokens;
+    `FingerprintError` where the vocabulary belongs to another tokenizer of pictures.
     """
 
     def __init__(
@@ -50,11 +55,16 @@ class VisualProcessor:
         budget: int | float | None = None,
         threshold: float | None = None,
         max_tokens: int | None = None,
+        visual_tokens: bool = False,
     ) -> None:
         if vocab.size != visual.config.codebook.size:
             raise ConfigError(
                 f"the vocabulary has {vocab.size} codes and the tokenizer {visual.config.codebook.size}, "
                 "expected as many"
+            )
+        if None not in (vocab.fingerprint, visual.fingerprint) and vocab.fingerprint != visual.fingerprint:
+            raise FingerprintError(
+                f"the vocabulary belongs to the tokenizer {vocab.fingerprint}, expected that of {visual.fingerprint}"
             )
         known = tokenizer.get_vocab()
         if missing := [token for token, id in vocab.tokens.items() if known.get(token) != id]:
@@ -62,7 +72,10 @@ class VisualProcessor:
                 f"the tokenizer has no token {missing[0]} with its id; call extend_tokenizer(tokenizer, vocab) first"
             )
         self.tokenizer, self.visual, self.vocab, self.placeholder = tokenizer, visual, vocab, placeholder
+        self.visual_tokens = visual_tokens
         self.policy: KeepOptions = {"budget": budget, "threshold": threshold, "max_tokens": max_tokens}
+        if vocab.layout in ("map", "lattice"):
+            self.policy["places"] = vocab.layout
 
     def __call__(
         self,
@@ -72,28 +85,97 @@ class VisualProcessor:
         padding: bool = True,
         add_special_tokens: bool = True,
     ) -> dict[str, Tensor]:
-        """`input_ids`, `attention_mask`, `labels` (-100 in the padding), int64 [B, L] each; padded on the tokenizer's
-        side.
+        """Returns `input_ids`, `attention_mask` and `labels` (-100 in the padding), int64 [B, L] each.
 
-        images: in the order of the placeholders; one, a list over all texts, or a list for each text. Text that spells
-            codes, as a model wrote them before, is read as such.
+        Rows are padded on the tokenizer's side.
 
-        Raises `CodeError` where texts have more or fewer placeholders than there are images, `ImageError` on a bad
-        image, `ConfigError` where rows of different lengths are not padded, or can't be: the tokenizer has no pad
-        token.
+        images: in the order of the placeholders; one, a list over all texts, or a list for each text
+
+        Raises `CodeError` where texts have more or fewer placeholders than there are images, and where a text spells
+        visual tokens; `ImageError` on a bad image; `ConfigError` where rows of different lengths are not padded, or
+        can't be: the tokenizer has no pad token.
         """
         texts = [text] if isinstance(text, str) else list(text)
-        written = iter(self._written(images, [self._count(one) for one in texts]))
         pieces = [one.split(self.placeholder) for one in texts]
-        full = [
-            "".join(piece + (next(written) if i + 1 < len(parts) else "") for i, piece in enumerate(parts))
-            for parts in pieces
-        ]
-        rows = [self.tokenizer.encode(one, add_special_tokens=add_special_tokens) for one in full]
+        written = iter(self._written(images, [len(parts) - 1 for parts in pieces]))
+        full, pictures = [], []
+        for parts in pieces:
+            own = [next(written) for _ in parts[1:]]
+            full.append(parts[0] + "".join(picture + part for picture, part in zip(own, parts[1:], strict=True)))
+            pictures.append(own)
+        rows = [self._encoded(*row, add_special_tokens) for row in zip(full, pictures, strict=True)]
+        return self._padded(rows, rows, padding)
+
+    def apply_chat_template(self, messages: Sequence[dict[str, Any]], **options: Any) -> dict[str, Tensor]:
+        """Returns one conversation, written by the tokenizer's own chat template, in the form of a call.
+
+        messages: `{"role": ..., "content": ...}`, where content is text or a list of `{"type": "text", "text": ...}`
+            and `{"type": "image", "image": ...}`. The placeholder in a text is text like any other.
+        options: those of the tokenizer's `apply_chat_template`, such as add_generation_prompt.
+
+        Labels are the turns of the assistant, each with the token that ends it; the rest is -100. Where the template
+        changes those turns so that they can't be found, the result has no labels.
+
+        Raises `CodeError` on a content of another type, and what a call raises.
+        """
+        images: list[ImageSource] = []
+        plain = flatten_messages(messages, images)
+        written = self._written(images, [len(images)])
+        rendered = render(self.tokenizer, plain, written, options)
+        ids = self._encoded(rendered.text, written, add_special_tokens=False)  # the template writes them
+        labels = learned_labels(self.tokenizer, ids, rendered)
+        inputs = self._padded([ids], [ids if labels is None else labels], padding=False)
+        if labels is None:
+            del inputs["labels"]
+        return inputs
+
+    def decode_images(
+        self, ids: Tensor | Sequence[Sequence[int]], *, truncated: bool = False
+    ) -> list[list[Image.Image]]:
+        """Returns the pictures in every row of ids, such as `generate` gives.
+
+        A picture without a grid of its own gets the tokenizer's.
+
+        truncated: include the pictures that the end of a row cut off
+        """
+        kinds = ("image", "truncated") if truncated else ("image",)
+        segments = [[s for s in parse_ids(row, self.vocab) if s.kind in kinds and self._fits(s)] for row in ids]
+        flat = [segment for row in segments for segment in row]
+        pictures: dict[int, Image.Image] = {}
+        for places in (True, False):  # an Encoding has positions for all of its images or for none
+            chosen = [i for i, segment in enumerate(flat) if (segment.positions is not None) == places]
+            if not chosen:
+                continue
+            encoding = Encoding.pack(
+                [flat[i].codes for i in chosen],
+                [flat[i].positions for i in chosen] if places else None,
+                torch.tensor([flat[i].grid or self.visual.grid for i in chosen]),
+            )
+            pictures |= zip(chosen, self.visual.decode(encoding), strict=True)
+        ordered = iter(pictures[i] for i in range(len(flat)))
+        return [[next(ordered) for _ in row] for row in segments]
+
+    def _fits(self, segment: Segment) -> bool:
+        """Whether the tokenizer can decode an image of this grid and length."""
+        grid = segment.grid or self.visual.grid
+        return 0 < len(segment.codes) <= grid[0] * grid[1] and (self.visual.any_grid or grid == self.visual.grid)
+
+    def _encoded(self, text: str, pictures: Sequence[str], add_special_tokens: bool) -> list[int]:
+        """Returns the ids of a text that contains these pictures. Raises `CodeError` where it spells others."""
+        ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        if not self.visual_tokens:
+            written = sum(one.count("<|") for one in pictures)  # every visual token begins so
+            if spelled := sum(map(self.vocab.is_visual, ids)) - written:
+                raise CodeError(
+                    f"a text spells {counted(spelled, 'visual token')} such as <|image|>; give pictures as images, or "
+                    "make the processor with visual_tokens=True to accept such texts"
+                )
+        return ids
+
+    def _padded(self, rows: list[list[int]], labels: list[list[int]], padding: bool) -> dict[str, Tensor]:
         longest = max(map(len, rows), default=0)
-        ragged = any(len(row) < longest for row in rows)
         pad = self.tokenizer.pad_token_id
-        if ragged and (not padding or pad is None):
+        if any(len(row) < longest for row in rows) and (not padding or pad is None):
             why = "padding is off" if not padding else "the tokenizer has no pad token; set tokenizer.pad_token"
             raise ConfigError(f"the rows have {min(map(len, rows))} to {longest} ids, and {why}")
         left = self.tokenizer.padding_side == "left"
@@ -105,59 +187,14 @@ class VisualProcessor:
                 dtype=torch.long,
             )
 
-        masks = [[1] * len(row) for row in rows]
         return {
             "input_ids": padded(rows, pad or 0),
-            "attention_mask": padded(masks, 0),
-            "labels": padded(rows, IGNORED),
+            "attention_mask": padded([[1] * len(row) for row in rows], 0),
+            "labels": padded(labels, IGNORED),
         }
 
-    def apply_chat_template(self, messages: Sequence[dict[str, Any]], **options: Any) -> dict[str, Tensor]:
-        """One conversation through the tokenizer's own chat template, and then as a call.
-
-        messages: `{"role": ..., "content": ...}`, where content is text or a list of `{"type": "text", "text": ...}`
-            and `{"type": "image", "image": ...}`. options: those of the tokenizer's `apply_chat_template`, such as
-            add_generation_prompt.
-
-        Raises `CodeError` on a content of another type, and what a call raises.
-        """
-        images: list[ImageSource] = []
-        plain = [{**message, "content": self._flat(message["content"], images)} for message in messages]
-        text = self.tokenizer.apply_chat_template(plain, **{**options, "tokenize": False})
-        return self(text, images, add_special_tokens=False)  # the template writes them
-
-    def decode_images(
-        self, ids: Tensor | Sequence[Sequence[int]], *, truncated: bool = False
-    ) -> list[list[Image.Image]]:
-        """Returns the pictures in every row of ids, such as `generate` gives.
-
-        truncated: include the pictures that the end of a row cut off
-        """
-        kinds = ("image", "truncated") if truncated else ("image",)
-        segments = [[s for s in parse_ids(row, self.vocab) if s.kind in kinds and self._fits(s.codes)] for row in ids]
-        flat = [segment for row in segments for segment in row]
-        with_places = [segment.positions is not None for segment in flat]
-        # with and without positions, since an Encoding has them for all of its images or for none
-        pictures: dict[int, Image.Image] = {}
-        for places in (True, False):
-            chosen = [i for i, has in enumerate(with_places) if has == places]
-            if chosen:
-                codes = [list(flat[i].codes) for i in chosen]
-                positions = [list(flat[i].positions) for i in chosen] if places else None
-                pictures |= zip(
-                    chosen, self.visual.decode(Encoding.pack(codes, positions, self.visual.grid)), strict=True
-                )
-        ordered = iter(pictures[i] for i in range(len(flat)))
-        return [[next(ordered) for _ in row] for row in segments]
-
-    def _fits(self, codes: tuple[int, ...]) -> bool:
-        return 0 < len(codes) <= self.visual.grid[0] * self.visual.grid[1]
-
-    def _count(self, text: str) -> int:
-        return text.count(self.placeholder)
-
     def _written(self, images: Any, wanted: list[int]) -> list[str]:
-        """Every image as text, in order."""
+        """Returns every image as text, in order. Raises `CodeError` unless each text has the images it wants."""
         if images is None:
             images = []
         elif is_single(images):
@@ -178,25 +215,4 @@ class VisualProcessor:
             )
         if not images:
             return []
-        encoding = self.visual.encode(images, **self.policy)
-        positions = encoding.positions if self.vocab.patches else [None] * len(encoding)
-        return [
-            self.vocab.to_text(codes, positions=place) for codes, place in zip(encoding.codes, positions, strict=True)
-        ]
-
-    def _flat(self, content: Any, images: list[ImageSource]) -> str:
-        if isinstance(content, str):
-            return content
-        parts = []
-        for part in content:
-            if part.get("type") == "text":
-                parts.append(part["text"])
-            elif part.get("type") == "image" and "image" in part:
-                images.append(part["image"])
-                parts.append(self.placeholder)
-            else:
-                raise CodeError(
-                    f"a part of a message is {part.get('type')!r} with {', '.join(part)}; "
-                    "expected text, or image with image"
-                )
-        return "".join(parts)
+        return self.vocab.to_text(self.visual.encode(images, **self.policy))

@@ -48,26 +48,29 @@ def prepare(source: Path, folder: Path) -> Path:
         return path
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = dyntok.load()
-    rows: dict[str, list] = {"key": [], "codes": [], "positions": [], "captions": []}
+    rows: dict[str, list] = {"key": [], "codes": [], "positions": [], "grid": [], "captions": []}
     for key, image, captions in tqdm(photographs(source), desc="encode", unit=" photographs"):
         photo = load_image(image)
         pictures = {key: photo}
         if not is_validation(key):
             pictures[f"{key}{MIRRORED}"] = _mirrored(photo, key)
         for name, picture in pictures.items():
-            encoding = tokenizer.encode(picture, max_tokens=MAX_TOKENS)
+            encoding = tokenizer.encode(picture, max_tokens=MAX_TOKENS, places="map")
             rows["key"].append(name)
             rows["codes"].append(encoding.codes[0].tolist())
             rows["positions"].append(encoding.positions[0].tolist())
+            rows["grid"].append(encoding.grids[0].tolist())
             rows["captions"].append(captions)
     types = {
         "key": pa.string(),
         "codes": pa.list_(pa.uint16()),
         "positions": pa.list_(pa.uint16()),
+        "grid": pa.list_(pa.uint16(), 2),
         "captions": pa.list_(pa.string()),
     }
     table = pa.table({name: pa.array(values, types[name]) for name, values in rows.items()})
-    pq.write_table(table.replace_schema_metadata({"fingerprint": tokenizer.fingerprint}), path.with_suffix(".part"))
+    description = json.dumps({"tokenizer": {"fingerprint": tokenizer.fingerprint}})
+    pq.write_table(table.replace_schema_metadata({"dyntok": description}), path.with_suffix(".part"))
     path.with_suffix(".part").rename(path)
     return path
 

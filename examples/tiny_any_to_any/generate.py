@@ -19,6 +19,7 @@ import model as llm
 import torch
 from torch import Tensor
 
+from dyntok.layout import num_blocks
 from dyntok.llm import ImageCodes, ImageGrammar, ImageLogitsProcessor, parse_ids
 
 CANDIDATES, BATCH, SHOWN = 10, 64, 12
@@ -42,7 +43,7 @@ class Evaluation:
 
     def image(self, document) -> list[int]:
         (image,) = (s for s in document.segments if isinstance(s, ImageCodes))
-        return self.vocab.to_ids(image.codes).tolist()
+        return image.to_ids(self.vocab)
 
     @torch.no_grad()
     def losses(self, pairs: list[tuple[list[int], list[int]]]) -> list[float]:
@@ -71,7 +72,7 @@ class Evaluation:
             return ids[1:] if ids[0] == self.vocab.image_start else ids
 
         counts = Counter(id for document in self.train for id in tokens(document))
-        size = self.vocab.size + 1 if part == self.image else data.TEXT_TOKENS
+        size = self.vocab.size + self.vocab.map.size + 1 if part == self.image else data.TEXT_TOKENS
         total = sum(counts.values()) + size
         held_out = [id for document in self.documents for id in tokens(document)]
         return -sum(math.log((counts[id] + 1) / total) for id in held_out) / len(held_out)
@@ -112,9 +113,10 @@ class Evaluation:
         ids = torch.full((len(prompts), longest), self.tokenizer.pad_token_id)
         for row, prompt in zip(ids, prompts, strict=True):
             row[longest - len(prompt) :] = torch.tensor(prompt)
-        new = data.MAX_TOKENS + 2
+        new = data.MAX_TOKENS + num_blocks(self.vocab.grid) + 2
         rules = ImageGrammar(self.vocab, max_tokens=data.MAX_TOKENS, eos=self.tokenizer.eos_token_id, max_images=1)
         processors = [ImageLogitsProcessor(rules, longest, new)] if grammar else []
+        ids = ids.to(llm.DEVICE)
         rows = self.model.generate(
             ids,
             attention_mask=(ids != self.tokenizer.pad_token_id).long(),
@@ -123,7 +125,7 @@ class Evaluation:
             pad_token_id=self.tokenizer.pad_token_id,
             **options,
         )
-        return rows[:, longest - 1 :]
+        return rows[:, longest - 1 :].cpu()
 
     def share_of_images(self, grammar: bool, count: int) -> dict[str, dict[str, float]]:
         """Generations that begin with one whole image, by sampling setting."""
@@ -141,7 +143,7 @@ class Evaluation:
 
     @torch.no_grad()
     def caption(self, document) -> str:
-        prompt = torch.tensor([[self.tokenizer.bos_token_id, *self.image(document)]])
+        prompt = torch.tensor([[self.tokenizer.bos_token_id, *self.image(document)]], device=llm.DEVICE)
         rules = ImageGrammar(self.vocab, max_tokens=data.MAX_TOKENS, eos=self.tokenizer.eos_token_id, max_images=0)
         ids = self.model.generate(
             prompt,
@@ -159,9 +161,8 @@ class Evaluation:
         written = self.pictures(shown, True, {"do_sample": True, "temperature": 0.9})
         rows = []
         for document, ids in zip(shown, written, strict=True):
-            codes = parse_ids(ids, self.vocab)[0].codes
-            own = self.vocab.to_codes(self.image(document)).tolist()
-            real, painted = self.visual.decode([own, list(codes)])
+            (painted,) = self.visual.decode(parse_ids(ids, self.vocab)[0].encoding)
+            (real,) = self.visual.decode(self.vocab.to_encoding([self.image(document)]))
             (words,) = (s for s in document.segments if isinstance(s, str))
             cells = [_picture(real), html.escape(self.caption(document)), html.escape(words), _picture(painted)]
             rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")

@@ -1,6 +1,7 @@
 """The language model: a small Llama with room for pictures, its text tokenizer, and where both lie in a folder."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from data import CODES, captions, text_tokenizer
@@ -10,6 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import dyntok
 from dyntok.llm import extend_model, extend_tokenizer
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def new(
@@ -30,10 +33,10 @@ def new(
         pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM(config)
-    vocab = dyntok.VisualVocab.after(len(tokenizer), size=visual.config.codebook.size)
+    vocab = dyntok.VisualVocab.of(visual, after=len(tokenizer), layout="map")
     extend_tokenizer(tokenizer, vocab)
     extend_model(model, vocab, init=visual.codebook.embedding)
-    return model, tokenizer, vocab
+    return model.to(DEVICE), tokenizer, vocab
 
 
 def load(
@@ -42,15 +45,20 @@ def load(
     """What training left in a folder."""
     visual = dyntok.load()
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    size = visual.config.codebook.size
-    vocab = dyntok.VisualVocab.after(len(tokenizer) - size - 2, size=size)
-    return AutoModelForCausalLM.from_pretrained(folder / "model").eval(), tokenizer, vocab, visual
+    vocab = dyntok.VisualVocab.from_pretrained(folder / "model")
+    return AutoModelForCausalLM.from_pretrained(folder / "model").to(DEVICE).eval(), tokenizer, vocab, visual
 
 
-def token_losses(
-    model: LlamaForCausalLM, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None
-) -> Tensor:
-    """Cross-entropy in nats of every token but the first, [B, L-1]; 0 where the label is -100."""
-    with torch.autocast("cpu", torch.bfloat16):  # twice as fast on processors with bf16 arithmetic
-        logits = model(input_ids=input_ids, position_ids=position_ids).logits[:, :-1]
-    return cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="none").view(len(labels), -1)
+def token_losses(model: LlamaForCausalLM, input_ids: Tensor, labels: Tensor, **inputs: Any) -> Tensor:
+    """Returns the cross-entropy in nats of every token but the first, [B, L-1]; 0 where the label is -100.
+
+    inputs: what else a packed batch holds; it keeps the documents of a row apart.
+    """
+    inputs = {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    with torch.autocast(
+        DEVICE, torch.bfloat16, enabled=DEVICE == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        logits = model(input_ids=input_ids.to(DEVICE), **{**inputs, "use_cache": False}).logits[:, :-1]
+    targets = labels[:, 1:].to(DEVICE)
+    losses = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+    return losses.view(len(labels), -1)

@@ -50,10 +50,11 @@ def batches(dataset: PackedDataset, epoch: int, done: int) -> Iterator[tuple[int
 
 
 def by_modality(losses: Tensor, labels: Tensor, vocab: dyntok.VisualVocab) -> tuple[float, float, int, int]:
-    """Sum of losses over text and over image tokens (the end included), and how many there are."""
+    """Sum of losses over text and over image tokens (map and end included), and how many there are."""
     targets = labels[:, 1:]
     image = (targets >= vocab.offset) | (targets == vocab.image_end)
     text = (targets >= 0) & ~image
+    losses = losses.cpu()
     return float(losses[text].sum()), float(losses[image].sum()), int(text.sum()), int(image.sum())
 
 
@@ -89,7 +90,7 @@ def main() -> None:
     step, begin, done = 0, 0, 0
     state_path, log_path = options.output / "state.pt", options.output / "log.jsonl"
     if state_path.exists():
-        state = torch.load(state_path, weights_only=True)
+        state = torch.load(state_path, weights_only=True, map_location="cpu")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, begin, done = state["step"], state["epoch"], state["number"] + 1
@@ -135,6 +136,7 @@ def main() -> None:
             sums, begun = torch.zeros(4, dtype=torch.double), time.perf_counter()
     model.save_pretrained(options.output / "model")
     tokenizer.save_pretrained(options.output / "model")
+    vocab.save_pretrained(options.output / "model")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from support.batch_data import codes, pictures, rows, run, tables, tar_members, 
 
 import dyntok
 from dyntok.batch.formats import Megatron, megatron_index
-from dyntok.errors import BatchError, DataError
+from dyntok.errors import BatchError, ConfigError, DataError
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +117,66 @@ def test_megatron_is_what_megatron_loads(tar, vocab_size, dtype, checkpoint_fold
             assert dataset[i].dtype == dtype
             found[key] = vocab.to_codes(dataset[i].astype(np.int64)).tolist()
     assert found == {key: row for key, (row, _) in wanted.items()}
+
+
+def megatron_documents(output):
+    """Key -> ids of each document."""
+    indexed, found = pytest.importorskip("megatron.core.datasets.indexed_dataset"), {}
+    for index in sorted(output.glob("*.idx")):
+        dataset = indexed.IndexedDataset(str(index.with_suffix("")))
+        keys = json.loads(index.with_name(f"{index.stem}.keys.json").read_text())
+        found |= {key: dataset[i].astype(np.int64).tolist() for i, key in enumerate(keys)}
+    return found
+
+
+@pytest.fixture
+def text_tokenizer(tmp_path):
+    """A tokenizer of bytes, as a file; it knows the start of an image, as one that was extended does."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+
+    alphabet = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(alphabet, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_special_tokens([AddedToken("<|endoftext|>"), AddedToken("<|image|>")])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return tokenizer
+
+
+@pytest.mark.parametrize("layout", ["map", "lattice", "positions", "none", None])
+def test_megatron_has_places_texts_and_ends_of_documents(layout, images, text_tokenizer, tokenizer, tmp_path):
+    texts = [f"caption of {key}" for key in images]
+    texts[:2] = ['["one caption", "another"]', "an <|image|> in text"]
+    table = write_table(tmp_path / "in.parquet", images, text=texts)
+    folder = tmp_path / "checkpoint"
+    tokenizer.save_pretrained(folder)
+    size = text_tokenizer.get_vocab_size() - 1  # <|image|> comes after the language model's own tokens
+    options = dict(format="megatron", vocab_size=size, eod=size - 1, layout=layout, shard_size=8)
+    run(table, tmp_path / "out", folder, **options, keep_columns=["text"], text_tokenizer=str(tmp_path))
+    vocab = dyntok.VisualVocab.of(tokenizer, after=size, layout=layout or "none")
+    places = layout if layout in ("map", "lattice") else None
+    for key, words in zip(images, texts, strict=True):
+        ids = megatron_documents(tmp_path / "out")[key]
+        end = ids.index(vocab.image_end) + 1
+        encoding = tokenizer.encode(images[key], places=places)
+        assert ids[:end] == vocab.to_ids(encoding)[0].tolist() and ids[-1] == size - 1
+        written = text_tokenizer.decode(ids[end:-1]).replace(" ", "").replace("Ġ", " ")
+        if words.startswith("["):
+            assert written in ("one caption", "another")
+        else:
+            assert written == words.replace("<|image|>", "")
+
+
+def test_megatron_texts_belong_to_the_run(images, text_tokenizer, checkpoint_folder, tmp_path):
+    """Another text tokenizer under the same name is another run; one that does not exist is refused."""
+    table = write_table(tmp_path / "in.parquet", images, text=["a"] * len(images))
+    options = dict(format="megatron", vocab_size=300, keep_columns=["text"])
+    with pytest.raises(ConfigError, match="can't read the text tokenizer"):
+        run(table, tmp_path / "none", checkpoint_folder, **options, text_tokenizer=str(tmp_path / "missing.json"))
+    run(table, tmp_path / "out", checkpoint_folder, **options, text_tokenizer=str(tmp_path))
+    text_tokenizer.add_tokens(["more"])
+    text_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(BatchError, match="options.text_tokenizer is .sha256:"):
+        run(table, tmp_path / "out", checkpoint_folder, **options, text_tokenizer=str(tmp_path))
 
 
 def test_megatron_index_byte_for_byte():

@@ -141,6 +141,26 @@ def test_near_codes_start_near():
     assert_close(visual.std(), old.std(), rtol=0.2, atol=0)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [dict(layout="map", grid=(16, 16)), dict(layout="map", sides=128), dict(patches=256, grid=(16, 16))],
+    ids=["map", "any-grid", "positions"],
+)
+@pytest.mark.parametrize("name", ["llama", "qwen", "gpt2"])
+def test_tokens_of_places_start_apart(name, options):
+    """No two rows are alike, similar places lie nearer than others, and all are spread as the text rows are."""
+    model, vocab = MODELS[name](200), VisualVocab.after(200, SIZE, **options)
+    extend_model(model, vocab)
+    for layer in {model.get_input_embeddings(), model.get_output_embeddings()}:
+        rows = layer.weight.detach()
+        for part in vocab.ranges[1:]:
+            own = rows[part.offset : part.stop]
+            assert torch.pdist(own).min() > 0.01 * rows[:200].std()
+            assert_close(own.std(), rows[:200].std(), rtol=0.3, atol=0)
+        first = rows[vocab.ranges[1].offset :]
+        assert (first[0] - first[1]).norm() < (first[0] - first[12]).norm()
+
+
 def test_a_codebook_of_another_size_is_refused():
     with pytest.raises(ConfigError, match=r"init is \[3, 4\], expected 'mean' or the codebook's vectors \[64, C\]"):
         extend_model(MODELS["llama"](200), VisualVocab.after(200, size=SIZE), init=torch.randn(3, 4))
@@ -153,3 +173,38 @@ def test_padded_vocabularies_keep_their_padding():
         len(model.get_input_embeddings().weight) == 320
         and model.get_output_embeddings().weight is model.get_input_embeddings().weight
     )
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen", "gpt2"])
+def test_extending_a_trained_model_again_changes_no_trained_row(name, tmp_path):
+    model, vocab = MODELS[name](200), VisualVocab.after(200, size=SIZE)
+    extend_model(model, vocab, pad_to_multiple_of=64)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += torch.randn_like(parameter)
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    for init in ("mean", torch.randn(SIZE, 16)):
+        extend_model(again, vocab, init=init, pad_to_multiple_of=64)
+        for layer in ("get_input_embeddings", "get_output_embeddings"):
+            assert torch.equal(getattr(again, layer)().weight, getattr(model, layer)().weight)
+    extend_model(again, VisualVocab.after(200, size=SIZE, patches=16))
+    rows, trained = again.get_input_embeddings().weight, model.get_input_embeddings().weight
+    assert torch.equal(rows[: vocab.vocab_size], trained[: vocab.vocab_size])
+    assert not torch.equal(rows[vocab.vocab_size :], trained[vocab.vocab_size : len(rows)])
+
+
+def test_a_model_without_a_record_that_has_all_rows_stays_as_it_is():
+    model, vocab = MODELS["llama"](200 + SIZE + 2), VisualVocab.after(200, size=SIZE)
+    before = model.get_input_embeddings().weight.detach().clone()
+    extend_model(model, vocab)
+    assert torch.equal(model.get_input_embeddings().weight, before)
+
+
+def test_skipped_special_tokens_are_images_and_parsing_keeps_them(tokenizer, vocab):
+    extend_tokenizer(tokenizer, vocab)
+    text = tokenizer.encode("a red cat")
+    ids = [*text, *vocab.to_ids([5, 0, 63]).tolist()]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == tokenizer.decode(text)
+    for segments in (parse_ids(ids, vocab), parse_text(tokenizer.decode(ids), vocab)):
+        assert [s.codes for s in segments if s.kind == "image"] == [(5, 0, 63)]

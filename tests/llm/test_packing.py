@@ -1,12 +1,14 @@
 """Documents from Parquet into rows for training: nothing lost, no image cut, borders kept."""
 
+import dataclasses
+
 import pytest
 import torch
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet_files = pytest.importorskip("pyarrow.parquet")
 
-from dyntok.errors import CodeError, ConfigError, DataError  # noqa: E402
+from dyntok.errors import CodeError, ConfigError, DataError, FingerprintError  # noqa: E402
 from dyntok.llm import Document, ImageCodes, PackedDataset, Packer, in_drawn_order, parse_ids, read_documents  # noqa: E402
 from dyntok.vocab import VisualVocab  # noqa: E402
 
@@ -120,6 +122,81 @@ def test_what_is_no_parquet_of_codes(parquet, tmp_path):
     (tmp_path / "part.parquet").write_bytes(b"PAR1 nothing")
     with pytest.raises(DataError, match="can't read"):
         list(read_documents(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("written", "found"),
+    [
+        ('["a cat", "on a chair"]', {"a cat", "on a chair"}),
+        (' ["one"]', {"one"}),
+        ("[5]", {"[5]"}),
+        ("[sic] a cat", {"[sic] a cat"}),
+    ],
+)
+def test_companions_in_json_are_lists_of_texts(written, found, tmp_path):
+    parquet_files.write_table(
+        pyarrow.table({"key": ["k"], "codes": [[1, 2]], "json": [written]}), tmp_path / "a.parquet"
+    )
+    drawn = {d.segments[1] for epoch in range(20) for d in read_documents(tmp_path, text="json", epoch=epoch)}
+    assert drawn == found
+
+
+@pytest.mark.parametrize("written", ['{"caption": "a cat"}', '[{"caption": "a cat"}]', '["a", 1]'])
+def test_other_json_is_no_text(written, tmp_path):
+    parquet_files.write_table(
+        pyarrow.table({"key": ["k"], "codes": [[1, 2]], "json": [written]}), tmp_path / "a.parquet"
+    )
+    with pytest.raises(DataError, match="json of k is JSON, .* expected text or a list of texts"):
+        list(read_documents(tmp_path, text="json"))
+
+
+def test_only_files_that_records_name_are_read(photos, checkpoint_folder, tokenizer, tmp_path):
+    """As `batch.read` does, whatever the format, also in a subfolder; documents say whose codes they are."""
+    import shutil
+
+    from support.batch_data import codes, pictures, run, tar_members, write_tar
+
+    tar = write_tar(tmp_path / "in.tar", tar_members(pictures(photos)))
+    for form in ("parquet", "webdataset"):
+        output = tmp_path / form / "run"
+        run(tar, output, checkpoint_folder, format=form, keep_columns=["txt"], shard_size=8)
+        if form == "parquet":
+            wanted = codes(output)
+        file = min(path for path in output.iterdir() if path.is_file())
+        shutil.copy(file, output / f"000009-000000{file.suffix}")
+        found = [
+            (d.key, tuple(d.segments[0].codes), d.segments[1]) for d in read_documents(tmp_path / form, text="txt")
+        ]
+        assert sorted(found) == sorted((key, tuple(row), f"caption of {key}") for key, (row, _) in wanted.items())
+        assert {d.fingerprint for d in read_documents(output, text=None)} == {tokenizer.fingerprint}
+    vocab = VisualVocab.of(tokenizer, after=300)
+    rows = list(Packer(600, vocab, encode, bos=BOS, eos=EOS, pad=PAD).pack(read_documents(output, text="txt")))
+    images = [s for row in rows for s in parse_ids(row.input_ids, vocab) if s.kind == "image"]
+    assert vocab.layout == "positions" and len(images) == len(wanted)
+    other = dataclasses.replace(vocab, fingerprint="another")
+    with pytest.raises(FingerprintError, match="the codes of .* come from"):
+        list(Packer(600, other, encode, bos=BOS, eos=EOS, pad=PAD).pack(read_documents(output, text="txt")))
+
+
+@pytest.mark.parametrize("any_grid", [False, True])
+@pytest.mark.parametrize("layout", ["map", "lattice", "positions", "none"])
+def test_rows_in_every_layout(layout, any_grid, tokenizer, photos):
+    vocab = VisualVocab.of(tokenizer, after=300, layout=layout, any_grid=any_grid)
+    enc = tokenizer.encode(photos[:3], places=layout if layout in ("map", "lattice") else None)
+    images = [
+        ImageCodes(codes.tolist(), positions.tolist(), (8, 8))
+        for codes, positions in zip(enc.codes, enc.positions, strict=True)
+    ]
+    document = Document("a", ("a cat", *images))
+    (row,) = Packer(800, vocab, encode, bos=BOS, eos=EOS, pad=PAD, loss="image").pack([document])
+    found = [s for s in parse_ids(row.input_ids, vocab) if s.kind != "text"]
+    assert [s.codes for s in found] == [tuple(image.codes) for image in images]
+    if layout != "none":
+        assert [s.positions for s in found] == [tuple(image.positions) for image in images]
+    learned = row.input_ids[row.labels != -100]
+    assert sorted(learned.tolist()) == sorted(
+        id for rows in vocab.to_ids(enc) for id in rows.tolist() if id != vocab.image_start
+    )
 
 
 def test_ranks_and_workers_share_a_stream(parquet):

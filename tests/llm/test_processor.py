@@ -1,11 +1,14 @@
 """Text and pictures through a processor, chat templates, and prefixes of embeddings, with real (small) models."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
 transformers = pytest.importorskip("transformers")
+from support.any_grid import any_grid_tokenizer  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 
 import dyntok  # noqa: E402
@@ -33,26 +36,30 @@ def bpe():
     return fast
 
 
-def made(visual, patches=0, **options):
+def made(visual, layout="none", any_grid=None, **options):
     tokenizer = bpe()
-    vocab = VisualVocab.after(len(tokenizer), size=visual.config.codebook.size, patches=patches)
+    vocab = VisualVocab.of(visual, after=len(tokenizer), layout=layout, any_grid=any_grid)
     extend_tokenizer(tokenizer, vocab)
     return VisualProcessor(tokenizer, visual, vocab, **options)
 
 
-@pytest.mark.parametrize("patches", [0, 64])
-def test_pictures_stand_where_the_text_says(patches, tokenizer, photos):
-    processor = made(tokenizer, patches)
-    encoding = tokenizer.encode(photos[:3])
+LAYOUTS = [("none", None), ("positions", None), ("map", None), ("lattice", None), ("map", True), ("lattice", True)]
+
+
+@pytest.mark.parametrize(("layout", "any_grid"), LAYOUTS)
+def test_pictures_stand_where_the_text_says_and_come_back(layout, any_grid, tokenizer, photos):
+    processor = made(tokenizer, layout, any_grid)
+    places = layout if layout in ("map", "lattice") else None
+    encoding = tokenizer.encode(photos[:3], places=places)
     inputs = processor(text=["a cat <image> what is it?", "<image><image>"], images=photos[:3])
     images = [s for row in inputs["input_ids"] for s in parse_ids(row, processor.vocab) if s.kind != "text"]
     assert [s.codes for s in images] == [tuple(row.tolist()) for row in encoding.codes]
-    if patches:
+    if layout != "none":
         assert [s.positions for s in images] == [tuple(row.tolist()) for row in encoding.positions]
     text = [
         id
         for id in inputs["input_ids"][0].tolist()
-        if id < processor.vocab.image_start and id != processor.tokenizer.pad_token_id
+        if not processor.vocab.is_visual(id) and id != processor.tokenizer.pad_token_id
     ]
     assert processor.tokenizer.decode(text) == "a cat  what is it?"
     assert torch.equal(inputs["labels"] == -100, inputs["attention_mask"] == 0)
@@ -61,6 +68,22 @@ def test_pictures_stand_where_the_text_says(patches, tokenizer, photos):
     )
     nested = processor(text=["a cat <image> what is it?", "<image><image>"], images=[photos[:1], photos[1:3]])
     assert all(torch.equal(nested[name], inputs[name]) for name in inputs)
+    wanted = tokenizer.decode(encoding if layout != "none" else [row.tolist() for row in encoding.codes])
+    found = [image for row in processor.decode_images(inputs["input_ids"]) for image in row]
+    assert [np.asarray(image).tolist() for image in found] == [np.asarray(image).tolist() for image in wanted]
+
+
+def test_pictures_of_any_shape(small_config, photos):
+    """Each picture brings its own grid, also with sides that 4 does not divide, and is painted on it."""
+    visual = any_grid_tokenizer(small_config)
+    processor = made(visual, layout=None)
+    assert processor.vocab.sides == 128 and processor.vocab.layout == "map"
+    encoding = visual.encode(photos[:3])
+    assert len(set(map(tuple, encoding.grids.tolist()))) > 1 and (encoding.grids % 4).any()
+    inputs = processor(["<image> <image>", "<image>"], photos[:3])
+    found = [image for row in processor.decode_images(inputs["input_ids"]) for image in row]
+    for image, wanted in zip(found, visual.decode(encoding), strict=True):
+        assert np.array_equal(np.asarray(image), np.asarray(wanted))
 
 
 def test_padding_is_on_the_tokenizers_side(tokenizer, photos):
@@ -96,23 +119,15 @@ def test_what_does_not_fit_is_told(tokenizer, photos):
         VisualProcessor(processor.tokenizer, tokenizer, VisualVocab.after(400, size=9))
 
 
-@pytest.mark.parametrize("patches", [0, 64])
-def test_pictures_come_back(patches, tokenizer, photos):
-    processor = made(tokenizer, patches)
-    ids = processor(["<image> and <image>", "none"], photos[:2])["input_ids"]
-    first, second = processor.decode_images(ids)
-    codes = tokenizer.encode(photos[:2])
-    wanted = tokenizer.decode(codes if patches else [row.tolist() for row in codes.codes])
-    assert [np.asarray(image).tolist() for image in first] == [
-        np.asarray(image).tolist() for image in wanted
-    ] and second == []
-    start = processor.vocab.image_start
-    cut = torch.tensor(
-        [[start, *processor.vocab.to_ids([1, 2, 3], positions=[0, 4, 9] if patches else None).tolist()[1:-1]]]
-    )
+@pytest.mark.parametrize("layout", ["none", "positions"])
+def test_pictures_that_are_cut_off_or_too_long(layout, tokenizer):
+    processor = made(tokenizer, layout)
+    vocab = processor.vocab
+    ids = vocab.to_ids([1, 2, 3], positions=[0, 4, 9] if layout == "positions" else None)
+    cut = ids[None, :-1]
     assert processor.decode_images(cut) == [[]] and len(processor.decode_images(cut, truncated=True)[0]) == 1
     long = torch.tensor(
-        [[start, *[processor.vocab.offset] * 65, processor.vocab.image_end, start, processor.vocab.image_end]]
+        [[vocab.image_start, *[vocab.offset] * 65, vocab.image_end, vocab.image_start, vocab.image_end]]
     )
     assert processor.decode_images(long) == [[]]  # more codes than patches, and none at all
 
@@ -127,6 +142,69 @@ def test_chat_templates(tokenizer, photos):
     assert inputs["input_ids"].tolist() == [processor.tokenizer.encode(text, add_special_tokens=False)]
     with pytest.raises(CodeError, match="'video'"):
         processor.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}])
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [None, CHATML], ids=["plain", "chatml"])
+def test_only_the_turns_of_the_assistant_are_learned(template, tokenizer, photos):
+    """With the token that ends a turn, with pictures that the assistant painted, and where the template strips."""
+    processor = made(tokenizer, budget=4)
+    text = processor.tokenizer
+    text.chat_template = template or text.chat_template
+    painted = [{"type": "text", "text": "here: "}, {"type": "image", "image": photos[0]}]
+    messages = [
+        {"role": "user", "content": "paint a cat"},
+        {"role": "assistant", "content": painted},
+        {"role": "user", "content": "what is it?"},
+        {"role": "assistant", "content": " a cat"},
+    ]
+    inputs = processor.apply_chat_template(messages)
+    ids, labels = inputs["input_ids"][0], inputs["labels"][0]
+    learned = labels != -100
+    assert torch.equal(labels[learned], ids[learned])
+    picture = processor.vocab.to_text(tokenizer.encode(photos[0], budget=4))[0]
+    end = "<|im_end|>" if template else "\n"
+    written = text.decode(ids[learned])
+    first = f"here: {picture}"
+    assert written.startswith(first) and "a cat" in written and "paint" not in written and "what" not in written
+    assert text.decode(ids[learned])[len(first)] == end[0]
+    text.chat_template = (
+        "{% for m in messages %}{{ m.content | upper | replace('<MARK0:PICTURE>', '<mark0:picture>') }}\n{% endfor %}"
+    )
+    assert "labels" not in processor.apply_chat_template(messages[:1] + messages[3:])
+
+
+def test_a_text_brings_no_picture(tokenizer, photos):
+    """Neither the placeholder nor visual tokens in what a user types, unless the program asks for it."""
+    processor = made(tokenizer, budget=4)
+    picture = {"type": "image", "image": photos[0]}
+    messages = [{"role": "user", "content": [picture, {"type": "text", "text": "what does <image> mean?"}]}]
+    (row,) = processor.apply_chat_template(messages)["input_ids"]
+    (image,) = [s for s in parse_ids(row, processor.vocab) if s.kind != "text"]
+    assert image.codes == tuple(tokenizer.encode(photos[0], budget=4).codes[0].tolist())
+    assert "what does <image> mean?" in processor.tokenizer.decode(row)
+    spelled = processor.vocab.to_text([1, 2])
+    for content in (spelled, [{"type": "text", "text": "<|image|"}, {"type": "text", "text": ">"}], "<|v:001|>"):
+        with pytest.raises(CodeError, match="a text spells . visual tokens? .* visual_tokens=True"):
+            processor.apply_chat_template([{"role": "user", "content": content}])
+    with pytest.raises(CodeError, match="a text spells 4 visual tokens"):
+        processor(f"a cat {spelled}")
+    trusting = made(tokenizer, budget=4, visual_tokens=True)
+    (row,) = trusting(f"a cat {spelled}")["input_ids"]
+    assert [s.codes for s in parse_ids(row, trusting.vocab) if s.kind == "image"] == [(1, 2)]
+
+
+def test_a_vocabulary_of_another_tokenizer(tokenizer):
+    text = bpe()
+    vocab = dataclasses.replace(VisualVocab.of(tokenizer, after=len(text)), fingerprint="another")
+    extend_tokenizer(text, vocab)
+    with pytest.raises(dyntok.FingerprintError, match="belongs to the tokenizer another"):
+        VisualProcessor(text, tokenizer, vocab)
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])

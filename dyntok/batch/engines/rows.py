@@ -4,7 +4,7 @@ Not here: what the stages do (`stages.py`).
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -131,3 +131,6 @@ class TokenizedImage:
     positions: np.ndarray  # [T], the narrowest that holds every position
     grid: tuple[int, int]
     size: tuple[int, int]
+
+
+TokenizedRow: TypeAlias = Row[TokenizedImage]

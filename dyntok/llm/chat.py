@@ -1,0 +1,135 @@
+"""Conversations through a chat template, with pictures; and which part of them a model learns: the assistant's turns.
+
+The template writes marks in place of pictures and around the assistant's contents. The marks tell where those came to
+stand, and are then replaced or removed.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+from dyntok.errors import CodeError
+from dyntok.image import ImageSource
+from dyntok.llm.packing import IGNORED
+from dyntok.validation import counted
+
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """The place of a picture in a content."""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as text.
+
+    turns: where the assistant's contents begin and end in it; None where the template changed them
+    """
+
+    text: str
+    turns: list[tuple[int, int]] | None
+
+
+def flatten_messages(messages: Sequence[Message], images: list[ImageSource]) -> list[dict[str, Any]]:
+    """Returns messages whose contents are lists of texts and `Picture`s, and appends their pictures to `images`."""
+    return [{**message, "content": _flat(message.get("content") or [], images)} for message in messages]
+
+
+def _flat(content: Any, images: list[ImageSource]) -> list[str | Picture]:
+    if isinstance(content, str):
+        return [content]
+    parts: list[str | Picture] = []
+    for part in content:
+        if part.get("type") == "text":
+            parts.append(part["text"])
+        elif part.get("type") == "image" and "image" in part:
+            images.append(part["image"])
+            parts.append(Picture())
+        else:
+            raise CodeError(
+                f"a part of a message is {part.get('type')!r} with {', '.join(part)}; "
+                "expected text, or image with image"
+            )
+    return parts
+
+
+def render(
+    tokenizer: Any, messages: Sequence[Message], pictures: Sequence[str], options: Mapping[str, Any]
+) -> Rendered:
+    """Returns the conversation with its pictures as text.
+
+    messages: of `flatten_messages`. pictures: as text, in order. options: of the tokenizer's `apply_chat_template`.
+
+    Raises `CodeError` where the template does not write every picture once.
+    """
+    texts = [str(part) for message in messages for part in message["content"]]
+    picture, begin, end = marks = _marks([*texts, str(options)])
+    assistants = sum(message["role"] == "assistant" for message in messages)
+
+    def write(first: str, last: str, strip: bool) -> str:
+        plain = []
+        for message in messages:
+            content = "".join(picture if isinstance(part, Picture) else part for part in message["content"])
+            if message["role"] == "assistant":
+                content = first + (content.strip() if strip else content) + last
+            plain.append({**message, "content": content})
+        return tokenizer.apply_chat_template(plain, **{**options, "tokenize": False})
+
+    text = write("", "", strip=False)
+    if text.count(picture) != len(pictures):
+        raise CodeError(
+            f"the chat template wrote {text.count(picture)} of {counted(len(pictures), 'picture')}; use another one"
+        )
+    for strip in (False, True):  # some templates strip contents, and marks would keep them from it
+        marked = write(begin, end, strip)
+        whole = marked.replace(begin, "").replace(end, "") == text
+        if whole and marked.count(begin) == marked.count(end) == assistants:
+            return _located(marked, marks, pictures)
+    return Rendered(_located(text, marks, pictures).text, None)
+
+
+def _marks(texts: Sequence[str]) -> tuple[str, str, str]:
+    """Returns three marks that none of the texts contains."""
+    stem = next(stem for stem in (f"<mark{n}:" for n in count()) if not any(stem in text for text in texts))
+    return f"{stem}picture>", f"{stem}begin>", f"{stem}end>"
+
+
+def _located(marked: str, marks: tuple[str, str, str], pictures: Sequence[str]) -> Rendered:
+    picture, begin, end = marks
+    left, text, turns = iter(pictures), "", []
+    for i, turn in enumerate(marked.split(begin)):
+        own, *rest = turn.split(end)
+        for j, piece in enumerate([own, "".join(rest)]):
+            first, *others = piece.split(picture)
+            start = len(text)
+            text += first + "".join(next(left) + other for other in others)
+            if i and not j:
+                turns.append((start, len(text)))
+    return Rendered(text, turns)
+
+
+def learned_labels(tokenizer: Any, ids: Sequence[int], rendered: Rendered) -> list[int] | None:
+    """Returns the ids of the assistant's turns, each with the token after it, which ends it; -100 elsewhere.
+
+    Returns None where the turns are not known.
+    """
+    if rendered.turns is None:
+        return None
+    labels = [IGNORED] * len(ids)
+    for start, stop in rendered.turns:
+        first, last = (
+            _common(tokenizer.encode(rendered.text[:n], add_special_tokens=False), ids) for n in (start, stop)
+        )
+        labels[first : last + 1] = ids[first : last + 1]
+    return labels
+
+
+def _common(prefix: Sequence[int], ids: Sequence[int]) -> int:
+    """Returns how many ids both begin with. Where a token crosses the end of a prefix, it is not among them."""
+    for i, (one, other) in enumerate(zip(prefix, ids, strict=False)):
+        if one != other:
+            return i
+    return min(len(prefix), len(ids))
