@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 import dyntok
 from dyntok.image import load_image
 from dyntok.llm import Document, read_documents
-from dyntok.training.data import is_validation
+from dyntok.training.sources import is_validation
 
 CODES, MIRRORED = "codes.parquet", "-mirrored"
 TEXT_TOKENS, MAX_TOKENS = 2048, 64
