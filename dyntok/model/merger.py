@@ -5,8 +5,6 @@ blocks' cross-attention come from one fixed context, that of the dropped patches
 `SimilarMerger` has no weights. Not here: which patches are kept (`selector.py`).
 """
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +15,7 @@ from dyntok.model.rotary import Rotary, rotate
 from dyntok_kernels import compact, gather_rows, merge_similar, soft_masked_attention, total_of, varlen_attention
 
 LAVIT_EPS = 1e-6  # of the softmax formula in LaVIT's released code
+_MOST = 20.0  # logits of kept patches above the largest of a dropped one, which can't overflow then
 
 
 class Merger(nn.Module):
@@ -172,15 +171,24 @@ class _PackedAttention:
 class _GatedAttention:
     """Kept rows only, the keep decision a factor in the attention weights, for its gradient.
 
-    Image by image: lengths differ widely.
+    All images at once, padded to the longest: the number of operations does not depend on the number of images.
     """
 
     def __init__(self, keep: Tensor, gate: Tensor) -> None:
-        self.keep, self.lengths = keep, keep.sum(1).tolist()
-        self.kept_weights = [
-            part * part.new_ones(2 * part.shape).tril() for part in gate[keep].split(self.lengths)
-        ]  # [T_i, T_i]
-        self.dropped_weights = 1 - gate
+        self.keep = keep
+        lengths = keep.sum(1)
+        longest = int(lengths.max()) if len(keep) else 0
+        filled = torch.arange(longest, device=keep.device) < lengths[:, None]  # [B, Tmax]
+        self.filled = filled.flatten().nonzero()[:, 0]  # [T], the padded row of each token
+        # [B, Tmax], the token of each padded row; rows beyond an image's last token repeat any token
+        self.token = (filled.flatten().cumsum(0) - 1).clamp(min=0).view_as(filled)
+        # the gate of each token; elsewhere 1, whose logarithm has a gradient
+        weight = filled.to(gate.dtype).masked_scatter(filled, gate[keep]).masked_fill(~filled, 1.0)
+        future = torch.ones(longest, longest, dtype=torch.bool, device=keep.device).triu(1)
+        hidden = future | ~filled[:, None]  # [B, Tmax, Tmax]
+        self.kept_bias = weight.log()[:, None].masked_fill(hidden, -torch.inf)[:, None]  # [B, 1, Tmax, Tmax]
+        self.dropped_weight = (1 - gate)[:, None, :, None]  # [B, 1, N, 1]
+        self.full = keep.all(1)[:, None, None, None]  # images without any dropped patch
 
     def rows(self, features: Tensor) -> Tensor:
         return features[self.keep]
@@ -188,18 +196,34 @@ class _GatedAttention:
     def context(self, context: Tensor) -> Tensor:
         return context
 
-    def _attend(self, q: Tensor, keys: Iterable[Tensor], values: Iterable[Tensor], weights: Iterable[Tensor]) -> Tensor:
-        outputs = [q[:0]]  # also where there is no image at all
-        for qi, ki, vi, wi in zip(q.split(self.lengths), keys, values, weights, strict=True):
-            qi, ki, vi = (x.transpose(0, 1)[None] for x in (qi, ki, vi))  # [1, H, T_i or N, d]
-            outputs.append(soft_masked_attention(qi, ki, vi, wi.view(1, -1, wi.shape[-1]))[0].transpose(0, 1))
-        return torch.cat(outputs)
+    def _padded(self, x: Tensor) -> Tensor:
+        """[T, H, d] -> [B, H, Tmax, d]"""
+        return x[self.token].transpose(1, 2)
+
+    def _packed(self, x: Tensor) -> Tensor:
+        """[B, H, Tmax, d] -> [T, H, d]"""
+        return x.transpose(1, 2).flatten(0, 1)[self.filled]
 
     def among_kept(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self._attend(q, k.split(self.lengths), v.split(self.lengths), self.kept_weights)
+        q, k, v = self._padded(q), self._padded(k), self._padded(v)
+        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + self.kept_bias
+        return self._packed(logits.softmax(-1).to(v.dtype) @ v)
 
     def to_dropped(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self._attend(q, k, v, self.dropped_weights)
+        """As `soft_masked_attention`, but the weights are multiplied into the values, which are fewer than the logits.
+
+        The weight as one more channel of the values gives the sum to divide by.
+        """
+        q, k, v, weight = self._padded(q), k.transpose(1, 2), v.transpose(1, 2), self.dropped_weight
+        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # [B, H, Tmax, N]
+        if logits.dtype in (torch.bfloat16, torch.float16):
+            logits = logits.float()
+        top = logits.detach().masked_fill(weight.detach().mT == 0, -torch.inf).amax(-1, keepdim=True)
+        mass = (logits - top.masked_fill(self.full, 0.0)).clamp(max=_MOST).exp()
+        values = torch.cat([v * weight, weight.expand(*v.shape[:-1], 1)], -1).to(v.dtype)  # [B, H, N, d + 1]
+        sums = mass.to(v.dtype) @ values
+        out = sums[..., :-1] / sums[..., -1:].masked_fill(self.full, 1.0)
+        return self._packed(torch.where(self.full, v.mean(2, keepdim=True), out))
 
 
 class _DenseAttention:

@@ -58,10 +58,10 @@ class CodebookTrainer(nn.Module):
     def _revive(self, codebook: Codebook, z: Tensor, generator: torch.Generator) -> int:
         average = self.counts.mean()
         dead = (self.counts < self.revive_below * average).nonzero()[:, 0]
+        if len(dead) == 0:  # on every rank alike: the counts are the same
+            return 0
         candidates = gather_rows_of_ranks(z)
         dead = dead[: len(candidates)]
-        if len(dead) == 0:
-            return 0
         picked = candidates[torch.randperm(len(candidates), generator=generator)[: len(dead)].to(z.device)]
         codebook.embedding[dead] = picked.to(codebook.embedding.dtype)
         # a count high enough that the code survives until it wins vectors of its own

@@ -70,8 +70,8 @@ def estimate(trainer: Trainer) -> RunEstimate:
         trainer.objective.set_stage(stage)
         seconds = []
         start = time.perf_counter()
-        for pixels in trainer.batches(0, _STEPS + 1):
-            trainer.train_step(pixels.to(trainer.accelerator.device), stage, done)
+        for batches in trainer.batches(0, _STEPS + 1):
+            trainer.train_step(batches, stage, done)
             seconds.append(time.perf_counter() - start)
             start = time.perf_counter()
         stages.append(StageEstimate(stage.name, steps - done, sum(seconds[1:]) / _STEPS))

@@ -3,6 +3,7 @@
 Not here: measuring them (`evaluate.py`).
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -27,11 +28,11 @@ Failure = tuple[str, str]  # a key, and the reason
 
 @dataclass
 class EncodedBatch:
-    """The readable images of a batch and their codes, on the CPU."""
+    """The readable images of a batch that have one shape, and their codes, on the CPU."""
 
     samples: list[ImageSample]
-    pixels: Tensor  # [B, 3, S, S], normalized
-    originals: Tensor  # [B, 3, S, S] in [0, 1], rounded to 8 bits
+    pixels: Tensor  # [B, 3, H, W], normalized
+    originals: Tensor  # [B, 3, H, W] in [0, 1], rounded to 8 bits
     images: list[Image.Image]  # the same as pictures
     encoding: Encoding
     vectors: Tensor  # [T, C]
@@ -54,20 +55,23 @@ class SampleEncoder:
     done: int = 0
 
     def batches(self, samples: Sequence[ImageSample], failed: list[Failure]) -> Iterator[EncodedBatch]:
-        """Yields the samples in order. Samples that can't be read are appended to `failed`."""
-        image = self.tokenizer.config.image
+        """Yields the samples in order, those of one shape together. Unreadable ones are appended to `failed`."""
         for part in batched(samples, self.batch_size):
-            readable = list(self._read(part, failed))
-            if readable:
-                kept, tensors = zip(*readable, strict=True)
-                pixels = torch.stack(tensors)
-                encoding = self._encode(kept, pixels).to("cpu")
-                vectors = self.tokenizer.codebook.lookup(encoding.packed_codes.to(self.tokenizer.device)).cpu()
-                images = [to_image(row, image) for row in pixels]
-                yield EncodedBatch(list(kept), pixels, to_visible(pixels, image), images, encoding, vectors)
+            shapes: dict[torch.Size, list[tuple[ImageSample, Tensor]]] = defaultdict(list)
+            for sample, pixels in self._read(part, failed):
+                shapes[pixels.shape].append((sample, pixels))
+            for rows in shapes.values():
+                yield self._encoded_batch([sample for sample, _ in rows], torch.stack([row for _, row in rows]))
             self.done += len(part)
             if self.progress is not None:
                 self.progress(self.done, self.total)
+
+    def _encoded_batch(self, samples: list[ImageSample], pixels: Tensor) -> EncodedBatch:
+        image = self.tokenizer.config.image
+        encoding = self._encode(samples, pixels).to("cpu")
+        vectors = self.tokenizer.codebook.lookup(encoding.packed_codes.to(self.tokenizer.device)).cpu()
+        images = [to_image(row, image) for row in pixels]
+        return EncodedBatch(samples, pixels, to_visible(pixels, image), images, encoding, vectors)
 
     def _read(self, samples: Sequence[ImageSample], failed: list[Failure]) -> Iterator[tuple[ImageSample, Tensor]]:
         for sample in samples:
@@ -85,12 +89,12 @@ class SampleEncoder:
         if self.selection == "learned":
             return encoding
         masks = [
-            self._mask(count, sample.key) for count, sample in zip(encoding.lengths.tolist(), samples, strict=True)
+            self._mask(count, sample.key, self.tokenizer.backbone.grid_of(pixels))
+            for count, sample in zip(encoding.lengths.tolist(), samples, strict=True)
         ]
         return self.tokenizer.encode_tensor(pixels, keep_mask=torch.stack(masks))
 
-    def _mask(self, count: int, key: str) -> Tensor:
-        grid = self.tokenizer.grid
+    def _mask(self, count: int, key: str, grid: tuple[int, int]) -> Tensor:
         return even_mask(count, grid) if self.selection == "even" else random_mask(count, grid, key)
 
     def _sample(self, sample: ImageSample, pixels: Tensor) -> Encoding:
@@ -101,6 +105,6 @@ class SampleEncoder:
 
 
 def to_visible(pixels: Tensor, config: ImageConfig) -> Tensor:
-    """Normalized pixels [B, 3, S, S] -> the same as a user sees them: in [0, 1], rounded to 8 bits."""
+    """Normalized pixels [B, 3, H, W] -> the same as a user sees them: in [0, 1], rounded to 8 bits."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (config.mean, config.std))
     return (pixels.float() * std + mean).clamp(0, 1).mul(255).round() / 255

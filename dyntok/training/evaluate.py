@@ -22,7 +22,7 @@ from dyntok.training.classifier import Classifier
 from dyntok.training.encoded_batches import EncodedBatch, Failure, SampleEncoder, Selection, to_visible
 from dyntok.training.probe import LabeledVectors, probe
 from dyntok.training.report import ClassifierResult, EvaluationReport, TokenCounts
-from dyntok.training.sources import ImageSample
+from dyntok.training.sources import ImageSample, spread
 
 _PROBE_LIMIT = 2000  # probe samples, spread evenly over those given
 
@@ -61,7 +61,7 @@ def evaluate(
     """
     policy = _policy(policy)
     _check_options(tokenizer, selection, teacher, {"batch_size": batch_size, "limit": limit})
-    chosen = _spread(samples, limit)
+    chosen = spread(samples, limit)
     labeled = LabeledVectors(probe_prefix)
     neighbors = None if probe_samples is None else LabeledVectors(probe_prefix)
     probed = [] if neighbors is None else _choose_probe_samples(probe_samples, neighbors, chosen)
@@ -81,7 +81,7 @@ def evaluate(
     for batch in encoder.batches(probed, probe_failed):
         neighbors.add(batch.samples, batch.images, batch.vectors, batch.encoding.lengths.tolist())
 
-    side, num_codes, tokens = tokenizer.config.image.img_size, len(tally.code_counts), tally.token_counts()
+    num_codes, tokens = len(tally.code_counts), tally.token_counts()
     return EvaluationReport(
         images=len(tally.lengths),
         failed=tuple(failed),
@@ -89,7 +89,7 @@ def evaluate(
         selection=selection,
         positions=positions,
         tokens=tokens,
-        bits_per_pixel=metrics.bits_per_pixel(tokens.mean, num_codes, side * side),
+        bits_per_pixel=metrics.bits_per_pixel(tokens.mean, num_codes, tally.pixels / len(tally.lengths)),
         codebook_size=num_codes,
         usage=float((tally.code_counts > 0).double().mean()),
         perplexity=perplexity(tally.code_counts),
@@ -107,6 +107,7 @@ class _Tally:
     """One entry per image in each list, if the figure applies to it."""
 
     code_counts: Tensor  # [K]
+    pixels: int = 0  # of all images
     lengths: list[int] = field(default_factory=list)
     jpeg_bytes: list[int] = field(default_factory=list)
     psnr: list[float] = field(default_factory=list)
@@ -117,6 +118,7 @@ class _Tally:
     correct_reconstructions: list[bool] = field(default_factory=list)
 
     def add(self, batch: EncodedBatch) -> None:
+        self.pixels += len(batch.pixels) * batch.pixels.shape[2] * batch.pixels.shape[3]
         self.lengths += batch.encoding.lengths.tolist()
         self.code_counts += torch.bincount(batch.encoding.packed_codes, minlength=len(self.code_counts))
         self.jpeg_bytes += map(metrics.jpeg_bytes, batch.images)
@@ -151,7 +153,7 @@ def _choose_probe_samples(
     both = {(sample.path, sample.offset) for sample in accepted} & {(one.path, one.offset) for one in evaluated}
     if both:
         raise DataError(f"{len(both)} images are both evaluated and probe samples; give the probe other images")
-    return _spread(accepted, _PROBE_LIMIT)
+    return spread(accepted, _PROBE_LIMIT)
 
 
 def _compare(
@@ -171,7 +173,7 @@ def _compare(
         return
     decoded = to_visible(tokenizer.decode_to_pixels(codes).cpu(), tokenizer.config.image)
     tally.psnr += metrics.psnr(decoded, batch.originals).tolist()
-    if decoded.shape[-1] >= metrics.SSIM_WINDOW:
+    if min(decoded.shape[2:]) >= metrics.SSIM_WINDOW:
         tally.ssim += metrics.ssim(decoded, batch.originals)
     if classifier is None:
         return
@@ -192,11 +194,6 @@ def _classifier_result(classifier: Classifier, tally: _Tally) -> ClassifierResul
         accuracy_originals=_mean(tally.correct_originals),
         accuracy_reconstructions=_mean(tally.correct_reconstructions),
     )
-
-
-def _spread(samples: Sequence[ImageSample], limit: int | None) -> list[ImageSample]:
-    count = min(limit or len(samples), len(samples))
-    return [samples[i * len(samples) // count] for i in range(count)]
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -1,13 +1,16 @@
 """The training loop: stages, optimizer, k-means, checkpoints; through `accelerate` on one CPU, one GPU or many.
 
 A run's folder holds `log.jsonl` (see `log.py`), and from the first checkpoint on `state.pt`, from which the run resumes
-(see `state.py`), and `tokenizer/`, an ordinary checkpoint.
+(see `state.py`), and `tokenizer/`, an ordinary checkpoint. With validation, `best/` is the one that was best at it.
 """
 
 import dataclasses
+import functools
 import logging
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -15,8 +18,9 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor
 
 from dyntok.checkpoint import format as checkpoint
-from dyntok.errors import CheckpointError, ConfigError, DataError, DyntokError
+from dyntok.errors import CheckpointError, DataError, DyntokError
 from dyntok.tokenizer import DynamicVisualTokenizer
+from dyntok.training.average import WeightAverage
 from dyntok.training.codebook import gather_rows_of_ranks
 from dyntok.training.data import TrainingImages
 from dyntok.training.display import Display, closing_line, opening_line
@@ -25,12 +29,15 @@ from dyntok.training.objective import Objective, StepResult
 from dyntok.training.optimizer import Optimizer
 from dyntok.training.pca_init import pca_init
 from dyntok.training.precision import best_dtype, supports_bf16
-from dyntok.training.recipe import Recipe, differences
+from dyntok.training.recipe import Recipe
 from dyntok.training.schedule import Schedule
-from dyntok.training.sources import take_inventory
+from dyntok.training.sources import find_samples, spread, take_inventory
 from dyntok.training.stage import Stage
+from dyntok.training.start import first_tokenizer
 from dyntok.training.state import check_same_run, describe_run, read_state, write_state
 from dyntok.training.teacher import TeacherFeatures
+from dyntok.training.trackers import check_trackers, finish_trackers, start_trackers, track
+from dyntok.training.validation import quality, validate
 
 _PCA_BATCHES = 8
 _KMEANS_VECTORS_PER_CODE = 16
@@ -42,7 +49,8 @@ _log = logging.getLogger(__name__)
 class Trainer:
     """One run of a recipe in a folder. Nothing is written before `run()`, which resumes from the folder's checkpoint.
 
-    tokenizer: start from these weights instead of random ones; they are changed in place.
+    tokenizer: start from these weights instead of random ones. Where it is configured as the recipe wants, it is
+        trained itself; otherwise a new tokenizer takes what fits (see `start.py`).
     cpu: do not use a GPU.
 
     Raises `ConfigError` if recipe and tokenizer do not fit, `DataError` if there are no images, `CheckpointError` if
@@ -55,9 +63,15 @@ class Trainer:
         self.recipe, self.folder = recipe, Path(folder)
         # a batch need not use every parameter: masks without gradient, images without positions, frozen parts
         options = DistributedDataParallelKwargs(find_unused_parameters=True)
-        self.accelerator = Accelerator(mixed_precision="no", cpu=cpu, kwargs_handlers=[options])
-        self.schedule = Schedule(recipe.stages, recipe.batch_size * self.accelerator.num_processes)
+        check_trackers(recipe.trackers)
+        self.accelerator = Accelerator(
+            mixed_precision="no", cpu=cpu, kwargs_handlers=[options],
+            log_with=list(recipe.trackers) or None, project_dir=self.folder,
+        )  # fmt: skip
+        self.schedule = Schedule(recipe.stages, recipe.batch_size * recipe.accumulate * self.accelerator.num_processes)
         inventory = take_inventory(recipe.data, recipe.split)
+        self.validation = find_samples(recipe.data, "validation") if recipe.validate_every else []
+        self._best = -math.inf  # quality of the best weights so far
         self._run = describe_run(recipe, inventory.samples, self.schedule.images_per_step)
         state = read_state(self.folder / "state.pt")
         if state is not None:
@@ -71,25 +85,21 @@ class Trainer:
 
         torch.manual_seed(recipe.seed)
         given = tokenizer is not None
-        if not given:
-            tokenizer = self._new_tokenizer(with_weights=state is None)
-        elif changes := differences(tokenizer.config.to_dict(), recipe.config.to_dict()):
-            raise ConfigError(
-                f"the tokenizer to start from differs from the recipe's: {'; '.join(changes[:5])}; "
-                "change the recipe's tokenizer"
-            )
+        tell = functools.partial(self.accelerator.print, flush=True)
+        tokenizer, has_codes = first_tokenizer(recipe, tokenizer, resuming=state is not None, tell=tell)
         image = tokenizer.config.image
         self.data = TrainingImages(
             inventory.samples, image, recipe.batch_size, seed=recipe.seed, min_crop=recipe.min_crop,
-            rank=self.accelerator.process_index, world=self.accelerator.num_processes,
+            rank=self.accelerator.process_index, world=self.accelerator.num_processes, grids=recipe.grids,
         )  # fmt: skip
         if recipe.pca_init and not given and state is None:
-            pca_init(tokenizer, torch.cat([self.data.batch(step) for step in range(_PCA_BATCHES)]))
+            pca_init(tokenizer, [self.data.batch(step) for step in range(_PCA_BATCHES)])
         teacher = TeacherFeatures(recipe.teacher, image.mean, image.std) if recipe.teacher.name else None
         self.objective = Objective(tokenizer, teacher)
-        self.quantizing = given and recipe.stages[0].quantize
+        self.quantizing = has_codes and recipe.stages[0].quantize
         self._unusable = 0  # steps in a row
         self._build()
+        self.average = WeightAverage(tokenizer, recipe.ema) if recipe.ema else None
         if state is not None:
             self._load(state)
 
@@ -98,13 +108,6 @@ class Trainer:
         if wanted == "bf16" and not supports_bf16(device):
             self.accelerator.print(f"precision bf16 is slow on this {device.type}, using fp32 instead", flush=True)
         return torch.float32 if wanted == "fp32" else best_dtype(device)
-
-    def _new_tokenizer(self, with_weights: bool) -> DynamicVisualTokenizer:
-        weights = self.recipe.backbone_weights if with_weights else ""
-        tokenizer = DynamicVisualTokenizer(self.recipe.config, pretrained_backbone=weights == "hub")
-        if weights not in ("", "hub"):
-            tokenizer.backbone.load_weights(weights)
-        return tokenizer
 
     def _build(self) -> None:
         recipe, stages = self.recipe, self.recipe.stages
@@ -125,9 +128,12 @@ class Trainer:
             if wrong:
                 raise KeyError(f"{len(wrong)} tensors missing or not expected: {', '.join(wrong[:5])}")
             self.optimizer.load_state_dict(state["optimizer"])
+            if self.average is not None:
+                self.average.load(state["average"] or self.objective.tokenizer.state_dict())
         except (RuntimeError, KeyError, ValueError) as error:
             raise CheckpointError(f"{path} does not fit this recipe: {error}; train into another folder") from error
         self.quantizing = state["quantizing"]
+        self._best = -math.inf if state["best"] is None else state["best"]
 
     def run(self) -> None:
         """Trains to the end of the recipe.
@@ -136,12 +142,14 @@ class Trainer:
         """
         if self.accelerator.is_main_process:
             open_log(self.folder / "log.jsonl", self.step)
+        start_trackers(self.accelerator, self.recipe.to_dict())
         size, main = self.schedule.images_per_step, self.accelerator.is_main_process
         display = Display(self.schedule.total_images, self.step * size, enabled=main)
         try:
             self._train(display)
         finally:
             display.close()
+        finish_trackers(self.accelerator)
         fingerprint, unreadable = self.save(), len(self.data.unreadable)
         display.note(closing_line(self.recipe, self.folder, fingerprint, unreadable, display.elapsed))
 
@@ -149,7 +157,7 @@ class Trainer:
         averages = StepAverages(self.accelerator, len(self.objective.tokenizer.codebook.embedding))
         saved = reported = time.monotonic()
         since, current = self.step, None
-        for pixels in self.batches(self.step, self.schedule.total_steps):
+        for batches in self.batches(self.step, self.schedule.total_steps):
             stage, step = self.schedule.locate(self.step)
             if stage is not current:
                 current = stage
@@ -157,53 +165,81 @@ class Trainer:
             if stage.quantize and not self.quantizing:
                 display.note(f"starting the codebook by k-means on {self.kmeans_vectors:,} vectors")
                 self._kmeans()
-            result = self.train_step(pixels.to(self.accelerator.device), stage, step)
+            result = self.train_step(batches, stage, step)
             self.step += 1
             averages.add(result)
             display.advance(self.schedule.images_per_step, stage.name, result.summary)
             now, ended = time.monotonic(), self.step == self.schedule.total_steps
             if self.step % self.recipe.log_every == 0 or ended:
-                images = self.step * self.schedule.images_per_step
-                line = {"stage": stage.name, "step": self.step, "images": images}
-                line |= averages.collect(self.data.unreadable)
                 speed = (self.step - since) * self.schedule.images_per_step / (now - reported)
-                if self.accelerator.is_main_process:
-                    append_line(self.folder / "log.jsonl", {**line, "images_per_second": speed})
+                self._report(stage, averages.collect(self.data.unreadable) | {"images_per_second": speed})
                 since, reported = self.step, now
+            if self.recipe.validate_every and (self.step % self.recipe.validate_every == 0 or ended):
+                self._validate(stage, display)
             due = now - saved >= 60 * self.recipe.save_minutes
             by_steps = self.recipe.save_every and self.step % self.recipe.save_every == 0
             if (due or by_steps or step + 1 == self.schedule.steps(stage)) and not ended:
                 self.save()
                 saved = now
 
-    def batches(self, first: int, last: int) -> Iterator[Tensor]:
-        """Yields this rank's batches of the steps `first` to `last`. Raises `DataError` if no images can be read."""
-        workers = self.recipe.workers
+    def _report(self, stage: Stage, figures: dict[str, float]) -> None:
+        """Writes a line of the log."""
+        images = self.step * self.schedule.images_per_step
+        line = {"stage": stage.name, "step": self.step, "images": images, **figures}
+        if self.accelerator.is_main_process:
+            append_line(self.folder / "log.jsonl", line)
+        track(self.accelerator, line)
+
+    def _validate(self, stage: Stage, display: Display) -> None:
+        """Measures on the main process, and keeps the weights in `best` if they are the best so far."""
+        if not self.accelerator.is_main_process:
+            return
+        tokenizer, chosen = self.objective.tokenizer, spread(self.validation, self.recipe.validation_images)
+        figures = validate(tokenizer, chosen, None if self.average is None else self.average.values)
+        self._report(stage, figures)
+        reached = quality(figures)
+        if reached > self._best:
+            self._best = reached
+            checkpoint.save(self.folder / "best", tokenizer.config, self._result())
+        shown = ", ".join(f"{name.removeprefix('validation_')} {value:.4g}" for name, value in figures.items())
+        display.note(f"validation after step {self.step}: {shown}; best {self._best:.4g}")
+
+    def batches(self, first: int, last: int) -> Iterator[list[Tensor]]:
+        """Yields this rank's batches of each of the steps `first` to `last`.
+
+        Raises `DataError` if no images can be read.
+        """
+        workers, count = self.recipe.workers, self.recipe.accumulate
         loader = torch.utils.data.DataLoader(
-            self.data, batch_size=None, sampler=range(first, last), num_workers=workers,
+            self.data, batch_size=None, sampler=range(first * count, last * count), num_workers=workers,
             prefetch_factor=4 if workers else None,
         )  # fmt: skip
+        step: list[Tensor] = []
         for pixels in loader:
             if isinstance(pixels, DataError):
                 raise pixels
-            yield pixels
+            step.append(pixels)
+            if len(step) == count:
+                yield step
+                step = []
 
     def autocast(self) -> torch.autocast:
         dtype = self.autocast_dtype
         return torch.autocast(self.accelerator.device.type, dtype, enabled=dtype != torch.float32)
 
-    def train_step(self, pixels: Tensor, stage: Stage, step: int) -> StepResult:
-        """Takes one step on normalized pixels [B, 3, S, S].
+    def train_step(self, batches: Sequence[Tensor], stage: Stage, step: int) -> StepResult:
+        """Takes one step on batches of normalized pixels [B, 3, H, W], whose gradients are averaged.
 
         A step whose gradient is not finite is skipped. Raises `DyntokError` after many of them in a row.
         """
-        # every step has a seed of its own, so that a resumed run draws what an uninterrupted one would
-        torch.manual_seed((self.recipe.seed * 1_000_003 + self.step) * 1_009 + self.accelerator.process_index)
         self.model.train()
         factor = self.schedule.lr_factor(stage, step)
-        with self.autocast():
-            result: StepResult = self.model(pixels)
-        self.accelerator.backward(result.loss)
+        results = []
+        for i, pixels in enumerate(batches):
+            last = i + 1 == len(batches)
+            with nullcontext() if last else self.accelerator.no_sync(self.model):  # ranks exchange gradients once
+                results.append(self._add_gradients(pixels, self.step * len(batches) + i, len(batches)))
+        result = StepResult.of(results)
         norm = self.accelerator.clip_grad_norm_(self.objective.parameters(), 1.0)
         result.metrics["grad"] = norm.detach()
         usable = bool(norm.isfinite())  # the same on every rank
@@ -219,7 +255,21 @@ class Trainer:
             trainer.decay = 1 - (1 - _CODEBOOK_DECAY) * max(factor, 0.1)
             revived = trainer.update(codebook, result.vectors, result.codes, generator)
             result.metrics["revived"] = torch.tensor(float(revived))
+        if usable and self.average is not None:
+            self.average.update(self.objective.tokenizer, self.step)
         self._unusable = 0 if usable else self._unusable
+        return result
+
+    def _add_gradients(self, pixels: Tensor, number: int, count: int) -> StepResult:
+        """Adds the gradients of the run's batch of that number, as one of `count`."""
+        # every batch has a seed of its own, so that a resumed run draws what an uninterrupted one would
+        seed = (self.recipe.seed * 1_000_003 + number) * 1_009
+        torch.manual_seed(seed)
+        draw = self.objective.draw()  # the same on all ranks, so that none waits for another kind of mask
+        torch.manual_seed(seed + 1 + self.accelerator.process_index)
+        with self.autocast():
+            result: StepResult = self.model(pixels.to(self.accelerator.device), draw)
+        self.accelerator.backward(result.loss / count)
         return result
 
     def _skip(self, result: StepResult) -> None:
@@ -236,24 +286,28 @@ class Trainer:
         """The number of vectors from which k-means starts the codebook."""
         return _KMEANS_VECTORS_PER_CODE * len(self.objective.tokenizer.codebook.embedding)
 
-    def code_vectors(self, step: int) -> Tensor:
-        """Returns the vectors [T, C], of all ranks, that a step would quantize."""
-        pixels = self.data.batch(step).to(self.accelerator.device)
-        torch.manual_seed(self.recipe.seed * 1_000_003 + step)
+    def code_vectors(self, number: int) -> Tensor:
+        """Returns the vectors [T, C], of all ranks, that the run's batch of that number would quantize."""
+        pixels = self.data.batch(number).to(self.accelerator.device)
+        torch.manual_seed(self.recipe.seed * 1_000_003 + number)
         with self.autocast():
             return gather_rows_of_ranks(self.objective.code_vectors(pixels))
 
     def _kmeans(self) -> None:
         """Starts the codebook from the vectors of the next batches."""
         vectors: list[Tensor] = []
-        step = self.step
+        number = self.step * self.recipe.accumulate
         while sum(map(len, vectors)) < self.kmeans_vectors:
-            vectors.append(self.code_vectors(step))
-            step += 1
+            vectors.append(self.code_vectors(number))
+            number += 1
         generator, codebook = torch.Generator().manual_seed(self.recipe.seed), self.objective.tokenizer.codebook
         start = torch.cat(vectors)[: self.kmeans_vectors]
         self.objective.codebook_trainer.start(codebook, start, generator=generator)
         self.quantizing = True
+
+    def _result(self) -> dict[str, Tensor]:
+        """The weights that the run is about: their average, where the recipe wants one."""
+        return self.objective.tokenizer.state_dict() if self.average is None else self.average.values
 
     def save(self) -> str:
         """Writes `tokenizer/` and `state.pt`, and returns the tokenizer's fingerprint ("" on other ranks).
@@ -264,9 +318,10 @@ class Trainer:
             return ""
         tokenizer = self.objective.tokenizer
         # before the state: a run killed in between resumes from the old state, and writes both again
-        fingerprint = checkpoint.save(self.folder / "tokenizer", tokenizer.config, tokenizer.state_dict())
+        fingerprint = checkpoint.save(self.folder / "tokenizer", tokenizer.config, self._result())
         weights = {name: v for name, v in self.objective.state_dict().items() if not name.startswith("teacher.")}
         state = {"step": self.step, "quantizing": self.quantizing, "objective": weights}
         state |= {"optimizer": self.optimizer.state_dict(), "run": self._run}
+        state |= {"average": None if self.average is None else self.average.values, "best": self._best}
         write_state(self.folder / "state.pt", state)
         return fingerprint

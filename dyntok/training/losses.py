@@ -36,6 +36,11 @@ def patch_error(pixels: Tensor, target: Tensor, patch_size: int) -> Tensor:
     return F.avg_pool2d((pixels - target).square().mean(1, keepdim=True), patch_size).flatten(1)
 
 
+def low_frequency(pixels: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of the means over 4 x 4 pixels. Both [B, 3, H, W] -> scalar."""
+    return F.avg_pool2d(pixels - target, 4).square().mean()
+
+
 def perceptual(maps: list[Tensor], targets: list[Tensor]) -> Tensor:
     """Distance of feature maps of a fixed network, each position normalized over its channels.
 
@@ -73,7 +78,7 @@ def around(error: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def local(score: Tensor, error: Tensor, logits_per_nat: float = 2.5) -> Tensor:
-    """Mean squared distance of scores to the log of the error that random masks leave around each patch.
+    """Mean squared distance of scores to the log of the error that random or lattice masks leave around each patch.
 
     Patches are kept more densely where a picture is hard to fill in. Both are centered over the batch, because the rate
     loss decides how many patches are kept in all.

@@ -56,7 +56,7 @@ def jpeg_bytes(image: Image.Image) -> int:
     return buffer.tell()
 
 
-def bits_per_pixel(tokens: float, codebook_size: int, pixels: int) -> float:
+def bits_per_pixel(tokens: float, codebook_size: int, pixels: float) -> float:
     """Bits per pixel of codes of equal length, log2 K bits each.
 
     Positions are not counted; as a bit mask they take N bits more.

@@ -1,8 +1,10 @@
 """The forward pass of a training step: choose masks, encode, decode, add up the losses.
 
-Not here: the losses (`losses.py`), the teacher (`teacher.py`), gradients and steps (`loop.py`).
+Not here: the losses (`losses.py`), the kinds of masks (`choices.py`), the teacher (`teacher.py`), gradients and steps
+(`loop.py`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,14 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyntok.errors import ConfigError
-from dyntok.model.selector import DROP, KEEP, straight_through
-from dyntok.policy import KeepPolicy
+from dyntok.model.merger import SimilarMerger
+from dyntok.model.selector import DROP, KEEP
 from dyntok.ragged import cu_seqlens_from_mask
 from dyntok.tokenizer import DynamicVisualTokenizer
 from dyntok.training import losses
+from dyntok.training.choices import Choice, Mask, draw_choice, make_mask
 from dyntok.training.codebook import CodebookTrainer
 from dyntok.training.stage import Stage
-from dyntok.training.teacher import TeacherFeatures
+from dyntok.training.teacher import TeacherFeatures, View
 
 
 @dataclass
@@ -31,11 +34,39 @@ class StepResult:
     vectors: Tensor | None
     codes: Tensor | None
 
+    @classmethod
+    def of(cls, results: Sequence["StepResult"]) -> "StepResult":
+        """Returns the result of a step that had several batches."""
+        if len(results) == 1:
+            return results[0]
+        names = dict.fromkeys(name for result in results for name in result.metrics)
+        metrics = {
+            name: torch.stack([result.metrics[name] for result in results if name in result.metrics]).nanmean()
+            for name in names
+        }
+        vectors = [result.vectors for result in results if result.vectors is not None]
+        codes = [result.codes for result in results if result.codes is not None]
+        return cls(
+            torch.stack([result.loss.detach() for result in results]).mean(),
+            metrics,
+            torch.cat([result.lengths for result in results]),
+            torch.cat(vectors) if vectors else None,
+            torch.cat(codes) if codes else None,
+        )
+
     def summary(self) -> str:
         """Returns the figures that a person follows, as text."""
         shown = {name: float(value) for name, value in self.metrics.items() if name in ("loss", "psnr")}
         shown["tokens"] = float(self.lengths.float().mean())
         return ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What chance decides for the pictures of all ranks together."""
+
+    choice: Choice
+    view: View | None  # None without a teacher
 
 
 class Objective(nn.Module):
@@ -69,11 +100,19 @@ class Objective(nn.Module):
             raise ConfigError(
                 "the tokenizer has no decoder, so no reconstruction can be compared; remove decoder: null"
             )
-        needs_pixels = weights.pixel or weights.perceptual or weights.recognition or "pixel_head" in stage.freeze
+        needs_pixels = (
+            weights.pixel or weights.low or weights.perceptual or weights.recognition or "pixel_head" in stage.freeze
+        )
         if tok.pixel_head is None and needs_pixels:
             raise ConfigError(f"{name} trains pixels, but the tokenizer makes none; set decoder.pixels: true")
         if self.teacher is None and weights.needs_teacher:
             raise ConfigError(f"{name} has a perceptual, recognition or semantic loss, but there is no teacher")
+        bound = tok.config.selector.places != "free" or tok.config.merger.position == "rotary"
+        if stage.masks.learned and bound and not isinstance(tok.merger, SimilarMerger):
+            raise ConfigError(
+                f"{name} has learned masks, which need selector.places: free and merger.position: none; "
+                "set masks.learned: 0 and give the other kinds shares"
+            )
         if weights.feature and decoder.head == "none" and decoder.embed_dim not in (None, width):
             raise ConfigError(
                 f"{name} compares features, but the decoder's have {decoder.embed_dim} channels and the backbone's "
@@ -92,29 +131,49 @@ class Objective(nn.Module):
             part.eval()
         return self
 
+    def draw(self) -> Draw:
+        """Draws from the global random generator, which must have the same state on all ranks."""
+        choice = draw_choice(self._current_stage)
+        return Draw(choice, None if self.teacher is None else self.teacher.draw_view())
+
+    @property
+    def _current_stage(self) -> Stage:
+        assert self.stage is not None, "set_stage comes before everything else"
+        return self.stage
+
+    def _mask(self, choice: Choice, log_probs: Tensor, grid: tuple[int, int]) -> Mask:
+        return make_mask(choice, log_probs, grid, self.tokenizer.config.selector.places)
+
     @torch.no_grad()
     def code_vectors(self, pixels: Tensor) -> Tensor:
         """pixels [B, 3, H, W] -> the vectors [T, C] that a step would quantize. Draws from the global generator."""
-        features, grid = self.tokenizer.backbone(pixels), self.tokenizer.backbone.grid_of(pixels)
-        keep, gate, _ = self.masks(self.tokenizer.selector(features, grid))
-        return self.tokenizer.projection(self.tokenizer.merger(features, keep, gate, grid=grid)).float()
+        tok = self.tokenizer
+        features, grid = tok.backbone(pixels), tok.backbone.grid_of(pixels)
+        mask = self._mask(draw_choice(self._current_stage), tok.selector(features, grid), grid)
+        return tok.projection(tok.merger(features, mask.keep, mask.gate, grid=grid)).float()
 
-    def forward(self, pixels: Tensor) -> StepResult:
-        """pixels: [B, 3, H, W]. Draws from the global random generator."""
-        stage, tok, weights = self.stage, self.tokenizer, self.stage.weights
+    def forward(self, pixels: Tensor, draw: Draw | None = None) -> StepResult:
+        """pixels: [B, 3, H, W]. draw: the same on all ranks. Draws the rest from the global random generator."""
+        stage, tok = self._current_stage, self.tokenizer
+        weights, draw = stage.weights, draw or self.draw()
         features, grid = tok.backbone(pixels), tok.backbone.grid_of(pixels)
         log_probs = tok.selector(features, grid)
-        keep, gate, is_random = self.masks(log_probs)
-        vectors = tok.projection(tok.merger(features, keep, gate, grid=grid)).float()
+        mask = self._mask(draw.choice, log_probs, grid)
+        keep = mask.keep
+        vectors = tok.projection(tok.merger(features, keep, mask.gate, grid=grid)).float()
         codes = None
         if stage.quantize:
             rows, codes = tok.codebook.quantize(vectors)
         else:
             rows = F.normalize(vectors, dim=-1)
         cu_seqlens = cu_seqlens_from_mask(keep)
-        known = torch.rand(len(pixels), device=pixels.device) >= stage.position_drop  # [B]: decoded with positions
+        on_lattice = draw.choice.kind == "lattice"
+        drop = stage.lattice_drop if on_lattice else stage.position_drop
+        known = torch.rand(len(pixels), device=pixels.device) >= drop  # [B]: decoded with positions
         positions = torch.where(known.repeat_interleave(keep.sum(1)), keep.nonzero()[:, 1], -1)
         decoded = tok.decoder(rows, cu_seqlens, positions, grid=grid)
+        if on_lattice and tok.decoder.dithered:  # unknown positions are guessed on the lattice
+            known = torch.ones_like(known)
 
         metrics: dict[str, Tensor] = {}
         loss = pixels.new_zeros(())
@@ -130,47 +189,36 @@ class Objective(nn.Module):
             squared = ((painted.detach() - pixels) * self.pixel_std).square().mean((1, 2, 3))  # [B], of values 0 to 1
             metrics["psnr"] = -10 * squared[known].log10().mean()  # NaN where no image has positions
             loss = loss + weights.pixel * metrics["pixel"]
+            if weights.low:
+                metrics["low"] = losses.low_frequency(painted, pixels)
+                loss = loss + weights.low * metrics["low"]
             error = patch_error.detach() if error is None else error
+        seen = len(pixels)
         if weights.needs_teacher:
-            added, error = self._teacher_losses(pixels, painted, rows, keep, known, error, metrics)
+            seen = self.teacher.seen(len(pixels))
+            few_rows = rows if seen == len(pixels) else rows[: int(keep[:seen].sum())]
+            few_painted, few_error = (None if x is None else x[:seen] for x in (painted, error))
+            added, error = self._teacher_losses(
+                pixels[:seen], few_painted, keep[:seen], known[:seen], few_error, few_rows, draw.view, metrics
+            )
             loss = loss + added
         if codes is not None:
             metrics["commitment"] = losses.commitment(F.normalize(vectors, dim=-1), tok.codebook.lookup(codes))
             loss = loss + weights.commitment * metrics["commitment"]
-        loss = loss + self._selector_losses(log_probs, grid, error[known] if is_random else None, known, metrics)
+        if error is not None and not draw.choice.measures:
+            error = None
+        loss = loss + self._selector_losses(log_probs, grid, error, known[:seen], metrics)
         metrics["loss"] = loss
         metrics = {name: value.detach() for name, value in metrics.items()}
         lengths = (log_probs[..., KEEP] > log_probs[..., DROP]).sum(1).clamp(min=1)
         return StepResult(loss, metrics, lengths, vectors.detach(), codes)
 
-    def masks(self, log_probs: Tensor) -> tuple[Tensor, Tensor | None, bool]:
-        """Draws the kind of masks by the stage's shares.
-
-        Returns the keep mask, bool [B, N]; its gate [B, N] with the gradient, if the choice is the learned one; and
-        whether the mask is random.
-        """
-        masks, (low, high) = self.stage.masks, self.stage.budgets
-        draw = float(torch.rand(())) * (masks.learned + masks.budget + masks.random)
-        count = max(1, round(log_probs.shape[1] * low * (high / low) ** float(torch.rand(()))))
-        if draw < masks.learned:
-            keep, gate = straight_through(log_probs)
-            empty = ~keep.any(1)
-            if empty.any():  # at least one token: keep the best patch
-                best = KeepPolicy(budget=1)(log_probs.detach()) & empty[:, None]
-                keep, gate = keep | best, torch.where(best, gate - gate.detach() + 1, gate)
-            return keep, gate, False
-        if draw < masks.learned + masks.budget:
-            return KeepPolicy(budget=count)(log_probs.detach()), None, False
-        noise = torch.rand_like(log_probs[..., 0])
-        return noise.argsort(1).argsort(1) < count, None, True
-
     def _teacher_losses(
-        self, pixels: Tensor, painted: Tensor | None, rows: Tensor, keep: Tensor, known: Tensor, error: Tensor | None,
-        metrics: dict[str, Tensor],
+        self, pixels: Tensor, painted: Tensor | None, keep: Tensor, known: Tensor, error: Tensor | None, rows: Tensor,
+        view: View, metrics: dict[str, Tensor],
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Returns the weighted losses, and each patch's error [B, N] with the perceptual one added."""
         weights, loss = self.stage.weights, pixels.new_zeros(())
-        view = self.teacher.draw_view()
         with torch.no_grad():
             targets, wanted = self.teacher(pixels, view)
         if weights.perceptual or weights.recognition:
@@ -202,7 +250,10 @@ class Objective(nn.Module):
     def _selector_losses(
         self, log_probs: Tensor, grid: tuple[int, int], error: Tensor | None, known: Tensor, metrics: dict[str, Tensor]
     ) -> Tensor:
-        """error: [B', N] of the images with positions, as random masks left it; None if the masks were not random."""
+        """error: [B', N] of the first images, as a mask without regard to the scores left it; None after other masks.
+
+        known: [B'], which of these images were decoded with positions.
+        """
         stage = self.stage
         score, probability = log_probs[..., KEEP] - log_probs[..., DROP], log_probs[..., KEEP].exp()
         # the deterministic choice with the gradient of its probability: the rate counts what inference keeps
@@ -210,10 +261,10 @@ class Objective(nn.Module):
         metrics["keep"] = _mean_over_ranks(chosen.mean())
         metrics["rate"] = losses.rate(metrics["keep"], stage.rho)
         total = stage.weights.rate * metrics["rate"]
-        if stage.weights.local and error is not None and len(error):
+        if stage.weights.local and error is not None and known.any():
             bias = self.tokenizer.selector.bias(grid)
-            unbiased = score[known] - (bias.detach() if isinstance(bias, Tensor) else bias)
-            metrics["local"] = losses.local(unbiased, losses.around(error, grid))
+            unbiased = score[: len(known)][known] - (bias.detach() if isinstance(bias, Tensor) else bias)
+            metrics["local"] = losses.local(unbiased, losses.around(error[known], grid), stage.local_slope)
             total = total + stage.weights.local * metrics["local"]
         return total
 

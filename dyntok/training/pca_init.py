@@ -5,6 +5,8 @@ first C-1 of them and a constant, so that an l2-normalized vector still carries 
 pixel head are the inverse. Residual branches start small (`init_scale`, timm's `init_values`).
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -16,8 +18,8 @@ _POSITION = 0.15  # standard deviation of the position embedding's coordinates
 
 
 @torch.no_grad()
-def pca_init(tokenizer: DynamicVisualTokenizer, pixels: Tensor) -> None:
-    """Initializes from normalized training pixels [B, 3, H, W].
+def pca_init(tokenizer: DynamicVisualTokenizer, batches: Iterable[Tensor]) -> None:
+    """Initializes from batches of normalized training pixels [B, 3, H, W].
 
     Raises `ConfigError` if a part is not linear at the start (norms and MLP heads are not), if widths do not fit, or if
     there are too few patches.
@@ -47,7 +49,8 @@ def pca_init(tokenizer: DynamicVisualTokenizer, pixels: Tensor) -> None:
             f"{projection.out_features} in codes; pca_init expects one width of at most {3 * p * p} (3 x patch {p} "
             "squared), and codes of dimension 2 to width + 1"
         )
-    patches = nn.functional.unfold(pixels, p, stride=p).transpose(1, 2).flatten(0, 1)  # [n, 3 p p]
+    unfolded = [nn.functional.unfold(batch, p, stride=p).transpose(1, 2).flatten(0, 1) for batch in batches]
+    patches = torch.cat(unfolded)  # [n, 3 p p]
     if len(patches) < width:
         raise ConfigError(
             f"pca_init got {len(patches)} patches for {width} components; give at least as many (a larger batch_size)"

@@ -13,6 +13,7 @@ import yaml
 from dyntok.config import TokenizerConfig
 from dyntok.errors import ConfigError
 from dyntok.structure import build, require
+from dyntok.training.grids import Grids
 from dyntok.training.stage import Stage
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -29,13 +30,15 @@ class Teacher:
     weights: str = "hub"  # "hub", or a safetensors file
     kwargs: dict[str, Any] = field(default_factory=dict)  # for timm.create_model
     layers: tuple[int, ...] = ()  # indices of the intermediate features to compare; empty: all
-    sizes: tuple[int, ...] = ()  # sides in pixels, one drawn per step, to which pictures are scaled; empty: not scaled
+    sizes: tuple[int, ...] = ()  # sides in pixels, one drawn per step: pictures get the area of its square
+    share: float = 1.0  # of each batch's pictures that are compared, at least four
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
         object.__setattr__(self, "sizes", tuple(self.sizes))
         valid = all(size >= 1 for size in self.sizes)
         require(valid, f"teacher.sizes are {self.sizes}, expected sides of at least 1 pixel")
+        require(0 < self.share <= 1, f"teacher.share is {self.share}, expected a share in (0, 1]")
 
 
 @dataclass(frozen=True)
@@ -49,19 +52,25 @@ class Recipe:
     backbone_weights: str = ""  # "" (random), "hub" or a safetensors file
     data: tuple[str, ...] = ()  # folders of images, webdataset tars
     split: Literal["all", "train", "validation"] = "train"
-    min_crop: float = 0.8  # smallest side of a random crop, as a share of the image's short side
+    min_crop: float = 0.8  # smallest random crop, as a share of the sides of the largest one
+    grids: Grids | None = None  # a grid for each batch; needs a tokenizer that takes any (image.max_patches)
     teacher: Teacher = field(default_factory=Teacher)
     stages: tuple[Stage, ...] = ()
-    batch_size: int = 32  # images per step and process
+    batch_size: int = 32  # images per step and process; with grids, of images of the tokenizer's square grid
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the processor is fast at it
+    accumulate: int = 1  # batches per step and process whose gradients are averaged, where memory is small
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of transformer blocks
     pca_init: bool = False  # start as a linear (PCA) codec, see pca_init.py
     weight_decay: float = 0.02
+    ema: float = 0.0  # decay of a moving average of the weights, which becomes the result; 0: the weights themselves
     seed: int = 0
     workers: int = 1  # processes that load images; 0: none
     log_every: int = 20  # steps between two lines of log.jsonl
     save_minutes: float = 10.0  # time between two checkpoints; each stage ends with one, too
     save_every: int = 0  # also save after this number of steps; 0: by time only
+    validate_every: int = 0  # steps between two measurements on the validation part; the best weights stay in `best`
+    validation_images: int = 64  # for each of them, spread evenly over that part
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()  # get the lines of the log, too
 
     def __post_init__(self) -> None:
         require(not isinstance(self.data, str | Path), f"data is {self.data!r}, expected a list of folders or tars")
@@ -70,19 +79,27 @@ class Recipe:
         stages = self.stages
         require(bool(stages), "the recipe has no stages, expected at least one under `stages`")
         require(bool(self.data), "the recipe names no data; pass --data FOLDER, or list folders or tars under `data`")
-        lowest = {"batch_size": 1, "log_every": 1, "save_minutes": 0, "save_every": 0, "workers": 0, "weight_decay": 0}
+        object.__setattr__(self, "trackers", tuple(self.trackers))
+        ones, zeros = ("batch_size", "accumulate", "log_every", "validation_images"), ("save_minutes", "save_every")
+        lowest = dict.fromkeys(ones, 1) | dict.fromkeys((*zeros, "workers", "weight_decay", "validate_every"), 0)
         for name, low in lowest.items():
             value = getattr(self, name)
             require(value >= low, f"{name} is {value}, expected {low} or more")
+        require(0 <= self.ema < 1, f"ema is {self.ema}, expected a decay from 0 to below 1, such as 0.999")
         require(0 < self.min_crop <= 1, f"min_crop is {self.min_crop}, expected a share of the short side in (0, 1]")
         require(0 <= self.seed < 2**31, f"seed is {self.seed}, expected 0 to {2**31 - 1}")
+        held_out = not self.validate_every or self.split == "train"
+        require(held_out, f"validate_every needs split: train, which leaves pictures out; it is {self.split}")
         quantize = [stage.quantize for stage in stages]
         message = "a stage without quantize follows a stage with it; quantization can't be switched off again"
         require(quantize == sorted(quantize), message)
         needs_teacher = any(stage.weights.needs_teacher for stage in stages)
         message = "perceptual, recognition and semantic losses need teacher.name (a timm model)"
         require(bool(self.teacher.name) or not needs_teacher, message)
-        self.to_dict()  # refuses an invalid tokenizer
+        config = self.config  # refuses an invalid tokenizer
+        remedy = "remove grids, or choose a tokenizer with image.max_patches"
+        fits = self.grids is None or config.image.max_patches is not None
+        require(fits, f"the recipe has grids, but its tokenizer takes squares of {config.image.img_size} px; {remedy}")
 
     @property
     def config(self) -> TokenizerConfig:

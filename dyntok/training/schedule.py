@@ -1,5 +1,6 @@
 """Which stage each step of a run belongs to, and its learning rate."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,4 +36,7 @@ class Schedule:
     def lr_factor(self, stage: Stage, step: int) -> float:
         """Returns the share of `stage.lr` at a step of the stage, 0 to 1: warm-up times decay."""
         warmup = min(1.0, (step + 1) * self.images_per_step / stage.warmup) if stage.warmup else 1.0
-        return warmup * (1 - step / self.steps(stage)) if stage.decay == "linear" else warmup
+        done = step / self.steps(stage)
+        if stage.decay == "linear":
+            return warmup * (1 - done)
+        return warmup * (1 + math.cos(math.pi * done)) / 2 if stage.decay == "cosine" else warmup

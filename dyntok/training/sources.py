@@ -89,6 +89,12 @@ def find_samples(sources: Sequence[str | Path], split: Split = "all") -> list[Im
     return take_inventory(sources, split).samples
 
 
+def spread(samples: Sequence[ImageSample], limit: int | None) -> list[ImageSample]:
+    """Returns at most `limit` samples, spread evenly over those given; None: all."""
+    count = min(limit or len(samples), len(samples))
+    return [samples[i * len(samples) // count] for i in range(count)]
+
+
 def is_validation(key: str) -> bool:
     """Returns whether an image belongs to the validation part. The same key always gets the same answer."""
     return int(_hash(key.encode(errors="surrogateescape")), 16) % HOLDOUT == 0

@@ -18,7 +18,8 @@ from dyntok.training.sources import ImageSample, digest_of
 # What may change when a run resumes: where the files are (their keys are compared), and how the work is organized.
 _FREE = {
     "description", "data", "split", "backbone_weights", "batch_size", "workers", "precision",
-    "log_every", "save_minutes", "save_every", "stages",
+    "log_every", "save_minutes", "save_every", "stages", "accumulate", "validate_every", "validation_images",
+    "trackers",
 }  # fmt: skip
 
 
@@ -48,7 +49,9 @@ def read_state(path: Path) -> dict[str, Any] | None:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         return {name: state[name] for name in ("step", "quantizing", "objective", "optimizer")} | {
-            "run": state.get("run")
+            "run": state.get("run"),
+            "average": state.get("average"),
+            "best": state.get("best"),
         }
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, UnpicklingError) as error:
         raise CheckpointError(

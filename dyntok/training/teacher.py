@@ -3,6 +3,7 @@
 Not here: the classifier that evaluates a trained tokenizer (`classifier.py`).
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 from dyntok.errors import CheckpointError, ConfigError
 from dyntok.model.backbone import load_timm_weights
 from dyntok.training.recipe import Teacher
+
+_SHORTEST = 32  # pixels of a scaled side: the stride of most networks
+_FEWEST = 4  # images that are compared at least: their mean is the center of the recognition loss
 
 
 def create_network(teacher: Teacher, *, with_classifier: bool) -> nn.Module:
@@ -41,9 +45,10 @@ def create_network(teacher: Teacher, *, with_classifier: bool) -> nn.Module:
 
 @dataclass(frozen=True)
 class View:
-    """How one step shows its pictures to the teacher: shifted by at most one pixel, and scaled to `size` if given.
+    """How one step shows its pictures to the teacher: shifted by at most one pixel, and scaled if `size` is given.
 
-    The shift keeps the teacher's strides from leaving a grid in the reconstructions.
+    The shift keeps the teacher's strides from leaving a grid in the reconstructions. A scaled picture keeps its aspect
+    ratio and has the area of a square of `size` pixels.
     """
 
     top: int = 0
@@ -52,7 +57,12 @@ class View:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         shifted = F.pad(pixels[..., self.top :, self.left :], (0, self.left, 0, self.top), mode="replicate")
-        return shifted if self.size is None else F.interpolate(shifted, size=self.size, mode="bicubic", antialias=True)
+        if self.size is None:
+            return shifted
+        height, width = pixels.shape[-2:]
+        factor = self.size / math.sqrt(height * width)
+        size = max(_SHORTEST, round(height * factor)), max(_SHORTEST, round(width * factor))
+        return F.interpolate(shifted, size=size, mode="bicubic", antialias=True)
 
 
 class TeacherFeatures(nn.Module):
@@ -66,7 +76,7 @@ class TeacherFeatures(nn.Module):
 
     def __init__(self, teacher: Teacher, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
-        self.layers, self.sizes = list(teacher.layers) or None, teacher.sizes
+        self.layers, self.sizes, self.share = list(teacher.layers) or None, teacher.sizes, teacher.share
         model: Any = create_network(teacher, with_classifier=False)
         self.out_dim = model.feature_info[self.layers[-1] if self.layers else -1]["num_chs"]
         config = model.pretrained_cfg
@@ -79,6 +89,10 @@ class TeacherFeatures(nn.Module):
     def train(self, mode: bool = True) -> "TeacherFeatures":
         """Keeps the network in evaluation mode."""
         return super().train(False)
+
+    def seen(self, images: int) -> int:
+        """Returns how many of a batch's images are compared: the teacher's share, but four if there are as many."""
+        return max(min(images, _FEWEST), round(images * self.share))
 
     def draw_view(self) -> View:
         """Draws from the global random generator."""

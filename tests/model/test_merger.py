@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dyntok.config import MergerConfig
 from dyntok.errors import ConfigError
@@ -29,6 +30,18 @@ RELEASED_NAMES = {
     "mlp.fc1.": "mlp.0.",
     "mlp.fc2.": "mlp.2.",
 }
+
+
+class CountedOperations(TorchDispatchMode):
+    """Counts what reaches the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
 
 
 def first(*lengths):
@@ -181,6 +194,19 @@ def test_float32_error_is_at_most_twice_that_of_the_dense_form(keep, gated):
         run(fast, torch.float32), run(slow, torch.float32), run(slow, torch.float64), strict=True
     ):
         assert (got - truth).norm() <= 2 * (own - truth).norm()
+
+
+def test_the_gated_form_takes_as_many_operations_for_many_images_as_for_few():
+    """Forward and backward: a loop over images would start hundreds of operations for each of them."""
+
+    def operations(keep):
+        merger, features, gate = new_merger(), features_for(keep), keep.double().requires_grad_()
+        with CountedOperations() as counted:
+            with_gradients(merger, merger(features, keep, gate), features, gate)
+        return counted.count
+
+    few, many = (MASKS["ragged"].repeat(n, 1) for n in (1, 16))
+    assert operations(few) == operations(many)
 
 
 def test_gate_values_change_nothing():

@@ -132,6 +132,17 @@ def test_dead_codes_come_back_as_recent_vectors():
     assert_close(codebook.embedding.norm(dim=-1), torch.ones(16))
 
 
+def test_vectors_of_other_ranks_are_asked_for_only_where_a_code_is_dead(monkeypatch):
+    asked = []
+    gather = "dyntok.training.codebook.gather_rows_of_ranks"
+    monkeypatch.setattr(gather, lambda rows: asked.append(len(rows)) or rows)
+    codebook = codebook_of(torch.eye(4))
+    trainer = CodebookTrainer(codebook, decay=0.0, revive_below=0.5)
+    trainer.update(codebook, torch.eye(4), torch.arange(4), generator(0))
+    assert asked == []
+    assert trainer.update(codebook, torch.eye(4)[:2], torch.arange(2), generator(0)) == 2 and asked == [2]
+
+
 def test_a_revived_code_is_one_of_the_vectors_and_is_given_time():
     codebook = codebook_of([[1.0, 0.0], [-1.0, 0.0]])
     trainer = CodebookTrainer(codebook, decay=0.5, revive_below=0.2)

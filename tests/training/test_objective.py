@@ -15,6 +15,7 @@ from dyntok.errors import CheckpointError, ConfigError
 from dyntok.image import to_pixels
 from dyntok.model.selector import KEEP
 from dyntok.tokenizer import DynamicVisualTokenizer
+from dyntok.training.choices import draw_choice, make_mask
 from dyntok.training.objective import Objective
 from dyntok.training.pca_init import pca_init
 from dyntok.training.recipe import Teacher
@@ -49,6 +50,14 @@ def teacher(tmp_path_factory):
     return TeacherFeatures(Teacher("convnext_atto", weights=str(path), kwargs=options), (0.5,) * 3, (0.5,) * 3)
 
 
+def draw_mask(objective, log_probs):
+    """Draws a mask as a step does, on a square grid: the keep mask, its gate, and whether it ignores the scores."""
+    side = int(log_probs.shape[1] ** 0.5)
+    choice = draw_choice(objective.stage)
+    mask = make_mask(choice, log_probs, (side, side), objective.tokenizer.config.selector.places)
+    return mask.keep, mask.gate, choice.measures
+
+
 def gradients(part):
     return torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in part.parameters()])
 
@@ -63,24 +72,24 @@ def log_probs_of(*scores):
 def test_learned_masks_follow_the_probabilities(make):
     objective = make(masks=Masks(learned=1))
     log_probs = log_probs_of([[-30.0] * 32 + [30.0] * 32, [0.0] * 64])[0].requires_grad_()
-    keeps = torch.stack([objective.masks(log_probs)[0] for _ in range(200)])
+    keeps = torch.stack([draw_mask(objective, log_probs)[0] for _ in range(200)])
     assert not keeps[:, 0, :32].any() and keeps[:, 0, 32:].all()
     assert 0.45 < keeps[:, 1].float().mean() < 0.55
-    keep, gate, _ = objective.masks(log_probs)
+    keep, gate, _ = draw_mask(objective, log_probs)
     assert torch.equal(gate.detach(), keep.float()) and gate.requires_grad
 
 
 def test_budget_masks_take_the_best(make):
     objective = make(masks=Masks(learned=0, budget=1), budgets=(0.25, 0.25))
     scores = torch.randn(3, 64)
-    keep, gate, _ = objective.masks(F.log_softmax(torch.stack([scores, -scores], dim=-1), dim=-1))
+    keep, gate, _ = draw_mask(objective, F.log_softmax(torch.stack([scores, -scores], dim=-1), dim=-1))
     assert gate is None and torch.equal(keep, scores.argsort(1, descending=True).argsort(1) < 16)
 
 
 def test_random_masks_ignore_the_scores(make):
     objective = make(masks=Masks(learned=0, random=1), budgets=(0.5, 0.5))
     log_probs = log_probs_of([[30.0] * 32 + [-30.0] * 32] * 2)[0]
-    keeps = torch.stack([objective.masks(log_probs)[0] for _ in range(200)])
+    keeps = torch.stack([draw_mask(objective, log_probs)[0] for _ in range(200)])
     assert (keeps.sum(-1) == 32).all()
     assert 0.45 < keeps[..., :32].float().mean() < 0.55
     assert (keeps[:, 0] != keeps[:, 1]).any()
@@ -88,14 +97,14 @@ def test_random_masks_ignore_the_scores(make):
 
 def test_budgets_are_drawn_log_uniformly_from_their_range(make):
     objective = make(masks=Masks(learned=0, budget=1), budgets=(0.25, 1.0))
-    counts = torch.tensor([int(objective.masks(torch.randn(1, 64, 2))[0].sum()) for _ in range(300)])
+    counts = torch.tensor([int(draw_mask(objective, torch.randn(1, 64, 2))[0].sum()) for _ in range(300)])
     assert counts.min() >= 16 and counts.max() <= 64
     assert 0.4 < (counts <= 32).float().mean() < 0.6
 
 
 def test_shares_of_kinds(make):
     objective = make(masks=Masks(learned=1, budget=1, random=2))
-    drawn = [objective.masks(torch.zeros(1, 64, 2))[1] is not None for _ in range(400)]
+    drawn = [draw_mask(objective, torch.zeros(1, 64, 2))[1] is not None for _ in range(400)]
     assert 0.18 < sum(drawn) / 400 < 0.32
 
 
@@ -106,7 +115,7 @@ def test_no_mask_is_ever_empty(make, masks):
     objective = make(masks=masks, budgets=(0.001, 0.01))
     log_probs = log_probs_of([[-40.0] * 63 + [-39.0], [-40.0] * 64])[0].requires_grad_()
     for _ in range(20):
-        keep, gate, _ = objective.masks(log_probs)
+        keep, gate, _ = draw_mask(objective, log_probs)
         assert (keep.sum(1) == 1).all()
         if gate is not None:
             assert torch.equal(gate.detach(), keep.float())
@@ -357,7 +366,7 @@ def test_linear_start_is_a_codec_at_once(small_config, photos):
     pixels = torch.stack([to_pixels(crop, small_config.image) for crop in crops])
     training, others = pixels[::2], pixels[1::2]
     random = psnr_of_everything(tokenizer, others)
-    pca_init(tokenizer, training)
+    pca_init(tokenizer, [training])
     assert random < 10
     assert psnr_of_everything(tokenizer, others) > 19  # a PCA of 7 components per 8 x 8 patch gives 20 to 21 dB
     vectors = tokenizer.projection(tokenizer.backbone(others))
@@ -376,19 +385,20 @@ def test_linear_start_refuses_what_is_not_linear(small_config):
         replace(small_config, decoder=replace(small_config.decoder, pixels=False)),
     ]:
         with pytest.raises(ConfigError, match="pca_init needs a ViT backbone"):
-            pca_init(DynamicVisualTokenizer(config), pixels)
+            pca_init(DynamicVisualTokenizer(config), [pixels])
     for config in [
         replace(small_config, decoder=replace(small_config.decoder, embed_dim=24)),
         replace(small_config, codebook=replace(small_config.codebook, dim=50)),
         replace(small_config, codebook=replace(small_config.codebook, dim=1)),
     ]:
         with pytest.raises(ConfigError, match="width of at most 192"):
-            pca_init(DynamicVisualTokenizer(config), pixels)
+            pca_init(DynamicVisualTokenizer(config), [pixels])
     with pytest.raises(ConfigError, match="got 40 patches for 48 components"):
         narrow = torch.randn(1, 3, 40, 64)
-        pca_init(DynamicVisualTokenizer(small_config), narrow)
+        pca_init(DynamicVisualTokenizer(small_config), [narrow])
 
 
-def test_presets_that_are_meant_for_it_take_the_linear_start():
-    tokenizer = DynamicVisualTokenizer(TokenizerConfig.preset("tiny"))
-    pca_init(tokenizer, torch.randn(1, 3, 128, 128))
+@pytest.mark.parametrize("name", ["tiny", "flex"])
+def test_presets_that_are_meant_for_it_take_the_linear_start(name):
+    tokenizer = DynamicVisualTokenizer(TokenizerConfig.preset(name))
+    pca_init(tokenizer, [torch.randn(1, 3, 128, 128)])

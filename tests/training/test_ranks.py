@@ -79,7 +79,7 @@ def one_step(values, folder, batch_size):
         return clip(parameters, norm)
 
     trainer.accelerator.clip_grad_norm_ = look_and_clip
-    result = trainer.train_step(trainer.data[0], recipe.stages[0], 0)
+    result = trainer.train_step([trainer.data[0]], recipe.stages[0], 0)
     state = trainer.objective.codebook_trainer
     statistics = {"counts": state.counts, "sums": state.sums, "codebook": tokenizer.codebook.embedding}
     return {"gradients": gradients, **statistics, "codes": result.codes, "lengths": result.lengths}
@@ -105,7 +105,16 @@ def work(rank, port, certain, mixed, folder):
         save()
 
     trainer.save = look_and_save
+    kinds = []
+    make = trainer.objective._mask
+
+    def look_and_make(choice, log_probs, grid):
+        kinds.append((choice.kind, choice.share))
+        return make(choice, log_probs, grid)
+
+    trainer.objective._mask = look_and_make
     trainer.run()
+    step["kinds"] = kinds
     torch.save({**step, "trained": trainer.objective.state_dict(), "untouched": untouched}, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -160,6 +169,11 @@ def test_both_processes_hold_the_same_weights_to_the_end(ranks):
         after_freezing = found["untouched"][0]
         assert all(name in after_freezing for name in found["gradients"] if ".selector." in name or ".merger." in name)
         assert not [name for name in found["untouched"][-1] if ".selector." in name or ".merger." in name]
+
+
+def test_ranks_draw_their_kinds_of_masks_together(ranks):
+    (first, second), _ = ranks
+    assert first["kinds"] == second["kinds"] and len({kind for kind, _ in first["kinds"]}) > 1
 
 
 def test_one_process_writes_for_both(ranks):

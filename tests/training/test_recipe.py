@@ -104,7 +104,7 @@ def test_unknown_keys(tmp_path, where, value, told):
         ("precision", False, r"precision is False \(bool\), expected 'auto' or 'fp32' or 'bf16'; YAML reads no, off"),
         ("precision", "fp8", "precision is 'fp8'"),
         ("split", "test", "split is 'test'"),
-        ("stages.decay", "cosine", "decay is 'cosine'"),
+        ("stages.decay", "exponential", "decay is 'exponential'"),
         ("data", "photos", r"data is 'photos' \(str\), expected a list"),
         ("data", [1], r"data\[0\] is 1 \(int\), expected text"),
         ("stages", {"images": 1}, "stages is .*dict.*, expected a list"),
