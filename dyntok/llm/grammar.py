@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 from dyntok.errors import ConfigError
 from dyntok.layout import MAP_VALUES, block_capacities, map_digits, num_blocks
+from dyntok.llm import dialects
+from dyntok.llm.rules import Language
 from dyntok.vocab import VisualVocab
 
 UNLIMITED = 2**31 - 1
@@ -236,6 +238,35 @@ class ImageGrammar:
     def shortest(self, least: int) -> int:
         """Returns the smallest number of ids of an image of `least` codes, start and end included."""
         return _shortest_header(self, least) + self.ids_per_code * least + 2
+
+    def to_xgrammar(self) -> str:
+        """Returns the same rules as EBNF over ids: `xgrammar.Grammar.from_ebnf(grammar.to_xgrammar())`.
+
+        This and the other three leave the end of a sequence to the engine, which must have `eos` as its stop ids.
+        """
+        return dialects.to_xgrammar(self._language)
+
+    def to_lark(self) -> str:
+        """Returns the same rules as a Lark grammar over ids, for llguidance."""
+        return dialects.to_lark(self._language)
+
+    def to_gbnf(self) -> str:
+        """Returns the rules over the spelling of tokens in GBNF, for llama.cpp; text can't contain `<|`."""
+        return dialects.to_gbnf(self._language)
+
+    def to_regex(self) -> str:
+        """Returns the rules over the spelling of tokens as a regular expression, for outlines; text can't contain `<|`.
+
+        Raises `ConfigError` for the layouts "map" and "positions".
+        """
+        return dialects.to_regex(self._language)
+
+    @property
+    def _language(self) -> Language:
+        images = range(max(len(as_tuple(self.min_tokens)), len(as_tuple(self.max_tokens))))
+        most = None if self.max_images == UNLIMITED else self.max_images
+        text = self.text_ranges if self.text else []
+        return Language(self.vocab, [self.limits(i) for i in images], (self.min_images, most), text, self.grid)
 
     @property
     def text_ranges(self) -> list[tuple[int, int]]:
