@@ -40,7 +40,9 @@ OPTIONAL = {
     "onnxscript": {"export"},
     "pyarrow": {"batch", "llm"},
     "ray": {"batch"},
+    "sglang": {"llm"},
     "transformers": {"llm", "lavit"},
+    "vllm": {"llm"},
     "yaml": {"training"},
 }
 

@@ -74,7 +74,7 @@ def to_lark(language: Language) -> str:
 
 def to_gbnf(language: Language) -> str:
     """Returns GBNF over the spelling of tokens, for llama.cpp."""
-    dialect = _Dialect(lambda node: _spelled(node, language.vocab, '"{}"'.format))
+    dialect = _Dialect(lambda node: _GBNF.spelled(node, language.vocab))
     return dialect.write(language, {"text": '[^<] | "<"+ [^<|]'})
 
 
@@ -94,7 +94,7 @@ def to_regex(language: Language) -> str:
         if node == TEXT:
             return "(?:[^<]|<+[^<|])"
         if isinstance(node, Ids):
-            return _spelled(node, language.vocab, re.escape, "")
+            return _REGEX.spelled(node, language.vocab)
         if isinstance(node, Ref):
             return f"(?:{show(language.rules[node.name])})" if node != CODE else show(language.rules["code"])
         if isinstance(node, Alt):
@@ -106,40 +106,58 @@ def to_regex(language: Language) -> str:
     return show(language.rules["root"])
 
 
-def _spelled(node: Ids, vocab: IdRanges, quote: Callable[[str], str], space: str = " ") -> str:
-    """Returns a pattern for the tokens of ids as text."""
-    choices = []
-    for id, token in ((vocab.image_start, START_TOKEN), (vocab.image_end, END_TOKEN)):
-        if any(low <= id < stop for low, stop in node.ranges):
-            choices.append(quote(token))
-    for part in vocab.ranges:
-        numbers = [
-            id - part.offset + part.first
-            for low, stop in node.ranges
-            for id in range(max(low, part.offset), min(stop, part.stop))
-        ]
-        if numbers:
-            choices.append(_numbered(part, numbers, quote, space))
-    return choices[0] if len(choices) == 1 else f"({'|'.join(choices)})"
+@dataclass(frozen=True)
+class _Characters:
+    """Tokens as patterns of characters."""
+
+    quote: Callable[[str], str]
+    space: str
+    group: str  # what opens one
+
+    def spelled(self, node: Ids, vocab: IdRanges) -> str:
+        """Returns a pattern for the tokens of ids as text."""
+        choices = []
+        for id, token in ((vocab.image_start, START_TOKEN), (vocab.image_end, END_TOKEN)):
+            if any(low <= id < stop for low, stop in node.ranges):
+                choices.append(self.quote(token))
+        for part in vocab.ranges:
+            numbers = [
+                id - part.offset + part.first
+                for low, stop in node.ranges
+                for id in range(max(low, part.offset), min(stop, part.stop))
+            ]
+            if numbers:
+                choices.append(self._numbered(part, numbers))
+        return self._either(choices)
+
+    def _numbered(self, part: IdRange, numbers: list[int]) -> str:
+        head, tail = part.spell(0).split("0", 1)[0], "|>"
+        digits = frozenset(part.spell(number)[len(head) : -len(tail)] for number in numbers)
+        return self.space.join((self.quote(head), self._digits(digits), self.quote(tail)))
+
+    def _digits(self, numbers: frozenset[str]) -> str:
+        """Decimal numbers of equal length, digit by digit."""
+        following: dict[str, set[str]] = {}
+        for number in numbers:
+            following.setdefault(number[0], set()).add(number[1:])
+        by_rest: dict[frozenset[str], str] = {}
+        for digit in sorted(following):
+            rest = frozenset(following[digit])
+            by_rest[rest] = by_rest.get(rest, "") + digit
+        return self._either(
+            [
+                _one_of(first) + ("" if rest == {""} else self.space + self._digits(rest))
+                for rest, first in by_rest.items()
+            ]
+        )
+
+    def _either(self, choices: list[str]) -> str:
+        return choices[0] if len(choices) == 1 else f"{self.group}{'|'.join(choices)})"
 
 
-def _numbered(part: IdRange, numbers: list[int], quote: Callable[[str], str], space: str) -> str:
-    head, tail = part.spell(0).split("0", 1)[0], "|>"
-    digits = {part.spell(number)[len(head) : -len(tail)] for number in numbers}
-    return f"({space.join((quote(head), _digits(frozenset(digits), space), quote(tail)))})"
+_GBNF, _REGEX = _Characters('"{}"'.format, " ", "("), _Characters(re.escape, "", "(?:")
 
 
-def _digits(numbers: frozenset[str], space: str) -> str:
-    """Returns a pattern for decimal numbers of equal length, digit by digit."""
-    following: dict[str, set[str]] = {}
-    for number in numbers:
-        following.setdefault(number[0], set()).add(number[1:])
-    by_rest: dict[frozenset[str], str] = {}
-    for digit in sorted(following):
-        rest = frozenset(following[digit])
-        by_rest[rest] = by_rest.get(rest, "") + digit
-    choices = []
-    for rest, first in by_rest.items():
-        one = f"[{first}]"
-        choices.append(one if rest == {""} else one + space + _digits(rest, space))
-    return choices[0] if len(choices) == 1 else f"({'|'.join(choices)})"
+def _one_of(digits: str) -> str:
+    whole = len(digits) > 2 and int(digits[-1]) - int(digits[0]) == len(digits) - 1
+    return f"[{digits[0]}-{digits[-1]}]" if whole else f"[{digits}]"

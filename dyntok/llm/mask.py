@@ -134,13 +134,13 @@ class GrammarMask:
         """The sums of counts of map tokens, 0 elsewhere; of the shape of ids."""
         return self._digits.sum(1)[(ids - self._map.offset).clamp(0, len(self._digits) - 1)] * maps
 
-    def forbidden(self, state: MaskState, width: int, room: int = UNLIMITED) -> Tensor:
+    def forbidden(self, state: MaskState, width: int, room: int | Tensor = UNLIMITED) -> Tensor:
         """Returns where an id may not come next, bool [R, width]. width: of the logits; room: as in
-        `ImageGrammar.allowed`.
+        `ImageGrammar.allowed`, for all rows or int64 [R].
         """
         return self._decide(state, width, room)[0]
 
-    def constrain(self, scores: Tensor, state: MaskState, room: int = UNLIMITED) -> Tensor:
+    def constrain(self, scores: Tensor, state: MaskState, room: int | Tensor = UNLIMITED) -> Tensor:
         """Returns scores [R, V] with -inf where an id may not come next; a new tensor.
 
         Where the start or end of an image is the only id allowed, its score becomes 0, so that it can be chosen even if
@@ -152,7 +152,7 @@ class GrammarMask:
             scores[:, id] = scores[:, id].masked_fill(only, 0.0)
         return scores
 
-    def _decide(self, state: MaskState, width: int, room: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _decide(self, state: MaskState, width: int, room: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What is forbidden, bool [R, V], and where start and end are the only ids allowed, bool [R]."""
         grammar, vocab = self.grammar, self.grammar.vocab
         if width < grammar.vocab_size:
@@ -189,7 +189,7 @@ class GrammarMask:
                 forbidden[:, part.offset : part.stop] = ~allowed
         return forbidden, start & ~(text | eos), following.full
 
-    def _inside(self, state: MaskState, least: Tensor, most: Tensor, room: int) -> _Next:
+    def _inside(self, state: MaskState, least: Tensor, most: Tensor, room: int | Tensor) -> _Next:
         """What may come next in an image."""
         vocab, free, side_rows, side_columns = self.grammar.vocab, state.inside, None, None
         if vocab.sides:
@@ -208,7 +208,7 @@ class GrammarMask:
             return _Next(codes, full, full, side_rows, side_columns, values)
         waiting, free = free & state.waiting, free & ~state.waiting
         full = free & ((state.count >= most) | (state.position + 1 >= patches))
-        full = full | free if room <= self._width else full
+        full = full | free & (room <= self._width)
         end = free & (full | (state.count >= least))
         if not vocab.patches:
             return _Next(waiting | free & ~full, end, full, side_rows, side_columns)
@@ -226,18 +226,18 @@ class GrammarMask:
         ones = torch.ones_like(state.count)
         return None if vocab.grid is None else (vocab.grid[0] * ones, vocab.grid[1] * ones)
 
-    def _sides(self, state: MaskState, least: Tensor, room: int) -> tuple[Tensor, Tensor]:
+    def _sides(self, state: MaskState, least: Tensor, room: int | Tensor) -> tuple[Tensor, Tensor]:
         """Numbers of rows that some columns go with, and of columns that go with the rows: bool [R, sides] each."""
         known = self._each(self._grids, len(least)) & (self._patches >= least[:, None, None])  # [R, sides, sides]
         needed = self._headers + (self._width * least + 1)[:, None, None]
-        rows = _or_else((known & (needed <= room)).any(2), known.any(2))
+        rows = _or_else((known & (needed <= _over(room, 2))).any(2), known.any(2))
         row = (state.rows - 1).clamp(min=0)[:, None, None].expand(-1, 1, known.shape[2])
         known, needed = known.gather(1, row)[:, 0], needed.gather(1, row)[:, 0]
-        columns = _or_else(known & (needed <= room + 1), known)
+        columns = _or_else(known & (needed <= _over(room, 1) + 1), known)
         return rows, _or_else(columns, torch.ones_like(columns))
 
     def _map_values(
-        self, state: MaskState, grid: tuple[Tensor, Tensor], least: Tensor, most: Tensor, room: int
+        self, state: MaskState, grid: tuple[Tensor, Tensor], least: Tensor, most: Tensor, room: int | Tensor
     ) -> tuple[Tensor, Tensor]:
         """The map values with which the total can still reach `least` and does not exceed `most`, bool [R, 625]; and
         where map tokens are still to come, bool [R].
@@ -266,6 +266,11 @@ class GrammarMask:
                 f"{prompts} grammars for {rows} rows of logits, expected one grammar, or one for each prompt"
             )
         return table.repeat_interleave(rows // prompts, 0, output_size=rows)
+
+
+def _over(room: int | Tensor, axes: int) -> int | Tensor:
+    """A number for each row, [R], against tensors with so many axes more."""
+    return room.view(-1, *[1] * axes) if isinstance(room, Tensor) else room
 
 
 def _or_else(some: Tensor, others: Tensor) -> Tensor:

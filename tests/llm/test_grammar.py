@@ -142,6 +142,11 @@ def test_each_prompt_may_have_its_grammar(data):
     for i, row in enumerate(rows):
         alone = GrammarMask(several[i // 2])
         assert torch.equal(together[i], alone.forbidden(alone.scan(row[None]), width, 9)[0])
+    rooms = torch.arange(1, len(rows) + 1) * 2  # and its room
+    together = mask.forbidden(mask.scan(rows), width, rooms)
+    for i, (row, room) in enumerate(zip(rows, rooms.tolist(), strict=True)):
+        alone = GrammarMask(several[i // 2])
+        assert torch.equal(together[i], alone.forbidden(alone.scan(row[None]), width, room)[0])
 
 
 def test_budgets_are_per_image():

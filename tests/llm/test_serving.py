@@ -1,0 +1,76 @@
+"""The image grammar for servers: arguments of requests, and one row of scores at a time."""
+
+import pytest
+import torch
+from support.grammars import EOS
+
+from dyntok import CodeError, ConfigError, VisualVocab
+from dyntok.llm import ImageGrammar, parse_ids
+from dyntok.llm.serving import RequestGrammar, Served, find_vocab, request_rules
+
+VOCAB = VisualVocab.after(8, size=20, layout="lattice", grid=(3, 4))
+SERVED = Served(VOCAB, (EOS,), 40)
+
+
+def written(rules, vocab, seed, steps=60):
+    """What a model without any idea writes under these rules, up to the end."""
+    generator, ids = torch.Generator().manual_seed(seed), []
+    while len(ids) < steps:
+        scores = rules.constrain(ids, torch.randn(vocab, generator=generator))
+        ids.append(int(scores.softmax(0).multinomial(1, generator=generator)))
+        if ids[-1] == EOS:
+            break
+    return ids
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_requests_write_what_they_asked_for(seed):
+    arguments = {"dyntok_max_tokens": [3, 7], "dyntok_min_tokens": [3, 7], "dyntok_min_images": 2, "other": 1}
+    arguments |= {"dyntok_max_images": 2, "dyntok_text": 0}
+    ids = written(RequestGrammar(SERVED.grammar(arguments), [1, 5], 100), 40, seed)
+    assert [len(segment.codes) for segment in parse_ids(ids[:-1], VOCAB)] == [3, 7] and ids[-1] == EOS
+
+
+@pytest.mark.parametrize("room", range(3, 20))
+def test_images_end_in_time(room):
+    ids = written(RequestGrammar(SERVED.grammar({"dyntok_text": False}), [], room), 40, room, steps=room)
+    assert {segment.kind for segment in parse_ids(ids, VOCAB)} <= {"image", "text"} and len(ids) <= room
+
+
+def test_a_request_may_begin_again():
+    """Servers take a request off the device and start it over with the ids it has, or fewer."""
+    grammar, scores = SERVED.grammar({"dyntok_max_tokens": 2}), torch.zeros(40)
+    rules, ids = RequestGrammar(grammar, [1], 50), [8, 10, 11, 9, 3, 8, 12]
+    for length in (7, 2, 3, 0, 6):
+        fresh = RequestGrammar(grammar, [1], 50).constrain(ids[:length], scores)
+        assert torch.equal(rules.constrain(ids[:length], scores), fresh)
+
+
+def test_without_arguments_everything_decodes():
+    assert SERVED.grammar(None) == ImageGrammar(VOCAB, eos=EOS, vocab_size=40)
+    assert request_rules({"dyntok_grid": [2, 3], "temperature": 1}) == {"grid": (2, 3)}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"dyntok_max_token": 3}, "dyntok_max_token is no argument; expected one of dyntok_max_tokens"),
+        ({"dyntok_max_tokens": "3"}, "dyntok_max_tokens is '3', expected an integer"),
+        ({"dyntok_max_images": [3]}, "expected an integer"),
+        ({"dyntok_text": "no"}, "expected true or false"),
+        ({"dyntok_max_tokens": 13}, "<= 12"),
+    ],
+    ids=str,
+)
+def test_arguments_that_do_not_fit_are_refused(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        SERVED.grammar(arguments)
+
+
+def test_the_vocabulary_is_found_beside_the_model(tmp_path):
+    assert find_vocab(str(tmp_path)) is None
+    VOCAB.save_pretrained(tmp_path)
+    assert find_vocab(str(tmp_path)) == VOCAB
+    (tmp_path / "dyntok.json").write_text("{}")
+    with pytest.raises(CodeError, match="expected a mapping"):
+        find_vocab(str(tmp_path))
