@@ -95,7 +95,20 @@ def test_the_wheel_holds_two_packages_and_their_data(tmp_path):
     (metadata,) = (message_from_bytes(archive.read(name)) for name in names if name.endswith("/METADATA"))
     assert metadata["Version"] == dyntok.__version__ and metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Description-Content-Type"] == "text/markdown" and "# dyntok" in str(metadata.get_payload())
-    extras = {"train", "diffusion", "export", "transformers", "batch", "ray", "s3", "docs", "test", "dev"}
+    extras = {
+        "train",
+        "diffusion",
+        "export",
+        "transformers",
+        "batch",
+        "ray",
+        "s3",
+        "vllm",
+        "sglang",
+        "docs",
+        "test",
+        "dev",
+    }
     assert set(metadata.get_all("Provides-Extra")) == extras
     minors = {line.rsplit(".", 1)[1] for line in metadata.get_all("Classifier") if "Python :: 3." in line}
     assert minors == {"10", "11", "12", "13"} and metadata["Keywords"]
