@@ -47,6 +47,7 @@ class Rows:
     lengths: Sequence[int]
     finite: Tensor
     grid: tuple[int, int]
+    margins: Tensor | None = None  # float32 [B, 2], where they were asked for; see `Encoding`
 
 
 def load_chunks(
@@ -114,6 +115,14 @@ def join_images(parts: Sequence[Rows], nothing: Tensor) -> tuple[list[int], Tens
     )
 
 
+def join_margins(parts: Sequence[Rows], device: torch.device) -> Tensor:
+    """Returns the margins of all parts, float32 [B, 2], images in input order."""
+    margins = [part.margins for part in parts if part.margins is not None]
+    indices = [index for part in parts for index in part.input_indices]
+    order = torch.tensor(indices, dtype=torch.long).argsort().to(device)
+    return torch.cat([torch.empty(0, 2, device=device), *margins])[order]
+
+
 def split_chunks(pixels: Tensor, size: int) -> Iterator[Chunk]:
     """Yields chunks of at most `size` images of normalized pixels [B, 3, H, W]."""
     for start in range(0, len(pixels), size):
@@ -166,7 +175,8 @@ def _checked(rows: Rows, dtype: torch.dtype, failures: Failures | None) -> Rows:
         for packed in (rows.values, rows.positions)
     )
     indices, lengths = ([numbers[row] for row in left] for numbers in (rows.input_indices, rows.lengths))
-    return Rows(indices, values, positions, lengths, rows.finite[rows.finite], rows.grid)
+    margins = None if rows.margins is None else rows.margins[rows.finite]
+    return Rows(indices, values, positions, lengths, rows.finite[rows.finite], rows.grid, margins)
 
 
 def _not_finite(dtype: torch.dtype) -> str:

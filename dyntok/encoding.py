@@ -43,6 +43,8 @@ class Encoding:
     fingerprint       the tokenizer that made the codes; None if it is unknown
     failures          (input index, error) of every input that could not be encoded
     source_index      int64 [B]     the input that each row came from; default: all inputs without a failure, in order
+    margins           float32 [B, 2]  of `encode(..., margins=True)`, else None: the shares of codes and of keep
+                                      decisions so close that another machine may decide otherwise; not in `to_dict`
 
     All tensors are on one device. They are checked on construction, and a mismatch raises `CodeError`. Use `pack` to
     make an Encoding from lists.
@@ -61,6 +63,7 @@ class Encoding:
     fingerprint: str | None = None
     failures: tuple[tuple[int, ImageError], ...] = ()
     source_index: Tensor = None  # type: ignore[assignment]  # __post_init__ replaces None
+    margins: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_tensor(self.packed_codes, "packed_codes", torch.int64, 1)
@@ -81,6 +84,10 @@ class Encoding:
         if len(source) != len(self):
             raise CodeError(f"{counted(len(self), 'image')} have {len(source)} source indices, expected one for each")
         refuse(source < 0, lambda i: f"source_index of image {i} is {source[i]}, expected 0 or more")
+        if self.margins is not None:
+            check_tensor(self.margins, "margins", torch.float32, 2, self.device)
+            if self.margins.shape != (len(self), 2):
+                raise CodeError(f"margins has shape {list(self.margins.shape)}, expected [{len(self)}, 2]")
 
     @classmethod
     def pack(
@@ -148,6 +155,7 @@ class Encoding:
         if 0 < len(positions) < len(filled):
             bare = len(filled) - len(positions)
             raise CodeError(f"{bare} of {len(filled)} encodings have no positions; give all of them positions or none")
+        margins = [p.margins for p in parts if p.margins is not None]
         offset, failures, source = 0, [], []
         for part in parts:
             failures += [(index + offset, error) for index, error in part.failures]
@@ -162,6 +170,7 @@ class Encoding:
             parts[0].fingerprint,
             tuple(failures),
             torch.cat(source),
+            torch.cat(margins) if len(margins) == len(parts) else None,
         )
 
     @property
@@ -216,6 +225,7 @@ class Encoding:
             fingerprint=self.fingerprint,
             failures=(),
             source_index=self.source_index[chosen],
+            margins=None if self.margins is None else self.margins[chosen],
         )
 
     def padded(self, fill: int = -1) -> tuple[Tensor, Tensor]:
@@ -248,7 +258,7 @@ class Encoding:
         return self if all(moved[name] is value for name, value in vars(self).items()) else unchecked(**moved)
 
     def __eq__(self, other: object) -> bool:
-        """Compare codes, positions, grids and fingerprint; failures, source_index and device do not count."""
+        """Compare codes, positions, grids and fingerprint; failures, source_index, margins and device do not count."""
         if not isinstance(other, Encoding):
             return NotImplemented
         return (

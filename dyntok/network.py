@@ -17,6 +17,7 @@ from dyntok.encoding import Encoding
 from dyntok.errors import CodeError, ConfigError
 from dyntok.fitting import target_size
 from dyntok.layout import canonical_mask
+from dyntok.margins import close_choices, close_codes, shares
 from dyntok.model.backbone import Backbone
 from dyntok.model.codebook import Codebook
 from dyntok.model.decoder import Decoder
@@ -173,7 +174,7 @@ class TokenizerNetwork(PretrainedModule):
             raise ConfigError(f"batch_size is {images!r}, expected an int of at least 1")
         return 1 if self.device.type == "cpu" else images
 
-    def _run(self, chunk: Chunk, choice: Choice, merge: Merge, *, quantize: bool) -> Rows:
+    def _run(self, chunk: Chunk, choice: Choice, merge: Merge, *, quantize: bool, margins: bool = False) -> Rows:
         """Returns the codes, or else the merged tokens, of a chunk.
 
         The host reads one result of the device, the lengths, and none where the budget is exact.
@@ -192,7 +193,17 @@ class TokenizerNetwork(PretrainedModule):
             finite = finite_images(features, log_probs, vectors, cu_seqlens_from_mask(keep))
             positions = compact(keep)[0][: sum(lengths)].long() % keep.shape[1]
             values = self.codebook(vectors) if quantize else vectors
-            return Rows(chunk.input_indices, values, positions, lengths, finite, grid)
+            close = self._margins(vectors, log_probs, keep, chunk, choice) if margins else None
+            return Rows(chunk.input_indices, values, positions, lengths, finite, grid, close)
+
+    def _margins(self, vectors: Tensor, log_probs: Tensor, keep: Tensor, chunk: Chunk, choice: Choice) -> Tensor:
+        """Returns the shares of close decisions of a chunk, float32 [B, 2]. A given mask has none of its own."""
+        choices = torch.zeros_like(keep)
+        if isinstance(choice, KeepPolicy):
+            choices = close_choices(choice.distance(log_probs, chunk.input_indices), self.dtype)
+        with torch.autocast(vectors.device.type, enabled=False):
+            codes = close_codes(vectors, self.codebook.embedding, self.dtype)
+        return shares(codes, choices, cu_seqlens_from_mask(keep))
 
     def _decode_features(self, encoding: Encoding, decoder: Decoder) -> Tensor:
         grid = self._one_grid(encoding)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -106,9 +107,7 @@ class KeepPolicy:
         if self.threshold is not None:
             keep = log_probs[..., KEEP].exp() >= self.threshold
         elif self.seed is not None:
-            indices = range(len(score)) if input_indices is None else input_indices[: len(score)]
-            noise = torch.stack([_gumbel_difference(self.seed, index, num_patches) for index in indices])
-            keep = score + noise.to(score) > 0
+            keep = score + self._noise(score, input_indices) > 0
         else:
             keep = score > 0
         keep = keep | (rank == 0) & ~keep.any(1, keepdim=True)  # at least one token
@@ -125,6 +124,33 @@ class KeepPolicy:
         if count > num_patches:
             raise ConfigError(f"budget is {count} tokens, but an image has {num_patches} patches")
         return count if self.max_tokens is None else min(count, self.max_tokens)
+
+    def distance(self, log_probs: Tensor, input_indices: Sequence[int] | None = None) -> Tensor:
+        """Returns how far each score lies from where its decision changes, in logits: [B, N], positive where kept.
+
+        A budget changes its decision half way between the last patch that is kept and the first that is dropped.
+        """
+        score = log_probs[..., KEEP] - log_probs[..., DROP]
+        if self.seed is not None:
+            score = score + self._noise(score, input_indices)
+        elif self.threshold is not None:
+            limit = min(max(self.threshold, 1e-12), 1 - 1e-12)
+            score = score - math.log(limit / (1 - limit))
+        if self.budget is None and self.max_tokens is None:
+            return score
+        keep = self(log_probs, input_indices)
+        last = score.masked_fill(~keep, torch.inf).amin(1, keepdim=True)
+        first = score.masked_fill(keep, -torch.inf).amax(1, keepdim=True)
+        cut = score - torch.where(first.isfinite(), (last + first) / 2, last - 1)
+        if self.budget is not None:
+            return cut
+        limited = keep.sum(1, keepdim=True).ge(self.max_tokens or 0)
+        return torch.where(limited, cut, score)
+
+    def _noise(self, score: Tensor, input_indices: Sequence[int] | None) -> Tensor:
+        images, num_patches = score.shape
+        indices = range(images) if input_indices is None else input_indices[:images]
+        return torch.stack([_gumbel_difference(self.seed or 0, index, num_patches) for index in indices]).to(score)
 
     @property
     def seed(self) -> int | None:

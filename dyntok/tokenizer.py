@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from typing_extensions import Unpack
 
-from dyntok.chunks import Chunk, Failures, join_images, load_chunks, split_chunks, without_failures
+from dyntok.chunks import Chunk, Failures, join_images, join_margins, load_chunks, split_chunks, without_failures
 from dyntok.config import MAX_PATCHES, ImageConfig
 from dyntok.encoding import Encoding, unchecked
 from dyntok.errors import CodeError, ConfigError, FingerprintError, ImageError
@@ -59,6 +59,7 @@ class DynamicVisualTokenizer(TokenizerNetwork):
         size: Size | None = None,
         max_pixels: int = DEFAULT_MAX_PIXELS,
         batch_size: int = BATCH_SIZE,
+        margins: bool = False,
         **options: Unpack[KeepOptions],
     ) -> Encoding:
         """Returns the codes of one image or many.
@@ -77,6 +78,7 @@ class DynamicVisualTokenizer(TokenizerNetwork):
         max_pixels: larger images are refused before they are decoded; `load_image` says more about limits.
         batch_size: the number of images that a GPU computes together; a CPU takes them one by one. It does not change
             the codes.
+        margins: also report how many decisions were close; see `Encoding.margins`.
 
         Raises `ImageError` on the first bad image unless they are skipped, and `ConfigError` on contradictory options.
         """
@@ -89,7 +91,7 @@ class DynamicVisualTokenizer(TokenizerNetwork):
             max_pixels=max_pixels,
             failures=failures,
         )
-        return self._encode_chunks(chunks, keep, self.merger, failures)
+        return self._encode_chunks(chunks, keep, self.merger, failures, margins=margins)
 
     def __call__(self, images: ImageSource | Iterable[ImageSource], **options) -> Encoding:
         """Returns the codes of one image or many; the same as `encode`."""
@@ -159,6 +161,7 @@ class DynamicVisualTokenizer(TokenizerNetwork):
         keep_mask: Tensor | None = None,
         errors: OnError = "raise",
         batch_size: int = BATCH_SIZE,
+        margins: bool = False,
         **options: Unpack[KeepOptions],
     ) -> Encoding:
         """Returns the codes of normalized pixels, float [B, 3, H, W]; other arguments are those of `encode`.
@@ -170,7 +173,8 @@ class DynamicVisualTokenizer(TokenizerNetwork):
         Raises `ImageError` on other pixels, `ConfigError` on contradictory options or a mask that does not fit.
         """
         choice: Choice = self._choice(pixels, keep_mask, KeepPolicy.of(policy, options))
-        return self._encode_chunks(self._split(pixels, batch_size), choice, self.merger, self._failures(errors))
+        chunks, failures = self._split(pixels, batch_size), self._failures(errors)
+        return self._encode_chunks(chunks, choice, self.merger, failures, margins=margins)
 
     def features_tensor(
         self,
@@ -252,9 +256,15 @@ class DynamicVisualTokenizer(TokenizerNetwork):
         return lambda log_probs, indices: mask[indices[0] : indices[0] + len(log_probs)]
 
     def _encode_chunks(
-        self, chunks: Iterable[Chunk], choice: Choice, merge: Merge, failures: Failures | None
+        self,
+        chunks: Iterable[Chunk],
+        choice: Choice,
+        merge: Merge,
+        failures: Failures | None,
+        *,
+        margins: bool = False,
     ) -> Encoding:
-        rows = (self._run(chunk, choice, merge, quantize=True) for chunk in chunks)
+        rows = (self._run(chunk, choice, merge, quantize=True, margins=margins) for chunk in chunks)
         done = list(without_failures(rows, self.dtype, failures))
         nothing = torch.empty(0, dtype=torch.long, device=self.device)
         source, codes, positions, cu_seqlens, grids = join_images(done, nothing)
@@ -268,6 +278,7 @@ class DynamicVisualTokenizer(TokenizerNetwork):
             fingerprint=self.fingerprint,
             failures=failed,
             source_index=index,
+            margins=join_margins(done, self.device) if margins else None,
         )
 
     def _merge_chunks(self, chunks: Iterable[Chunk], choice: Choice, merge: Merge, width: int) -> Features:

@@ -18,7 +18,7 @@ KERNELS = Path(dyntok_kernels.__file__).parent
 LEVELS = [
     {"cli"},
     {"llm"},
-    {"batch"},
+    {"batch", "golden", "machine"},
     {"loading"},
     {"lavit", "training", "export", "visualize"},
     {"vocab"},
@@ -26,7 +26,7 @@ LEVELS = [
     {"network"},
     {"checkpoint", "chunks"},
     {"device", "policy", "precision", "image"},
-    {"imaging", "fitting", "model", "encoding", "features", "ids"},
+    {"imaging", "fitting", "margins", "model", "encoding", "features", "ids"},
     {"config", "ragged", "validation"},
     {"texts"},
     {"structure", "layout"},

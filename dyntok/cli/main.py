@@ -10,14 +10,14 @@ import sys
 from collections.abc import Sequence
 
 from dyntok import __version__
-from dyntok.cli import batch, codes, evaluate, inspect, models, sheets, train
+from dyntok.cli import batch, codes, doctor, evaluate, inspect, models, sheets, train
 from dyntok.cli.arguments import FAILED, INTERRUPTED, OK
 from dyntok.errors import DyntokError
 
 GROUPS = {
     "images": ("demo", "encode", "decode", "show"),
     "datasets": ("batch", "inspect"),
-    "tokenizers": ("info", "eval", "train", "import-lavit"),
+    "tokenizers": ("info", "doctor", "eval", "train", "import-lavit"),
 }
 
 
@@ -56,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     batch.add_batch(commands)
     inspect.add_inspect(commands)
     models.add_info(commands)
+    doctor.add_doctor(commands)
     evaluate.add_eval(commands)
     train.add_train(commands)
     models.add_import_lavit(commands)

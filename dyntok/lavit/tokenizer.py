@@ -86,6 +86,7 @@ class LavitTokenizer(DynamicVisualTokenizer):
         size: Size | None = None,
         max_pixels: int = DEFAULT_MAX_PIXELS,
         batch_size: int = BATCH_SIZE,
+        margins: bool = False,
         lavit_softmax: bool = False,
         **options: Unpack[KeepOptions],
     ) -> Encoding:
@@ -96,7 +97,7 @@ class LavitTokenizer(DynamicVisualTokenizer):
         keep, failures = KeepPolicy.of(policy, options), self._failures(errors)
         config = self.image_config(fit=fit, max_patches=max_patches, size=size)
         chunks = load_chunks(images, config, self._at_once(batch_size), max_pixels=max_pixels, failures=failures)
-        return self._encode_chunks(chunks, keep, self._merge("codes", lavit_softmax), failures)
+        return self._encode_chunks(chunks, keep, self._merge("codes", lavit_softmax), failures, margins=margins)
 
     def features(
         self,
@@ -171,13 +172,15 @@ class LavitTokenizer(DynamicVisualTokenizer):
         keep_mask: Tensor | None = None,
         errors: OnError = "raise",
         batch_size: int = BATCH_SIZE,
+        margins: bool = False,
         lavit_softmax: bool = False,
         **options: Unpack[KeepOptions],
     ) -> Encoding:
         """Returns the codes of normalized pixels, float [B, 3, S, S]; arguments as in `encode` and the base class."""
         choice = self._choice(pixels, keep_mask, KeepPolicy.of(policy, options))
         merge = self._merge("codes", lavit_softmax)
-        return self._encode_chunks(self._split(pixels, batch_size), choice, merge, self._failures(errors))
+        chunks, failures = self._split(pixels, batch_size), self._failures(errors)
+        return self._encode_chunks(chunks, choice, merge, failures, margins=margins)
 
     def features_tensor(
         self,

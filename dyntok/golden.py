@@ -1,0 +1,109 @@
+"""Golden codes: what the bundled tokenizer made of the example photograph and of ten generated pictures.
+
+They were made on one machine in float32. `dyntok doctor` compares another machine with them. After new weights,
+`dyntok doctor --write-golden dyntok/pretrained/tiny/golden.json` writes them again.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dyntok.encoding import Encoding
+from dyntok.errors import DataError
+from dyntok.loading import BUNDLED, example_image
+from dyntok.tokenizer import DynamicVisualTokenizer
+
+GOLDEN = BUNDLED / "golden.json"
+_SIDE = 160  # pixels of a generated picture
+_PHOTOGRAPH = "photograph"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One picture: its tokens, how many differ from the golden ones, and the shares of close decisions."""
+
+    name: str
+    tokens: int
+    differing: int  # tokens of one of both alone
+    close_codes: float
+    close_choices: float
+
+    @property
+    def explained(self) -> bool:
+        """Whether all differences may come from rounding."""
+        return not self.differing or self.close_codes + self.close_choices > 0
+
+
+def pictures() -> dict[str, np.ndarray]:
+    """Returns the photograph and ten pictures made of whole numbers alone, uint8 [H, W, 3]."""
+    y, x = np.mgrid[:_SIDE, :_SIDE]
+    last = _SIDE - 1
+    distance = (2 * x - last) ** 2 + (2 * y - last) ** 2
+    noise = _noise(_SIDE * _SIDE * 3).reshape(_SIDE, _SIDE, 3)
+    painted = {
+        "black": _stack(x * 0, x * 0, x * 0),
+        "gray": _stack(x * 0 + 128, x * 0 + 128, x * 0 + 128),
+        "ramp": _stack(x * 255 // last, y * 255 // last, (x + y) * 255 // (2 * last)),
+        "stripes": _stack(x // 10 % 2 * 255, x // 10 % 2 * 255, x // 10 % 2 * 255),
+        "squares": _stack((x // 20 + y // 20) % 2 * 255, x // 20 * 32, y // 20 * 32),
+        "rings": _stack(distance // 256 % 256, distance // 128 % 256, distance // 512 % 256),
+        "disk": _stack((distance < 8000) * 220, (distance < 8000) * 90, (distance >= 8000) * 200),
+        "edge": _stack((3 * x > 2 * y + 20) * 255, (3 * x > 2 * y + 20) * 200, x * 0 + 60),
+        "noise": noise,
+        "blocks": noise[::16, ::16].repeat(16, 0).repeat(16, 1),
+    }
+    return {_PHOTOGRAPH: np.asarray(example_image()), **painted}
+
+
+def write(tokenizer: DynamicVisualTokenizer, path: Path) -> None:
+    """Write the golden codes of a tokenizer."""
+    named = pictures()
+    encoding = tokenizer.encode(list(named.values()))
+    positions = encoding.positions or []
+    rows = {
+        name: {"codes": codes.tolist(), "positions": places.tolist()}
+        for name, codes, places in zip(named, encoding.codes, positions, strict=True)
+    }
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
+    text = f'{{"fingerprint": {json.dumps(tokenizer.fingerprint)}, "pictures": {{\n{lines}\n}}}}\n'
+    path.write_text(text, encoding="utf-8")
+
+
+def compare(tokenizer: DynamicVisualTokenizer, path: Path = GOLDEN) -> list[Comparison] | None:
+    """Returns how the codes of this machine differ from the golden ones; None if those are of another tokenizer.
+
+    Raises `DataError` where the file can't be read.
+    """
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        fingerprint, golden = stored["fingerprint"], dict(stored["pictures"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"can't read the golden codes {path}: {error}; write them with `dyntok doctor`") from error
+    if fingerprint != tokenizer.fingerprint:
+        return None
+    named = pictures()
+    encoding = tokenizer.encode([named[name] for name in golden], margins=True)
+    return [_comparison(name, row, golden[name]) for name, row in zip(golden, encoding, strict=True)]
+
+
+def _comparison(name: str, row: Encoding, golden: dict[str, list[int]]) -> Comparison:
+    assert row.packed_positions is not None and row.margins is not None
+    own = set(zip(row.packed_positions.tolist(), row.packed_codes.tolist(), strict=True))
+    close_codes, close_choices = row.margins[0].tolist()
+    theirs = set(zip(golden["positions"], golden["codes"], strict=True))
+    return Comparison(name, len(own), len(own ^ theirs), close_codes, close_choices)
+
+
+def _stack(*channels: np.ndarray) -> np.ndarray:
+    return np.stack(channels, -1).astype(np.uint8)
+
+
+def _noise(count: int) -> np.ndarray:
+    """Returns bytes of a linear congruential generator, the same with every version of NumPy."""
+    state, values = 1, []
+    for _ in range(count):
+        state = (state * 1_103_515_245 + 12_345) % 2**31
+        values.append(state >> 16 & 255)
+    return np.array(values, dtype=np.uint8)
