@@ -37,6 +37,8 @@ LEVELS = [
 OPTIONAL = {
     "accelerate": {"training"},
     "diffusers": {"lavit"},
+    "litdata": {"batch"},
+    "megatron": {"batch"},
     "onnxscript": {"export"},
     "pyarrow": {"batch", "llm"},
     "ray": {"batch"},

@@ -103,6 +103,8 @@ def test_the_wheel_holds_two_packages_and_their_data(tmp_path):
         "batch",
         "ray",
         "s3",
+        "litdata",
+        "energon",
         "vllm",
         "sglang",
         "docs",

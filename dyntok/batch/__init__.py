@@ -15,6 +15,9 @@ except ModuleNotFoundError as error:
 from dyntok.batch.dataset import Batch as Batch
 from dyntok.batch.dataset import CodesDataset as CodesDataset
 from dyntok.batch.dataset import read as read
+from dyntok.batch.loaders import prepare_energon as prepare_energon
+from dyntok.batch.loaders import write_litdata as write_litdata
+from dyntok.batch.loaders import write_memmap as write_memmap
 from dyntok.batch.map import TokenizeColumn as TokenizeColumn
 from dyntok.batch.options import BatchOptions as BatchOptions
 from dyntok.batch.options import EngineOptions as EngineOptions
