@@ -1,7 +1,7 @@
 """Compile every kernel as it is launched, for GPUs that need not be present, and check the result (`make kernels`).
 
     python kernels/gate.py            compare with kernels/resources.json
-    python kernels/gate.py --write    write that table again
+    python kernels/gate.py --write    write that table again (with --only: these rows of it)
 
 Always checked: no register is spilled, shared memory is within the target's limit, and kernels that multiply
 half-precision matrices contain the target's instructions for it. If Triton's version is the table's, registers and
@@ -144,6 +144,9 @@ def main() -> int:
         f"PyTorch {torch.__version__}: {len(faults)} faults"
     )
     if options.write and not faults:
+        if options.only and old["triton"] == triton.__version__:
+            kept = {name: row for name, row in old["kernels"].items() if name in variants() and name not in rows}
+            rows = {name: (kept | rows)[name] for name in variants() if name in kept or name in rows}
         lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(rows[name])}" for name in rows)
         TABLE.write_text(f'{{"triton": {json.dumps(triton.__version__)}, "kernels": {{\n{lines}\n}}}}\n')
     return bool(faults)

@@ -1,16 +1,14 @@
 """What several test files share: photographs, a small untrained tokenizer, and values of LaVIT's networks."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
-
-os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is decorated: before anything imports one
 
 import pytest
 import torch
 from safetensors import safe_open
 from skimage import data
+from support.device import DEVICE  # before anything imports a kernel
 
 from dyntok.config import BackboneConfig, CodebookConfig, DecoderConfig, ImageConfig, MergerConfig, TokenizerConfig
 from dyntok.image import to_pixels
@@ -23,6 +21,13 @@ FIXTURES = Path(__file__).parent / "fixtures"
 def seed():
     """Every test starts from the same state of the global generator, whichever tests ran before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def on_device():
+    """Makes tensors on the device that is tested. On a GPU the kernels are compiled, on a CPU interpreted."""
+    with torch.device(DEVICE):
+        yield DEVICE
 
 
 @pytest.fixture(scope="session")

@@ -132,6 +132,8 @@ def op_cases():
     }  # fmt: skip
 
 
+@pytest.mark.gpu
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("name", op_cases())
 def test_operations_keep_their_contracts(name):
     torch.library.opcheck(*op_cases()[name])

@@ -73,7 +73,7 @@ def scatter_rows(rows: Tensor, index: Tensor, base: Tensor | None, total: int) -
 
 def codebook_stats(z: Tensor, codes: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Returns the counts [K] and sums [K, C] of the vectors z [T, C] by their codes [T]."""
-    chosen = (codes[:, None] == torch.arange(size)).to(z.dtype)  # [T, K]
+    chosen = (codes[:, None] == torch.arange(size, device=z.device)).to(z.dtype)  # [T, K]
     return chosen.sum(0), chosen.T @ z
 
 
@@ -86,9 +86,13 @@ def merge_similar(x: Tensor, keep: Tensor, weights: Tensor) -> tuple[Tensor, Ten
     """
     unit = x / x.norm(dim=-1, keepdim=True).clamp(min=1e-12)
     cosine = (unit @ unit.transpose(1, 2)).masked_fill(~keep[:, None], -torch.inf)  # [B, N, N]
-    nearest = torch.where(keep, torch.arange(keep.shape[1]), cosine.argmax(-1))  # [B, N], a patch of the same image
+    nearest = torch.where(
+        keep, torch.arange(keep.shape[1], device=x.device), cosine.argmax(-1)
+    )  # [B, N], a patch of the same image
     token = keep.flatten().cumsum(0).view_as(keep) - 1  # of each kept patch
     owner = token.gather(1, nearest)
-    member = (owner.flatten()[None] == torch.arange(int(keep.sum()))[:, None]) * weights.flatten()  # [T, B * N]
+    member = (
+        owner.flatten()[None] == torch.arange(len(keep.nonzero()), device=x.device)[:, None]
+    ) * weights.flatten()  # [T, B * N]
     sizes = member.sum(1)
     return member @ x.flatten(0, 1) / sizes[:, None], sizes, owner.to(torch.int32)

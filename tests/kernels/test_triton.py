@@ -1,4 +1,6 @@
-"""Every Triton kernel, run by Triton's interpreter, against the references in float64.
+"""Every Triton kernel against the references in float64: run by Triton's interpreter, or on a GPU.
+
+`DYNTOK_TEST_DEVICE=cuda python -m pytest -m gpu` runs the same cases compiled.
 
 Memory that a launcher asks for arrives filled with NaN (`poisoned`), so that a place which is never written shows.
 """
@@ -8,7 +10,7 @@ import torch
 from support.kernel_cases import bounds, similar_case
 from torch.testing import assert_close
 
-from dyntok_kernels import codebook_stats, compact, gather_rows, merge_similar, reference, scatter_rows
+from dyntok_kernels import codebook_stats, compact, gather_rows, merge_similar, nearest_code, reference, scatter_rows
 
 triton = pytest.importorskip("triton")
 from dyntok_kernels.gpu import attention, rows  # noqa: E402
@@ -25,6 +27,7 @@ SHAPES = {
     "every patch": ([256, 1], [256, 255]),
 }
 slow = pytest.mark.slow
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_device")]
 
 
 @pytest.fixture(autouse=True)
@@ -168,6 +171,20 @@ def assert_nearest(codes, z, codebook, tolerance=1e-6):
     assert torch.equal(codes[clear], reference.nearest_code(z, codebook.double())[clear])
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+def test_codes_that_float32_cannot_tell_apart(normalize):
+    """Rows of the codebook that differ in their last bits: the kernel and the form for CPUs find the nearer one."""
+    codebook = torch.nn.functional.normalize(torch.randn(100, 16), dim=-1)
+    codebook[99] = codebook[3] + 6e-8 * torch.randn(16)
+    codebook[70] = codebook[8] - 6e-8 * torch.randn(16)
+    z = codebook[[3, 8]].repeat(60, 1) + 0.1 * torch.randn(120, 16)
+    exact = torch.nn.functional.normalize(z, dim=-1) if normalize else z
+    expected = reference.nearest_code(exact.double(), codebook.double())
+    assert set(expected.tolist()) == {3, 8, 70, 99}
+    assert torch.equal(code_kernel.nearest_code(z, codebook, normalize), expected)
+    assert torch.equal(nearest_code(z, codebook, normalize=normalize), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_nearest_code_in_half_precision(dtype):
     codebook = torch.nn.functional.normalize(torch.randn(130, 32), dim=-1).to(dtype)
@@ -258,6 +275,11 @@ def test_equal_likeness_goes_to_the_first():
 
 
 def test_gradients_of_gather_scatter_and_merging():
+    with torch.device("cpu"):  # kernels do not compute in float64
+        check_gradients()
+
+
+def check_gradients():
     keep = torch.tensor([[True, False, True, False], [False, True, True, True]])
     index = compact(keep)[0][:5]
     x, embed, base = (torch.randn(n, 3, dtype=torch.float64, requires_grad=True) for n in (8, 4, 4))
