@@ -96,6 +96,24 @@ def test_litdata_reads_its_tokens_and_resumes(folder, vocab, tmp_path):
     assert torch.equal(torch.cat([*begin, *second]).flatten().long(), whole)
 
 
+def test_datasets_stream_on_two_ranks_and_resume(folder, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    from datasets.distributed import split_dataset_by_node
+
+    def rank(number):
+        address = f"file://{folder}/*.parquet"
+        rows = datasets.load_dataset("parquet", data_files=address, streaming=True, cache_dir=str(tmp_path))["train"]
+        return split_dataset_by_node(rows, rank=number, world_size=2)
+
+    rows = [row for number in (0, 1) for row in rank(number)]
+    assert sorted(tuple(row["codes"]) for row in rows) == sorted(known(folder))
+    first, second = rank(0), rank(0)
+    stream = iter(first)
+    begin = [next(stream)["key"] for _ in range(3)]
+    second.load_state_dict(first.state_dict())
+    assert [*begin, *(row["key"] for row in second)] == [row["key"] for row in rank(0)]
+
+
 def energon_loader(folder, rank):
     """What one of two ranks reads."""
     import megatron.energon as energon

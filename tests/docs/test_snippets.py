@@ -91,7 +91,12 @@ def compiler(reader, monkeypatch):
     return {}
 
 
-PREPARED = {"docs/llm.md": "language_model", "docs/lavit.md": "lavit_release", "docs/export.md": "compiler"}
+PREPARED = {
+    "docs/llm.md": "language_model",
+    "docs/engines.md": "language_model",
+    "docs/lavit.md": "lavit_release",
+    "docs/export.md": "compiler",
+}
 
 
 @pytest.mark.parametrize(
@@ -101,6 +106,8 @@ PREPARED = {"docs/llm.md": "language_model", "docs/lavit.md": "lavit_release", "
 def test_the_blocks_of_a_page_run_from_top_to_bottom(page, reader, request):
     if named(page) == "docs/batch.md":
         pytest.importorskip("datasets")
+    if named(page) == "docs/engines.md":
+        pytest.importorskip("litdata")
     session = Session(dict(request.getfixturevalue(PREPARED[named(page)])) if named(page) in PREPARED else {})
     for block in blocks(page):
         if block.reason is None:

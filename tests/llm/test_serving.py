@@ -10,6 +10,7 @@ from dyntok.llm.serving import RequestGrammar, Served, find_vocab, request_rules
 
 VOCAB = VisualVocab.after(8, size=20, layout="lattice", grid=(3, 4))
 SERVED = Served(VOCAB, (EOS,), 40)
+ANY_GRID = VisualVocab.after(8, size=20, layout="map", sides=3)
 
 
 def written(rules, vocab, seed, steps=60):
@@ -23,12 +24,14 @@ def written(rules, vocab, seed, steps=60):
     return ids
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_requests_write_what_they_asked_for(seed):
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("vocab", [VOCAB, ANY_GRID], ids=["lattice", "map of any grid"])
+def test_requests_write_what_they_asked_for(vocab, seed):
     arguments = {"dyntok_max_tokens": [3, 7], "dyntok_min_tokens": [3, 7], "dyntok_min_images": 2, "other": 1}
     arguments |= {"dyntok_max_images": 2, "dyntok_text": 0}
-    ids = written(RequestGrammar(SERVED.grammar(arguments), [1, 5], 100), 40, seed)
-    assert [len(segment.codes) for segment in parse_ids(ids[:-1], VOCAB)] == [3, 7] and ids[-1] == EOS
+    served = Served(vocab, (EOS,), vocab.vocab_size)
+    ids = written(RequestGrammar(served.grammar(arguments), [1, 5], 100), vocab.vocab_size, seed)
+    assert [len(segment.codes) for segment in parse_ids(ids[:-1], vocab)] == [3, 7] and ids[-1] == EOS
 
 
 @pytest.mark.parametrize("room", range(3, 20))
