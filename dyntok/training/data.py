@@ -1,23 +1,24 @@
 """Random crops of training images, batch by batch.
 
 Order, shape and augmentation depend on a seed and a step alone, so that a resumed run sees what an uninterrupted one
-would. Not here: finding the images (`sources.py`), decoding a single one (`dyntok/image.py`), shapes (`grids.py`).
+would. Not here: finding the images (`sources.py`), decoding a single one (`dyntok/image.py`), sizes and crops
+(`crops.py`).
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import count, islice
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from dyntok.config import ImageConfig
 from dyntok.errors import DataError, ImageError
-from dyntok.fitting import target_size
-from dyntok.image import load_image, normalized
-from dyntok.training.grids import Grids
-from dyntok.training.sources import ImageSample
+from dyntok.image import load_image
+from dyntok.training.crops import Crops
+from dyntok.training.recipe import Recipe
+from dyntok.training.sources import ImageSample, find_samples, spread, take_inventory
+from dyntok.training.stream import StreamedImages, find_shards, images_of
 
 _GIVE_UP = 100  # unreadable images in a row: then the disk or the path is at fault
 _MAX_WARNINGS = 10
@@ -26,36 +27,51 @@ _JUMP = 7919  # places between them
 _log = logging.getLogger(__name__)
 
 
+def open_data(recipe: Recipe, crops: Crops) -> "tuple[TrainingImages | StreamedImages, list[str]]":
+    """Returns a recipe's training images, and lines that tell a person what was left out.
+
+    Raises `DataError` if there are none.
+    """
+    if recipe.stream:
+        return StreamedImages(find_shards(recipe.data), crops, split=recipe.split, buffer=recipe.stream), []
+    inventory = take_inventory(recipe.data, recipe.split)
+    return TrainingImages(inventory.samples, crops), inventory.report()
+
+
+def held_out(recipe: Recipe) -> list[ImageSample]:
+    """Returns the pictures on which a recipe validates. Raises `DataError` if there are none."""
+    limit = recipe.validation_images
+    if not recipe.stream:
+        return spread(find_samples(recipe.data, "validation"), limit)
+    images = (image for shard in find_shards(recipe.data) for image in images_of(shard, "validation"))
+    found = list(islice(images, limit))
+    if not found:
+        raise DataError("the tars hold no images of the validation part, expected one in 20; set validate_every: 0")
+    return found
+
+
 class TrainingImages(torch.utils.data.Dataset):
-    """Random crops of `samples`: item i is batch number i, float32 [B, 3, H, W].
+    """Batches of random crops of `samples`: item i is batch number i, float32 [B, 3, H, W].
 
-    Without `grids`, B is `batch_size` and pictures have the tokenizer's own size. With `grids`, each batch has a grid
-    of its own, and as many pictures as make up the patches of `batch_size` pictures of the tokenizer's own size.
-
-    Each pass over the data is a new permutation. A crop has the batch's aspect ratio and is `min_crop` to 1 times as
-    large as the largest one; half of the crops are mirrored. Rank r of a world of w ranks takes the images r, r + w,
-    ... of every global batch.
-
-    An image that can't be read is replaced by the next one of the permutation. `unreadable` lists such images.
+    Each pass over the data is a new permutation. Rank r of a world of w ranks takes the images r, r + w, ... of every
+    global batch. An image that can't be read is replaced by the next one of the permutation. `unreadable` lists such
+    images.
     """
 
-    def __init__(
-        self,
-        samples: Sequence[ImageSample],
-        config: ImageConfig,
-        batch_size: int,
-        *,
-        seed: int,
-        min_crop: float,
-        rank: int = 0,
-        world: int = 1,
-        grids: Grids | None = None,
-    ) -> None:
-        self.samples, self.config, self.batch_size = samples, config, batch_size
-        self.seed, self.min_crop, self.rank, self.world, self.grids = seed, min_crop, rank, world, grids
+    def __init__(self, samples: Sequence[ImageSample], crops: Crops) -> None:
+        self.samples, self.crops = samples, crops
         self._order: tuple[int, Tensor] | None = None  # an epoch and its permutation
         self._failed = torch.zeros(len(samples), dtype=torch.bool).share_memory_()  # seen from worker processes, too
-        self._firsts = [0]  # with grids: the place of the first image of every step so far
+
+    @property
+    def keys(self) -> list[str]:
+        """What identifies the images."""
+        return [sample.key for sample in self.samples]
+
+    @property
+    def extent(self) -> str:
+        """The number of images, for people."""
+        return f"{len(self.samples):,} pictures"
 
     @property
     def unreadable(self) -> list[int]:
@@ -68,52 +84,21 @@ class TrainingImages(torch.utils.data.Dataset):
         except DataError as error:  # raised by the loop, not by a worker process, which would add its traceback
             return error
 
-    def batch(self, step: int) -> Tensor:
+    def batch(self, number: int) -> Tensor:
         """Returns a batch. Raises `DataError` if too many images in a row can't be read."""
-        first, count, size = self._first(step), self._count(step) * self.world, self.size(step)
-        return torch.stack([self._item(first + i, size) for i in range(self.rank, count, self.world)])
+        size = self.crops.size(number)
+        return torch.stack([self._item(place, size) for place in self.crops.places(number)])
 
-    def size(self, step: int) -> tuple[int, int]:
-        """Returns (height, width) in pixels of a step's pictures."""
-        if self.grids is None:
-            return target_size(self.config)
-        rows, columns = self.grids.grid(self.seed, step)
-        return rows * self._patch_size, columns * self._patch_size
+    def batches(self, first: int) -> Iterator[Tensor]:
+        """Yields the batches from number `first` on, without end. Raises `DataError` as `batch`."""
+        return map(self.batch, count(first))
 
-    @property
-    def _patch_size(self) -> int:
-        assert self.config.patch_size is not None  # a recipe with grids has a tokenizer that takes any grid
-        return self.config.patch_size
-
-    def _count(self, step: int) -> int:
-        """The number of a step's images on each rank."""
-        if self.grids is None:
-            return self.batch_size
-        height, width = target_size(self.config)
-        usual = height // self._patch_size * (width // self._patch_size)
-        return max(1, round(self.batch_size * usual / self.grids.patches(self.seed, step)))
-
-    def _first(self, step: int) -> int:
-        """The place of a step's first image, counted from the beginning of the run."""
-        if self.grids is None:
-            return step * self.batch_size * self.world
-        while len(self._firsts) <= step:
-            self._firsts.append(self._firsts[-1] + self._count(len(self._firsts) - 1) * self.world)
-        return self._firsts[step]
+    def for_loader(self, first: int, last: int) -> tuple[torch.utils.data.Dataset, range | None]:
+        """Returns the dataset and the sampler of the batches `first` to `last`."""
+        return self, range(first, last)
 
     def _item(self, place: int, size: tuple[int, int]) -> Tensor:
-        height, width = size
-        image = self._large_enough(*divmod(place, len(self.samples)), size)
-        draw = torch.rand(4, generator=torch.Generator().manual_seed(self.seed * 2_000_003 + place)).tolist()
-        share = self.min_crop + (1 - self.min_crop) * draw[0]
-        crop_width = min(image.width, image.height * width / height) * share
-        crop_height = crop_width * height / width
-        left, top = draw[1] * (image.width - crop_width), draw[2] * (image.height - crop_height)
-        box = (left, top, min(left + crop_width, image.width), min(top + crop_height, image.height))
-        crop = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
-        if draw[3] < 0.5:
-            crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return normalized(np.asarray(crop), self.config)
+        return self.crops.crop(self._large_enough(*divmod(place, len(self.samples)), size), place, size)
 
     def _large_enough(self, epoch: int, place: int, size: tuple[int, int]) -> Image.Image:
         """Returns the image at a place, or one from another place where its pixels are too few for large grids.
@@ -121,11 +106,11 @@ class TrainingImages(torch.utils.data.Dataset):
         Where none of those looked at is large enough, the largest of them.
         """
         image = self._image(epoch, place)
-        if self.grids is None:
+        if self.crops.grids is None:
             return image
         best, most = image, _scale(image, size)
         for i in range(1, _MAX_SMALL):
-            if most >= self.grids.min_scale:
+            if most >= self.crops.grids.min_scale:
                 break
             image = self._image(epoch, place + i * _JUMP)
             if _scale(image, size) > most:
@@ -134,13 +119,13 @@ class TrainingImages(torch.utils.data.Dataset):
 
     def _image(self, epoch: int, place: int) -> Image.Image:
         if self._order is None or self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            generator = torch.Generator().manual_seed(self.crops.seed * 1_000_003 + epoch)
             self._order = epoch, torch.randperm(len(self.samples), generator=generator)
         tries = min(_GIVE_UP, len(self.samples))
         for i in range(tries):
             index = int(self._order[1][(place + i) % len(self.samples)])
             try:
-                return load_image(self.samples[index].read(), color=self.config.color)
+                return load_image(self.samples[index].read(), color=self.crops.config.color)
             except (ImageError, OSError) as error:
                 self._warn_once(index, error)
                 last, sample = error, self.samples[index]

@@ -80,7 +80,7 @@ def opening_line(
     recipe: Recipe,
     schedule: Schedule,
     step: int,
-    pictures: int,
+    pictures: str,
     folder: Path,
     device: str,
     processes: int,
@@ -92,7 +92,7 @@ def opening_line(
     stages = f"{len(recipe.stages)} stage{'s' if len(recipe.stages) > 1 else ''}"
     where = f"{device} x {processes}" if processes > 1 else device
     precision = "fp32" if dtype == torch.float32 else "bf16"
-    total = f"{schedule.total_images:,} images in {stages}, from {pictures:,} pictures"
+    total = f"{schedule.total_images:,} images in {stages}, from {pictures}"
     return f"{verb}: {what}; {total}, on {where} in {precision}, into {folder}"
 
 

@@ -81,7 +81,7 @@ def estimate(trainer: Trainer) -> RunEstimate:
 def _estimate_kmeans(trainer: Trainer) -> float:
     """Returns the seconds to collect the vectors, from one batch, and to search them, from one search."""
     start = time.perf_counter()
-    vectors = trainer.code_vectors(0)
+    vectors = next(trainer.code_vectors(0))
     collecting = (time.perf_counter() - start) * -(-trainer.kmeans_vectors // len(vectors))
     part = vectors.repeat(-(-VECTORS_PER_SEARCH // len(vectors)), 1)[:VECTORS_PER_SEARCH]
     start = time.perf_counter()

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -22,7 +23,8 @@ from dyntok.errors import CheckpointError, DataError, DyntokError
 from dyntok.tokenizer import DynamicVisualTokenizer
 from dyntok.training.average import WeightAverage
 from dyntok.training.codebook import gather_rows_of_ranks
-from dyntok.training.data import TrainingImages
+from dyntok.training.crops import Crops
+from dyntok.training.data import held_out, open_data
 from dyntok.training.display import Display, closing_line, opening_line
 from dyntok.training.log import StepAverages, append_line, open_log
 from dyntok.training.objective import Objective, StepResult
@@ -31,7 +33,6 @@ from dyntok.training.pca_init import pca_init
 from dyntok.training.precision import best_dtype, supports_bf16
 from dyntok.training.recipe import Recipe
 from dyntok.training.schedule import Schedule
-from dyntok.training.sources import find_samples, spread, take_inventory
 from dyntok.training.stage import Stage
 from dyntok.training.start import first_tokenizer
 from dyntok.training.state import check_same_run, describe_run, read_state, write_state
@@ -69,31 +70,31 @@ class Trainer:
             log_with=list(recipe.trackers) or None, project_dir=self.folder,
         )  # fmt: skip
         self.schedule = Schedule(recipe.stages, recipe.batch_size * recipe.accumulate * self.accelerator.num_processes)
-        inventory = take_inventory(recipe.data, recipe.split)
-        self.validation = find_samples(recipe.data, "validation") if recipe.validate_every else []
+        crops = Crops(
+            recipe.config.image, recipe.batch_size, recipe.seed, recipe.min_crop,
+            self.accelerator.process_index, self.accelerator.num_processes, recipe.grids,
+        )  # fmt: skip
+        self.data, left_out = open_data(recipe, crops)
+        self.validation = held_out(recipe) if recipe.validate_every else []
         self._best = -math.inf  # quality of the best weights so far
-        self._run = describe_run(recipe, inventory.samples, self.schedule.images_per_step)
+        self._run = describe_run(recipe, self.data.keys, self.schedule.images_per_step)
         state = read_state(self.folder / "state.pt")
         if state is not None:
             check_same_run(self.folder / "state.pt", state, self._run)
         self.step = state["step"] if state else 0  # of the whole run
         self.autocast_dtype = self._choose_dtype()
         where = self.accelerator.device.type, self.accelerator.num_processes, self.autocast_dtype
-        opening = opening_line(recipe, self.schedule, self.step, len(inventory.samples), self.folder, *where)
-        for line in [opening, *inventory.report()]:
+        opening = opening_line(recipe, self.schedule, self.step, self.data.extent, self.folder, *where)
+        for line in [opening, *left_out]:
             self.accelerator.print(line, flush=True)
 
         torch.manual_seed(recipe.seed)
         given = tokenizer is not None
         tell = functools.partial(self.accelerator.print, flush=True)
         tokenizer, has_codes = first_tokenizer(recipe, tokenizer, resuming=state is not None, tell=tell)
-        image = tokenizer.config.image
-        self.data = TrainingImages(
-            inventory.samples, image, recipe.batch_size, seed=recipe.seed, min_crop=recipe.min_crop,
-            rank=self.accelerator.process_index, world=self.accelerator.num_processes, grids=recipe.grids,
-        )  # fmt: skip
         if recipe.pca_init and not given and state is None:
-            pca_init(tokenizer, [self.data.batch(step) for step in range(_PCA_BATCHES)])
+            pca_init(tokenizer, islice(self.data.batches(0), _PCA_BATCHES))
+        image = tokenizer.config.image
         teacher = TeacherFeatures(recipe.teacher, image.mean, image.std) if recipe.teacher.name else None
         self.objective = Objective(tokenizer, teacher)
         self.quantizing = has_codes and recipe.stages[0].quantize
@@ -194,8 +195,8 @@ class Trainer:
         """Measures on the main process, and keeps the weights in `best` if they are the best so far."""
         if not self.accelerator.is_main_process:
             return
-        tokenizer, chosen = self.objective.tokenizer, spread(self.validation, self.recipe.validation_images)
-        figures = validate(tokenizer, chosen, None if self.average is None else self.average.values)
+        tokenizer = self.objective.tokenizer
+        figures = validate(tokenizer, self.validation, None if self.average is None else self.average.values)
         self._report(stage, figures)
         reached = quality(figures)
         if reached > self._best:
@@ -210,8 +211,9 @@ class Trainer:
         Raises `DataError` if no images can be read.
         """
         workers, count = self.recipe.workers, self.recipe.accumulate
+        dataset, sampler = self.data.for_loader(first * count, last * count)
         loader = torch.utils.data.DataLoader(
-            self.data, batch_size=None, sampler=range(first * count, last * count), num_workers=workers,
+            dataset, batch_size=None, sampler=sampler, num_workers=workers,
             prefetch_factor=4 if workers else None,
         )  # fmt: skip
         step: list[Tensor] = []
@@ -286,20 +288,20 @@ class Trainer:
         """The number of vectors from which k-means starts the codebook."""
         return _KMEANS_VECTORS_PER_CODE * len(self.objective.tokenizer.codebook.embedding)
 
-    def code_vectors(self, number: int) -> Tensor:
-        """Returns the vectors [T, C], of all ranks, that the run's batch of that number would quantize."""
-        pixels = self.data.batch(number).to(self.accelerator.device)
-        torch.manual_seed(self.recipe.seed * 1_000_003 + number)
-        with self.autocast():
-            return gather_rows_of_ranks(self.objective.code_vectors(pixels))
+    def code_vectors(self, first: int) -> Iterator[Tensor]:
+        """Yields the vectors [T, C], of all ranks, that the run's batches from number `first` on would quantize."""
+        for number, pixels in enumerate(self.data.batches(first), first):
+            torch.manual_seed(self.recipe.seed * 1_000_003 + number)
+            with self.autocast():
+                yield gather_rows_of_ranks(self.objective.code_vectors(pixels.to(self.accelerator.device)))
 
     def _kmeans(self) -> None:
         """Starts the codebook from the vectors of the next batches."""
         vectors: list[Tensor] = []
-        number = self.step * self.recipe.accumulate
-        while sum(map(len, vectors)) < self.kmeans_vectors:
-            vectors.append(self.code_vectors(number))
-            number += 1
+        for found in self.code_vectors(self.step * self.recipe.accumulate):
+            vectors.append(found)
+            if sum(map(len, vectors)) >= self.kmeans_vectors:
+                break
         generator, codebook = torch.Generator().manual_seed(self.recipe.seed), self.objective.tokenizer.codebook
         start = torch.cat(vectors)[: self.kmeans_vectors]
         self.objective.codebook_trainer.start(codebook, start, generator=generator)

@@ -51,6 +51,7 @@ class Recipe:
     )  # a preset, and sections replacing its own
     backbone_weights: str = ""  # "" (random), "hub" or a safetensors file
     data: tuple[str, ...] = ()  # folders of images, webdataset tars
+    stream: int = 0  # reads tars from front to back, and draws from a buffer of so many images; 0: lists images first
     split: Literal["all", "train", "validation"] = "train"
     min_crop: float = 0.8  # smallest random crop, as a share of the sides of the largest one
     grids: Grids | None = None  # a grid for each batch; needs a tokenizer that takes any (image.max_patches)
@@ -81,7 +82,9 @@ class Recipe:
         require(bool(self.data), "the recipe names no data; pass --data FOLDER, or list folders or tars under `data`")
         object.__setattr__(self, "trackers", tuple(self.trackers))
         ones, zeros = ("batch_size", "accumulate", "log_every", "validation_images"), ("save_minutes", "save_every")
-        lowest = dict.fromkeys(ones, 1) | dict.fromkeys((*zeros, "workers", "weight_decay", "validate_every"), 0)
+        lowest = dict.fromkeys(ones, 1) | dict.fromkeys(
+            (*zeros, "workers", "weight_decay", "validate_every", "stream"), 0
+        )
         for name, low in lowest.items():
             value = getattr(self, name)
             require(value >= low, f"{name} is {value}, expected {low} or more")

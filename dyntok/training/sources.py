@@ -100,9 +100,9 @@ def is_validation(key: str) -> bool:
     return int(_hash(key.encode(errors="surrogateescape")), 16) % HOLDOUT == 0
 
 
-def digest_of(samples: Sequence[ImageSample]) -> str:
+def digest_of(keys: Sequence[str]) -> str:
     """Returns 16 hexadecimal digits over all keys in their order, which identify the images of a run."""
-    return _hash(b"\0".join(sample.key.encode(errors="surrogateescape") for sample in samples))[:16]
+    return _hash(b"\0".join(key.encode(errors="surrogateescape") for key in keys))[:16]
 
 
 def _hash(data: bytes) -> str:
@@ -137,13 +137,14 @@ def _files(root: Path, inventory: Inventory) -> Iterator[Path]:
         folders.sort(
             key=lambda name: (os.path.islink(os.path.join(folder, name)), name)
         )  # a real folder before links to it
-        for hidden in [name for name in folders if _is_hidden(name)]:
+        for hidden in [name for name in folders if is_hidden(name)]:
             folders.remove(hidden)
             inventory.left_out["hidden"] += 1
         yield from (Path(folder, name) for name in names)
 
 
-def _is_hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
+    """Returns whether a file or folder is none of the user's, such as a copy that macOS keeps."""
     return name.startswith(".") or name == "__MACOSX"
 
 
@@ -152,7 +153,7 @@ def _is_wanted(path: Path) -> bool:
 
 
 def _add_file(path: Path, root: Path, inventory: Inventory) -> None:
-    if _is_hidden(path.name):
+    if is_hidden(path.name):
         inventory.left_out["hidden"] += 1
     elif not _is_wanted(path):
         inventory.left_out[path.suffix.lower() or "without suffix"] += 1
@@ -179,7 +180,7 @@ def _add_tar(path: Path, inventory: Inventory) -> None:
                 key = f"{folder}/{stem}" if folder else stem
                 if member.isdir():
                     continue
-                if _is_hidden(name) or "__MACOSX" in folder.split("/"):
+                if is_hidden(name) or "__MACOSX" in folder.split("/"):
                     inventory.left_out["hidden"] += 1
                 elif f".{extension.lower()}" in IMAGE_SUFFIXES:
                     images[key] = member

@@ -13,7 +13,7 @@ import torch
 
 from dyntok.errors import CheckpointError
 from dyntok.training.recipe import Recipe, differences
-from dyntok.training.sources import ImageSample, digest_of
+from dyntok.training.sources import digest_of
 
 # What may change when a run resumes: where the files are (their keys are compared), and how the work is organized.
 _FREE = {
@@ -59,12 +59,12 @@ def read_state(path: Path) -> dict[str, Any] | None:
         ) from error
 
 
-def describe_run(recipe: Recipe, samples: Sequence[ImageSample], images_per_step: int) -> dict[str, Any]:
-    """Returns what `state.pt` keeps to recognize its run, as plain types."""
+def describe_run(recipe: Recipe, keys: Sequence[str], images_per_step: int) -> dict[str, Any]:
+    """Returns what `state.pt` keeps to recognize its run, as plain types. keys: of the images, or of their shards."""
     return {
         "recipe": recipe.to_dict(),
-        "images": len(samples),
-        "digest": digest_of(samples),
+        "images": len(keys),
+        "digest": digest_of(keys),
         "images_per_step": images_per_step,
     }
 

@@ -127,6 +127,25 @@ def test_report_agrees_with_the_tokenizer_used_by_hand(tokenizer, photographs):
     assert report.feature_cosine is None and report.teacher is None and report.probe is None
 
 
+@pytest.mark.parametrize("selection", ["learned", "random", "even"])
+def test_pictures_that_keep_their_shape(small_config, photos, selection, tmp_path):
+    from support.any_grid import any_grid_tokenizer
+
+    for i, photo in enumerate(photos):
+        Image.fromarray(photo).save(tmp_path / f"{i}.png")
+    photographs = find_samples([tmp_path])
+    tokenizer = any_grid_tokenizer(small_config)
+    report = evaluate(tokenizer, photographs, batch_size=4, selection=selection)
+    encoding = tokenizer.encode([sample.read() for sample in photographs])
+    assert len(encoding.grids.unique(dim=0)) > 1
+    assert report.images == 6 and report.tokens.mean == float(encoding.lengths.double().mean())
+    pixels = 64 * float(encoding.grids.prod(1).double().mean())
+    assert report.bits_per_pixel == pytest.approx(report.tokens.mean * 8 / pixels)
+    if selection == "learned":
+        alone = [evaluate(tokenizer, [sample]).psnr for sample in photographs]
+        assert report.psnr == pytest.approx(sum(alone) / 6, abs=1e-3)
+
+
 def test_batch_size_and_order_do_not_matter(tokenizer, photographs):
     one, other = (
         evaluate(

@@ -10,6 +10,7 @@ from PIL import Image
 from dyntok.config import ImageConfig
 from dyntok.errors import ConfigError
 from dyntok.structure import build
+from dyntok.training.crops import Crops
 from dyntok.training.data import TrainingImages
 from dyntok.training.grids import Band, Grids
 from dyntok.training.recipe import Recipe
@@ -27,7 +28,7 @@ def samples(photos, tmp_path):
 
 
 def images(samples, grids, batch_size=4, **options):
-    return TrainingImages(samples, CONFIG, batch_size, seed=7, min_crop=0.8, grids=grids, **options)
+    return TrainingImages(samples, Crops(CONFIG, batch_size, seed=7, min_crop=0.8, grids=grids, **options))
 
 
 def test_sizes_and_shapes_are_drawn_as_the_recipe_says():
@@ -94,10 +95,10 @@ def test_small_pictures_give_way_where_grids_are_large(tmp_path, photos):
 
 
 def test_without_grids_pictures_have_the_size_of_the_configuration(samples):
-    data = TrainingImages(samples, CONFIG, 2, seed=0, min_crop=0.8)
+    data = TrainingImages(samples, Crops(CONFIG, 2, seed=0, min_crop=0.8))
     assert data[0].shape == (2, 3, 64, 64)
     wide = ImageConfig(img_size=64, max_patches=64, patch_size=8, size=(32, 64))
-    assert TrainingImages(samples, wide, 2, seed=0, min_crop=0.8)[0].shape == (2, 3, 32, 64)
+    assert TrainingImages(samples, Crops(wide, 2, seed=0, min_crop=0.8))[0].shape == (2, 3, 32, 64)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from PIL import Image
 
 from dyntok.structure import build
 from dyntok.tokenizer import DynamicVisualTokenizer
+from dyntok.training.crops import Crops
 from dyntok.training.data import TrainingImages
 from dyntok.training.loop import Trainer
 from dyntok.training.recipe import Recipe
@@ -61,7 +62,8 @@ def one_step(values, folder, batch_size):
     recipe = build(Recipe, {**values, "batch_size": batch_size})
     torch.manual_seed(0)
     tokenizer = DynamicVisualTokenizer(recipe.config)
-    data = TrainingImages(find_samples(recipe.data), recipe.config.image, 4, seed=recipe.seed, min_crop=recipe.min_crop)
+    crops = Crops(recipe.config.image, 4, seed=recipe.seed, min_crop=recipe.min_crop)
+    data = TrainingImages(find_samples(recipe.data), crops)
     with torch.no_grad():  # half of the batch's patches are kept, of some images more
         keep, drop = tokenizer.selector(tokenizer.backbone(data[0])).unbind(-1)
         tokenizer.selector.head.bias[0] -= (keep - drop).median()

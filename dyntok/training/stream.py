@@ -1,0 +1,162 @@
+"""Training images streamed from tars, for data that is too large to be listed.
+
+Shards are read in random order, and a buffer shuffles the images of several of them. The order follows from the seed
+alone: a resumed run goes through the headers that it has read before, without reading or decoding images. Every worker
+process goes through all headers of its rank, but reads only the images of its own batches.
+
+Not here: images that are listed first, with random access (`data.py`).
+"""
+
+import logging
+import random
+import tarfile
+from collections.abc import Iterator, Sequence
+from itertools import count
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dyntok.errors import DataError, ImageError
+from dyntok.image import IMAGE_SUFFIXES, load_image
+from dyntok.training.crops import Crops
+from dyntok.training.sources import ImageSample, Split, is_hidden, is_validation
+
+_log = logging.getLogger(__name__)
+
+
+def find_shards(sources: Sequence[str | Path]) -> list[Path]:
+    """Returns the tars of folders and the tars that are named, in order.
+
+    Raises `DataError` if a source does not exist or holds no tar.
+    """
+    shards: list[Path] = []
+    for source in map(Path, sources):
+        found = sorted(source.rglob("*.tar")) if source.is_dir() else [source]
+        if not found or not source.exists() or found[0].suffix != ".tar":
+            raise DataError(f"{source} holds no tars, expected a folder of them or a .tar; stream: 0 lists images")
+        shards += found
+    return shards
+
+
+def images_of(shard: Path, split: Split) -> Iterator[ImageSample]:
+    """Yields the images of a tar as it is read. A damaged tar gives those before the damage, and a warning."""
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                tar.members.clear()  # type: ignore[attr-defined]  # it would remember them all
+                folder, _, name = member.name.rpartition("/")
+                stem, _, extension = name.partition(".")
+                key = f"{folder}/{stem}" if folder else stem
+                if not member.isreg() or f".{extension.lower()}" not in IMAGE_SUFFIXES or is_hidden(name):
+                    continue
+                if split == "all" or is_validation(key) == (split == "validation"):
+                    yield ImageSample(key, str(shard), member.offset_data, member.size)
+            tar.fileobj.seek(tar.offset)  # tarfile takes a damaged header for the end
+            if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                raise tarfile.ReadError(f"damaged at byte {tar.offset:,}")
+    except (tarfile.TarError, OSError, EOFError) as error:
+        _log.warning("left out the rest of %s: %s", shard, error)
+
+
+class StreamedImages:
+    """Batches of the images of `shards`, one after another.
+
+    Rank r of a world of w ranks reads the shards r, r + w, ... of each pass, which has an order of its own.
+
+    buffer: images from which the next one is drawn.
+
+    Raises `DataError` if there are fewer shards than ranks.
+    """
+
+    def __init__(self, shards: Sequence[Path], crops: Crops, *, split: Split, buffer: int) -> None:
+        if len(shards) < crops.world:
+            raise DataError(f"{len(shards)} tars for {crops.world} processes, expected at least one for each")
+        self.shards, self.crops, self.split, self.buffer = list(shards), crops, split, buffer
+        self._failed = torch.zeros(1, dtype=torch.long).share_memory_()  # seen from worker processes, too
+
+    @property
+    def keys(self) -> list[str]:
+        """What identifies the shards."""
+        return [shard.name for shard in self.shards]
+
+    @property
+    def extent(self) -> str:
+        """The number of shards, for people."""
+        return f"{len(self.shards):,} tars"
+
+    @property
+    def unreadable(self) -> list[int]:
+        """A number for each image that was drawn and could not be read."""
+        return [self.crops.rank + self.crops.world * i for i in range(int(self._failed))]
+
+    def order(self) -> Iterator[ImageSample]:
+        """Yields this rank's images in the order in which they are used, without end.
+
+        Raises `DataError` where a whole pass has no image.
+        """
+        draw, waiting = random.Random(self.crops.seed * 1_009 + self.crops.rank), list[ImageSample]()
+        for image in self._passes():
+            if len(waiting) < self.buffer:
+                waiting.append(image)
+                continue
+            index = draw.randrange(len(waiting))
+            yield waiting[index]
+            waiting[index] = image
+
+    def _passes(self) -> Iterator[ImageSample]:
+        for number in count():
+            order = list(range(len(self.shards)))
+            random.Random(self.crops.seed * 1_000_003 + number).shuffle(order)
+            found = False
+            for index in order[self.crops.rank :: self.crops.world]:
+                for image in images_of(self.shards[index], self.split):
+                    found = True
+                    yield image
+            if not found:
+                raise DataError(f"no images of the split {self.split!r} in the tars of this process")
+
+    def for_loader(self, first: int, last: int) -> tuple[torch.utils.data.Dataset, range | None]:
+        """Returns the dataset of the batches `first` to `last`; it needs no sampler."""
+        return StreamedPart(self, first, last), None
+
+    def batches(self, first: int, last: int | None = None, worker: int = 0, workers: int = 1) -> Iterator[Tensor]:
+        """Yields every `workers`-th batch from number `first + worker` on, before `last`.
+
+        Raises `DataError` if no image can be read.
+        """
+        images = self.order()
+        for number in count() if last is None else range(last):
+            places = self.crops.places(number)
+            samples = [next(images) for _ in places]
+            if number >= first and (number - first) % workers == worker:
+                tensors = list(self._read(samples, places, self.crops.size(number)))
+                if not tensors:
+                    raise DataError(f"{len(samples)} images in a row can't be read, the last one {samples[-1].key}")
+                # others of the batch stand in for an unreadable image, so that the order does not depend on it
+                yield torch.stack([tensors[i % len(tensors)] for i in range(len(samples))])
+
+    def _read(self, samples: Sequence[ImageSample], places: range, size: tuple[int, int]) -> Iterator[Tensor]:
+        for sample, place in zip(samples, places, strict=True):
+            try:
+                image = load_image(sample.read(), color=self.crops.config.color)
+            except (ImageError, OSError) as error:
+                self._failed += 1
+                _log.warning("left out %s of %s: %s", sample.key, sample.path, error)
+            else:
+                yield self.crops.crop(image, place, size)
+
+
+class StreamedPart(torch.utils.data.IterableDataset):
+    """Some batches of a stream, in their order, whatever the number of worker processes."""
+
+    def __init__(self, stream: StreamedImages, first: int, last: int) -> None:
+        self.stream, self.first, self.last = stream, first, last
+
+    def __iter__(self) -> Iterator[Tensor | DataError]:
+        info = torch.utils.data.get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        try:
+            yield from self.stream.batches(self.first, self.last, worker, workers)
+        except DataError as error:  # raised by the loop, not by a worker process, which would add its traceback
+            yield error
