@@ -176,7 +176,8 @@ def test_trainers_keep_documents_apart(kind, tmp_path):
         model.model.register_forward_hook(record, with_kwargs=True)
         if kind == "trl":
             trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
-            rows = datasets.IterableDataset.from_generator(dataset, gen_kwargs={"first": text})
+            data = dataset(text)
+            rows = datasets.IterableDataset.from_generator(lambda data=data: iter(data))
             arguments = trl.SFTConfig(**options, dataset_kwargs={"skip_prepare_dataset": True})
             trainer = trl.SFTTrainer(model, arguments, train_dataset=rows, processing_class=_tokenizer(), **collator)
         else:
