@@ -18,14 +18,29 @@ import torch
 LIBRARIES = ("timm", "numpy", "Pillow")
 
 
-def seconds(work: Callable[[], Any], repeats: int = 5) -> tuple[float, float]:
-    """Median and spread (max - min) of the seconds of `work()`."""
+def seconds(work: Callable[[], Any], repeats: int = 5, device: str = "cpu") -> tuple[float, float]:
+    """Median and spread (max - min) of the seconds of `work()`. On a GPU it is done once before, to be compiled."""
+    if not device.startswith("cpu"):
+        work()
     times = []
     for _ in range(repeats):
+        wait(device)
         start = time.perf_counter()
         work()
+        wait(device)
         times.append(time.perf_counter() - start)
     return statistics.median(times), max(times) - min(times)
+
+
+def wait(device: str) -> None:
+    """Waits until a GPU has done all that it was given."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+def device_name(device: str) -> str:
+    """The model of a GPU, else that of the processor."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else processor()
 
 
 def environment() -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """What benchmarks write down beside their figures."""
 
 import json
+import os
 import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -56,3 +58,63 @@ def test_runs_of_another_model_or_limit_are_not_mixed(benchmarks, tmp_path):
         json.dumps({"fingerprint": "ab", "runs": {"even": 1}})
     )  # as it was written before there was a limit
     assert table.kept_runs(output, what) == {} and table.kept_runs(output, what | {"limit": None}) == {"even": 1}
+
+
+def test_the_gpu_benchmark_tells_sections_and_failures(benchmarks, monkeypatch):
+    import gpu
+
+    def fail(device, scale):
+        raise SystemExit("off by 1")
+
+    chosen = {title: gpu.SECTIONS[title] for title in ("A training step", "Same image, same codes")}
+    monkeypatch.setattr(gpu, "SECTIONS", {**chosen, "Operations": fail})
+    results = gpu.run("cpu", gpu.SMALL)
+    assert set(results["sections"]) == set(chosen) and results["failed"] == {"Operations": "SystemExit: off by 1"}
+    step, batches = results["sections"].values()
+    assert step[0]["images/s"] > 0 and [row["differ"] for row in batches] == [0, 0, 0, 0]
+    text = gpu.markdown(results)
+    assert "## A training step" in text and "| batches of 4 | 4 | 0 | 0 |" in text and "Operations failed" in text
+
+
+def test_rooflines_are_known_for_some_gpus(benchmarks):
+    import gpu
+
+    for name in gpu.CASES:
+        narrow, wide = (gpu.predicted_ms(name, 64, "NVIDIA H100 80GB HBM3", dtype) for dtype in ("bf16", "fp32"))
+        assert 0 < narrow <= wide and gpu.predicted_ms(name, 64, "Example GPU", "bf16") is None
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_from_end_to_end_on_a_cpu(tmp_path):
+    output = tmp_path / "results" / "gpu"
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "gpu.py"),
+        "--device",
+        "cpu",
+        "--small",
+        "--output",
+        str(output),
+    ]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads(output.with_suffix(".json").read_text())
+    assert results["device_name"] and not results["failed"]
+    assert len(results["sections"]["Operations"]) == 8 and len(results["sections"]["Encoding"]) == 4
+    assert "| tiny | fp32 | learned |" in output.with_suffix(".md").read_text()
+
+
+def test_operations_are_checked_before_they_are_timed(benchmarks):
+    import kernels
+
+    setting = kernels.Setting("cpu", 3)
+    lengths = setting.keep().sum(1).tolist()
+    assert lengths == sorted(lengths) and lengths[0] < 85 == lengths[1] < lengths[2]
+    assert kernels.Setting("cpu", 3, equal=True).keep().sum(1).tolist() == [85] * 3
+    found = kernels.measure("compact", setting)
+    assert found["off"] == 0 and found["ours_ms"] > 0
+    with pytest.raises(SystemExit, match="off by"):
+        kernels.check("a sum", torch.ones(3), torch.ones(3) * 1.1, 1e-4)
+    with pytest.raises(SystemExit, match="off by"):
+        kernels.check("a sum", torch.full((3,), torch.nan), torch.ones(3), 1e-4)
