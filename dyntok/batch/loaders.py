@@ -14,6 +14,7 @@ import torch
 from dyntok.batch.addresses import StorageOptions
 from dyntok.batch.dataset import CodesDataset
 from dyntok.errors import BatchError, CodeError, ConfigError, FingerprintError, MissingDependencyError
+from dyntok.texts import draw_text, parse_texts
 from dyntok.vocab import VisualVocab
 
 _LITDATA_CHUNK = "64MB"
@@ -30,7 +31,8 @@ def document_ids(
 ) -> Iterator[np.ndarray]:
     """Yields the ids of every row of an output folder, int64: its images, its text, and `eod`.
 
-    text: an extra column whose text follows the images, for which `encode` gives ids, without special tokens
+    text: an extra column whose text follows the images; of a list of texts one is drawn by the key. `encode` gives the
+        ids of that text, without special tokens
     eod: an id that ends every document; None: none
 
     Raises `ConfigError` where `text` and `encode` do not go together, `FingerprintError` where the vocabulary is
@@ -49,7 +51,8 @@ def document_ids(
         rows: list[list[torch.Tensor]] = [[] for _ in batch.keys]
         for row, ids in zip(batch.row_of_image, images, strict=True):
             rows[row].append(ids)
-        for row, words in zip(rows, texts, strict=True):
+        for row, written, key in zip(rows, texts, batch.keys, strict=True):
+            words = draw_text(parse_texts(written, f"{text} of {key!r}"), key)
             if words is not None and encode is not None:
                 # a caption that spells visual tokens must not open an image
                 row.append(torch.tensor([id for id in encode(words) if not vocab.is_visual(id)], dtype=torch.long))

@@ -48,6 +48,20 @@ def test_a_memory_map_of_ids(folder, vocab, tmp_path):
     assert np.memmap(tmp_path / "large.bin", dtype=np.uint32, mode="r")[0] == 70_000
 
 
+def test_one_text_of_a_list_is_drawn(photos, checkpoint_folder, vocab, tmp_path):
+    """A companion in JSON is a list of captions, not text with brackets."""
+    write_folder(tmp_path / "in", pictures(photos, 8))
+    for path in (tmp_path / "in").rglob("*.txt"):
+        path.with_suffix(".json").write_text('["one", "two"]')
+    run(str(tmp_path / "in"), str(tmp_path / "out"), str(checkpoint_folder), keep_columns=("json",))
+    write_memmap(
+        str(tmp_path / "out"), tmp_path / "train.bin", vocab, text="json", encode=lambda t: list(map(ord, t)), eod=EOD
+    )
+    ids = np.memmap(tmp_path / "train.bin", dtype=np.uint16, mode="r").tolist()
+    words = "".join(chr(id) for id in ids if id < 1000).split(chr(EOD))[:-1]
+    assert len(words) == 8 and set(words) == {"one", "two"}
+
+
 def test_text_follows_its_image(folder, vocab, tmp_path):
     def encode(text):
         return [*(ord(letter) for letter in text), vocab.image_start]  # spells a start, which is left out

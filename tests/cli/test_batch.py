@@ -5,11 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from support.batch_data import codes, files, pictures, run, tar_members, write_table, write_tar
 
+from dyntok import VisualVocab, load
 from dyntok.cli.main import main
+from dyntok.llm import parse_ids
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +124,22 @@ def test_inspect_where_it_can_not(tar, checkpoint_folder, tmp_path, capsys):
     assert "does not exist" in capsys.readouterr().err and (tmp_path / "report" / "lengths.png").exists()
     assert main(["inspect", str(tmp_path / "out"), "-o", str(tmp_path / "report")]) == 1
     assert "these codes were written by the tokenizer" in capsys.readouterr().err
+
+
+def test_megatron_with_places_texts_and_ends(tar, checkpoint_folder, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    models, splitters = tokenizers.models, tokenizers.pre_tokenizers
+    words = tokenizers.Tokenizer(models.WordLevel({"?": 0, "caption": 1, "of": 2, "</s>": 3}, unk_token="?"))
+    words.pre_tokenizer = splitters.WhitespaceSplit()
+    words.save(str(tmp_path / "words.json"))
+    command = ["batch", tar, str(tmp_path / "out"), "--model", str(checkpoint_folder), "--format", "megatron"]
+    command += ["--vocab-size", "300", "--eod", "3", "--layout", "map", "--keep-columns", "txt"]
+    assert main([*command, "--text-tokenizer", str(tmp_path / "words.json")]) == 3
+    ids = np.fromfile(tmp_path / "out" / "000000-000000.bin", np.uint16).tolist()
+    vocab = VisualVocab.of(load(checkpoint_folder), after=300, layout="map")
+    segments = parse_ids(ids, vocab)
+    assert [s.kind for s in segments] == ["image", "text"] * 20 and all(s.positions for s in segments[::2])
+    assert all(ids[s.start : s.stop] == [1, 2, 0, 3] for s in segments[1::2])
 
 
 def test_inspect_megatron_and_webdataset(tar, checkpoint_folder, tmp_path, capsys):
