@@ -7,6 +7,7 @@ import torch
 
 import dyntok
 from dyntok.encoding import Encoding
+from dyntok.image import to_pixels
 from dyntok.margins import close_choices, close_codes, rounding, shares
 from dyntok.policy import KeepPolicy
 
@@ -78,3 +79,17 @@ def test_equal_codes_are_close(tokenizer, photos):
         tokenizer.codebook.embedding[128:] = tokenizer.codebook.embedding[:128]
     enc = tokenizer.encode(photos, margins=True)
     assert (enc.margins[:, 0] == 1).all() and (enc.margins[:, 1] < 0.5).all()
+
+
+@torch.no_grad()
+def test_float32_is_as_near_to_float64_as_is_assumed(photos):
+    single, double = dyntok.load(), dyntok.load(dtype=torch.float64)
+    for photo in photos[:4]:
+        pixels = to_pixels(photo, single.config.image)[None]
+        features = [tokenizer.backbone(pixels.to(tokenizer.dtype)) for tokenizer in (single, double)]
+        scores = [t.selector(f, t.grid).diff(dim=-1).double() for t, f in zip((single, double), features, strict=True)]
+        assert (scores[0] - scores[1]).abs().max() < EPS * scores[1].abs().max()
+        keep = KeepPolicy(budget=80)(double.selector(features[1], double.grid))
+        vectors = [t.projection(t.merger(f, keep)) for t, f in zip((single, double), features, strict=True)]
+        one, other = (torch.nn.functional.normalize(v.double(), dim=-1) for v in vectors)
+        assert EPS / 100 < (one - other).norm(dim=-1).max() < EPS
