@@ -134,6 +134,9 @@ def test_models_that_leak_are_refused():
     for model in (model_of(opt), model_of(bloom), vision):
         with pytest.raises(ConfigError, match="packed documents see each other .* try mask=torch.float32"):
             check_packing(model)
+    with pytest.raises(ConfigError, match="OPTForCausalLM lets packed documents"):
+        check_packing(model_of(opt).bfloat16())
+    check_packing(model_of(CONFIGS["llama"]()).bfloat16())
     for model in (model_of(opt), vision):
         check_packing(model, mask=torch.float32)
     with pytest.raises(ConfigError, match="BloomForCausalLM .* give it one document per row"):
