@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import dyntok
 from dyntok.llm import extend_model, extend_tokenizer
+from dyntok.training.precision import supports_bf16
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -55,9 +56,7 @@ def token_losses(model: LlamaForCausalLM, input_ids: Tensor, labels: Tensor, **i
     inputs: what else a packed batch holds; it keeps the documents of a row apart.
     """
     inputs = {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-    with torch.autocast(
-        DEVICE, torch.bfloat16, enabled=DEVICE == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    ):
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=supports_bf16(DEVICE)):
         logits = model(input_ids=input_ids.to(DEVICE), **{**inputs, "use_cache": False}).logits[:, :-1]
     targets = labels[:, 1:].to(DEVICE)
     losses = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
