@@ -1,0 +1,73 @@
+"""Tokenizers of pictures through the `Auto` classes of transformers."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+import dyntok  # noqa: E402
+import dyntok.llm.auto as auto  # noqa: E402
+from dyntok.errors import CheckpointError, ConfigError  # noqa: E402
+from dyntok.vocab import VisualVocab  # noqa: E402
+
+
+@pytest.fixture
+def folder(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    auto.add_transformers_files(tmp_path)
+    return tmp_path
+
+
+def test_the_auto_classes_find_a_checkpoint(folder, tokenizer, photos):
+    images = transformers.AutoImageProcessor.from_pretrained(folder)
+    model = transformers.AutoModel.from_pretrained(folder)
+    inputs = images(photos[:3], return_tensors="pt").to("cpu")
+    assert isinstance(inputs, transformers.BatchFeature) and inputs.pixel_values.shape == (3, 3, 64, 64)
+    encoding = tokenizer.encode(photos[:3])
+    tokens = model.get_image_tokens(inputs["pixel_values"])
+    assert all(map(torch.equal, tokens, encoding.codes)) and len(tokens) == 3
+    vocab = VisualVocab.of(tokenizer, after=100, layout="positions")
+    ids = model.get_image_tokens(inputs["pixel_values"], vocab)
+    assert vocab.to_encoding(ids) == encoding
+    again = tokenizer.decode(encoding)
+    pictures = model.decode_image_tokens(ids, vocab)
+    assert [picture.tobytes() for picture in pictures] == [picture.tobytes() for picture in again]
+    assert len(model.get_image_tokens(inputs["pixel_values"], policy={"budget": 5})[0]) == 5
+    assert model(inputs["pixel_values"]).shape == (3, 64, 48)
+
+
+def test_one_picture_and_other_types(folder, photos):
+    images = transformers.AutoImageProcessor.from_pretrained(folder)
+    assert images(photos[0], return_tensors="np")["pixel_values"].shape == (1, 3, 64, 64)
+    assert [row.shape for row in images(photos[:2], return_tensors=None)["pixel_values"]] == [(3, 64, 64)] * 2
+    with pytest.raises(ConfigError, match="do_resize is not possible"):
+        images(photos[0], do_resize=False)
+
+
+def test_the_processor_saves_and_loads_again(folder, photos, tmp_path):
+    images = transformers.AutoImageProcessor.from_pretrained(folder)
+    images.save_pretrained(tmp_path / "again")
+    again = auto.DyntokImageProcessor.from_pretrained(tmp_path / "again")
+    assert torch.equal(images(photos[0])["pixel_values"], again(photos[0])["pixel_values"])
+
+
+def test_the_checkpoint_stays_the_same_for_dyntok(folder, tokenizer, tmp_path):
+    assert dyntok.load(str(folder)).fingerprint == tokenizer.fingerprint
+    before = json.loads((folder / "config.json").read_text())
+    auto.add_transformers_files(folder)  # once more
+    assert json.loads((folder / "config.json").read_text()) == before
+    with pytest.raises(CheckpointError):
+        auto.add_transformers_files(tmp_path / "missing")
+
+
+def test_other_options_are_refused(folder):
+    with pytest.raises(ConfigError, match="device_map: no options of a tokenizer"):
+        transformers.AutoModel.from_pretrained(folder, device_map="auto")
+
+
+def test_dyntok_itself_does_not_import_transformers():
+    code = "import sys, dyntok, dyntok.llm; raise SystemExit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
