@@ -108,13 +108,18 @@ class TokenizerNetwork(PretrainedModule):
         return f"{type(self).__name__}({facts}, fingerprint {self.fingerprint})"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        if fn(torch.empty(0)).device.type == "cuda":
-            self._check_gpu()
+        moved = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        if moved.device.type == "cuda":
+            self._check_gpu(moved.dtype)
         return super()._apply(fn, recurse)
 
-    def _check_gpu(self) -> None:
-        """Raises `ConfigError` where a size is one that the GPU kernels do not take."""
+    def _check_gpu(self, dtype: torch.dtype) -> None:
+        """Raises `ConfigError` where the dtype or a size is one that the GPU kernels do not take."""
         config, width = self.config, self.backbone.embed_dim
+        if dtype == torch.float64:
+            raise ConfigError(
+                "the weights are float64, and a GPU takes fp32, bf16 and fp16; use one of these, or a CPU"
+            )
         if config.codebook.dim > MAX_CODE_DIM:
             raise ConfigError(
                 f"codebook.dim is {config.codebook.dim}, and a GPU searches codes of at most {MAX_CODE_DIM} channels; "
@@ -123,8 +128,9 @@ class TokenizerNetwork(PretrainedModule):
         heads = {}
         if config.merger.kind == "blocks" and config.merger.depth:
             heads["merger"] = (width, config.merger.num_heads)
-        if config.decoder is not None and config.decoder.placement == "rank" and config.decoder.depth:
-            heads["decoder"] = (config.decoder.embed_dim or width, config.decoder.num_heads)
+        for part, section in vars(config).items():  # LaVIT has a second decoder
+            if isinstance(section, DecoderConfig) and section.placement == "rank" and section.depth:
+                heads[part] = (section.embed_dim or width, section.num_heads)
         for part, (channels, count) in heads.items():
             if channels // count not in HEAD_DIMS:
                 raise ConfigError(

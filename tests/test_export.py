@@ -51,6 +51,23 @@ def test_the_decoder_paints_the_tokenizers_pixels(tiny, expected):
     assert_close(FixedDecoder(tiny)(codes, torch.full_like(positions, -1)), unknown, atol=1e-4, rtol=0)
 
 
+@torch.no_grad()
+def test_half_precision_computes_as_the_tokenizer_does(pixels):
+    tokenizer = dyntok.load(dtype=torch.bfloat16)
+    expected = tokenizer.encode_tensor(pixels[:1], budget=BUDGET)
+    encoder, decoder = FixedEncoder(tokenizer, BUDGET), FixedDecoder(tokenizer)
+    for encode in (
+        encoder,
+        torch.compile(encoder, fullgraph=True, backend="aot_eager"),
+        export(encoder, pixels[:1]).module(),
+    ):
+        codes, positions = encode(pixels[:1])
+        assert torch.equal(codes, as_rows(expected)[0]) and torch.equal(positions, as_rows(expected)[1])
+    painted = tokenizer.decode_to_pixels(expected)
+    assert painted.dtype == decoder(codes, positions).dtype == torch.bfloat16
+    assert_close(decoder(codes, positions), painted, atol=0.05, rtol=0)
+
+
 @pytest.mark.parametrize("budget", [0, 257])
 def test_budgets_that_no_image_has(tiny, budget):
     with pytest.raises(ConfigError, match=f"budget is {budget} tokens, expected 1 to 256"):

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dyntok
 from dyntok import KeepPolicy
 from dyntok.chunks import Chunk
+from dyntok.config import PRESETS
 from dyntok.encoding import unchecked
 from dyntok.export import FixedDecoder, FixedEncoder
 from dyntok.ragged import cu_seqlens_from_lengths
@@ -194,4 +195,16 @@ def test_sizes_that_only_a_cpu_kernel_sees_are_free(small_config):
     decoder = dataclasses.replace(small_config.decoder, num_heads=12)  # attention over the whole grid is PyTorch's
     merger = dataclasses.replace(small_config.merger, num_heads=4, kind="similar")
     config = dataclasses.replace(small_config, decoder=decoder, merger=merger)
-    dyntok.DynamicVisualTokenizer(config)._check_gpu()
+    dyntok.DynamicVisualTokenizer(config)._check_gpu(torch.float32)
+
+
+def test_float64_is_refused_on_a_gpu(tokenizer):
+    with FAKE, pytest.raises(dyntok.ConfigError, match="the weights are float64, and a GPU takes fp32, bf16 and fp16"):
+        torch.nn.Module.to(tokenizer, "cuda", torch.float64)
+    assert tokenizer.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_fits_a_gpu(name):
+    with torch.device("meta"):
+        dyntok.DynamicVisualTokenizer(PRESETS[name])._check_gpu(torch.bfloat16)
