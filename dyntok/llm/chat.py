@@ -4,10 +4,12 @@ The template writes marks in place of pictures and around the assistant's conten
 stand, and are then replaced or removed.
 """
 
+import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
+from urllib.parse import unquote
 
 from dyntok.errors import CodeError
 from dyntok.image import ImageSource
@@ -45,15 +47,51 @@ def _flat(content: Any, images: list[ImageSource]) -> list[str | Picture]:
     for part in content:
         if part.get("type") == "text":
             parts.append(part["text"])
-        elif part.get("type") == "image" and "image" in part:
-            images.append(part["image"])
-            parts.append(Picture())
         else:
-            raise CodeError(
-                f"a part of a message is {part.get('type')!r} with {', '.join(part)}; "
-                "expected text, or image with image"
-            )
+            images.append(_picture(part))
+            parts.append(Picture())
     return parts
+
+
+def _picture(part: Mapping[str, Any]) -> ImageSource:
+    """Returns the picture of a part, in any of the forms that chats have."""
+    kind = part.get("type")
+    if kind == "image_url" and "image_url" in part:
+        link = part["image_url"]
+        return _linked(link["url"] if isinstance(link, Mapping) else link)
+    if kind == "image":
+        for name in ("image", "path"):
+            if name in part:
+                source = part[name]
+                return _linked(source) if isinstance(source, str) and source.startswith("data:") else source
+        if "url" in part:
+            return _linked(part["url"])
+        if "base64" in part:
+            return _decoded(part["base64"])
+    raise CodeError(
+        f"a part of a message is {kind!r} with {', '.join(part)}; "
+        "expected text, image with image, path, url or base64, or image_url"
+    )
+
+
+def _linked(address: str) -> ImageSource:
+    if address.startswith("data:"):
+        head, _, data = address.partition(",")
+        if not head.endswith(";base64"):
+            raise CodeError(f"a data URI begins with {head[:60]!r}, expected data:image/...;base64,...")
+        return _decoded(data)
+    if address.startswith("file://"):
+        return unquote(address.removeprefix("file://"))
+    raise CodeError(
+        f"a picture is at {address[:60]!r}, and dyntok downloads nothing; give the picture itself, a path or a data URI"
+    )
+
+
+def _decoded(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise CodeError(f"a picture of a message is no base64: {error}") from error
 
 
 def render(

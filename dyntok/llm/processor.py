@@ -1,11 +1,12 @@
 """Text and pictures in, ids out, and back: the processor of a model that writes pictures, in transformers' form.
 
-Needs torch alone; `tokenizer` is one of transformers, extended by `extend_tokenizer`. Not here: which part of a
+`tokenizer` is one of transformers, extended by `extend_tokenizer`. Not here: which part of a
 conversation is learned (`chat.py`).
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -14,9 +15,9 @@ from torch import Tensor
 from dyntok.encoding import Encoding
 from dyntok.errors import CodeError, ConfigError, FingerprintError
 from dyntok.image import ImageSource, is_single
-from dyntok.llm.chat import flatten_messages, learned_labels, render
-from dyntok.llm.packing import IGNORED
+from dyntok.llm.chat import Message, flatten_messages, learned_labels, render
 from dyntok.llm.parsing import Segment, parse_ids
+from dyntok.llm.row_batch import RowOptions, batch_of
 from dyntok.policy import KeepOptions
 from dyntok.tokenizer import DynamicVisualTokenizer
 from dyntok.validation import counted
@@ -82,14 +83,18 @@ class VisualProcessor:
         text: str | Sequence[str],
         images: ImageSource | Sequence[ImageSource] | Sequence[Sequence[ImageSource]] | None = None,
         *,
-        padding: bool = True,
         add_special_tokens: bool = True,
-    ) -> dict[str, Tensor]:
-        """Returns `input_ids`, `attention_mask` and `labels` (-100 in the padding), int64 [B, L] each.
+        padding: bool | str = True,
+        truncation: bool | str = False,
+        max_length: int | None = None,
+        return_tensors: Literal["pt", "np"] | None = "pt",
+    ) -> Any:
+        """Returns a `BatchFeature` of transformers with `input_ids`, `attention_mask` and `labels`, int64 [B, L] each.
 
-        Rows are padded on the tokenizer's side.
+        Rows are padded on the tokenizer's side; labels there are -100.
 
         images: in the order of the placeholders; one, a list over all texts, or a list for each text
+        padding, truncation, max_length, return_tensors: see `RowOptions`; no picture is cut
 
         Raises `CodeError` where texts have more or fewer placeholders than there are images, and where a text spells
         visual tokens; `ImageError` on a bad image; `ConfigError` where rows of different lengths are not padded, or
@@ -103,31 +108,45 @@ class VisualProcessor:
             own = [next(written) for _ in parts[1:]]
             full.append(parts[0] + "".join(picture + part for picture, part in zip(own, parts[1:], strict=True)))
             pictures.append(own)
+        options = RowOptions(padding, truncation, max_length, return_tensors)
         rows = [self._encoded(*row, add_special_tokens) for row in zip(full, pictures, strict=True)]
-        return self._padded(rows, rows, padding)
+        return batch_of(rows, rows, self.tokenizer, self.vocab, options)
 
-    def apply_chat_template(self, messages: Sequence[dict[str, Any]], **options: Any) -> dict[str, Tensor]:
-        """Returns one conversation, written by the tokenizer's own chat template, in the form of a call.
+    def apply_chat_template(self, messages: Sequence[Any], **options: Any) -> Any:
+        """Returns conversations, written by the tokenizer's own chat template, in the form of a call.
 
-        messages: `{"role": ..., "content": ...}`, where content is text or a list of `{"type": "text", "text": ...}`
-            and `{"type": "image", "image": ...}`. The placeholder in a text is text like any other.
-        options: those of the tokenizer's `apply_chat_template`, such as add_generation_prompt.
+        messages: of one conversation, or a list of such: `{"role": ..., "content": ...}`, where content is text or a
+            list of `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}`. Pictures may also be
+            `"path"`, `"base64"`, `"url"` (a data URI or file://), or an `image_url`. The placeholder in a text is text
+            like any other.
+        options: padding, truncation, max_length and return_tensors of a call, and those of the tokenizer's
+            `apply_chat_template`, such as add_generation_prompt.
 
         Labels are the turns of the assistant, each with the token that ends it; the rest is -100. Where the template
         changes those turns so that they can't be found, the result has no labels.
 
         Raises `CodeError` on a content of another type, and what a call raises.
         """
+        if not all(options.pop(name, True) for name in ("tokenize", "return_dict")):
+            raise ConfigError("tokenize and return_dict are always True; the tokenizer itself writes plain text")
+        shape = RowOptions(**{f.name: options.pop(f.name) for f in fields(RowOptions) if f.name in options})
+        several = bool(messages) and not isinstance(messages[0], Mapping)
+        rows, labels = [], []
+        for conversation in messages if several else [messages]:
+            ids, learned = self._conversation(conversation, options)
+            rows.append(ids)
+            labels.append(learned)
+        known = None if None in labels else labels
+        return batch_of(rows, known, self.tokenizer, self.vocab, shape)
+
+    def _conversation(self, messages: Sequence[Message], options: Mapping[str, Any]) -> tuple[list[int], Any]:
+        """Returns the ids of a conversation, and its labels; None where they can't be found."""
         images: list[ImageSource] = []
         plain = flatten_messages(messages, images)
         written = self._written(images, [len(images)])
         rendered = render(self.tokenizer, plain, written, options)
         ids = self._encoded(rendered.text, written, add_special_tokens=False)  # the template writes them
-        labels = learned_labels(self.tokenizer, ids, rendered)
-        inputs = self._padded([ids], [ids if labels is None else labels], padding=False)
-        if labels is None:
-            del inputs["labels"]
-        return inputs
+        return ids, learned_labels(self.tokenizer, ids, rendered)
 
     def decode_images(
         self, ids: Tensor | Sequence[Sequence[int]], *, truncated: bool = False
@@ -171,27 +190,6 @@ class VisualProcessor:
                     "make the processor with visual_tokens=True to accept such texts"
                 )
         return ids
-
-    def _padded(self, rows: list[list[int]], labels: list[list[int]], padding: bool) -> dict[str, Tensor]:
-        longest = max(map(len, rows), default=0)
-        pad = self.tokenizer.pad_token_id
-        if any(len(row) < longest for row in rows) and (not padding or pad is None):
-            why = "padding is off" if not padding else "the tokenizer has no pad token; set tokenizer.pad_token"
-            raise ConfigError(f"the rows have {min(map(len, rows))} to {longest} ids, and {why}")
-        left = self.tokenizer.padding_side == "left"
-
-        def padded(values: list[list[int]], fill: int) -> Tensor:
-            blanks = [[fill] * (longest - len(row)) for row in values]
-            return torch.tensor(
-                [blank + row if left else row + blank for row, blank in zip(values, blanks, strict=True)],
-                dtype=torch.long,
-            )
-
-        return {
-            "input_ids": padded(rows, pad or 0),
-            "attention_mask": padded([[1] * len(row) for row in rows], 0),
-            "labels": padded(labels, IGNORED),
-        }
 
     def _written(self, images: Any, wanted: list[int]) -> list[str]:
         """Returns every image as text, in order. Raises `CodeError` unless each text has the images it wants."""

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 transformers = pytest.importorskip("transformers")
 from support.any_grid import any_grid_tokenizer  # noqa: E402
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
+from support.processors import bpe, made  # noqa: E402
 
 import dyntok  # noqa: E402
 from dyntok.errors import CodeError, ConfigError  # noqa: E402
@@ -19,28 +19,6 @@ from dyntok.vocab import VisualVocab  # noqa: E402
 SMALL = dict(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8
 )
-
-
-def bpe():
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    texts = ["a photograph of a cat on a red chair, what is it? <image> user: assistant:"] * 9
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", "<pad>"], initial_alphabet=alphabet)
-    )
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>")
-    turns = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    fast.chat_template = turns + "{% if add_generation_prompt %}assistant:{% endif %}"
-    return fast
-
-
-def made(visual, layout="none", any_grid=None, **options):
-    tokenizer = bpe()
-    vocab = VisualVocab.of(visual, after=len(tokenizer), layout=layout, any_grid=any_grid)
-    extend_tokenizer(tokenizer, vocab)
-    return VisualProcessor(tokenizer, visual, vocab, **options)
 
 
 LAYOUTS = [("none", None), ("positions", None), ("map", None), ("lattice", None), ("map", True), ("lattice", True)]

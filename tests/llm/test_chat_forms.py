@@ -1,0 +1,109 @@
+"""The forms of transformers around the processor: batches of chats, pictures in any form, padding and truncation."""
+
+import base64
+import io
+
+import pytest
+import torch
+from PIL import Image
+
+transformers = pytest.importorskip("transformers")
+from support.processors import made  # noqa: E402
+
+from dyntok.errors import CodeError, ConfigError  # noqa: E402
+from dyntok.llm import parse_ids  # noqa: E402
+
+
+def user(*content):
+    return {"role": "user", "content": list(content)}
+
+
+@pytest.fixture
+def processor(tokenizer):
+    return made(tokenizer, budget=4)
+
+
+def test_pictures_in_every_form_of_a_chat(processor, photos, tmp_path):
+    file = io.BytesIO()
+    Image.fromarray(photos[0]).save(file, "PNG")
+    (tmp_path / "a cat.png").write_bytes(file.getvalue())
+    text = base64.b64encode(file.getvalue()).decode()
+    link = f"data:image/png;base64,{text}"
+    forms = [
+        {"type": "image", "image": photos[0]},
+        {"type": "image", "image": link},
+        {"type": "image", "path": str(tmp_path / "a cat.png")},
+        {"type": "image", "url": (tmp_path / "a cat.png").as_uri()},
+        {"type": "image", "url": link},
+        {"type": "image", "base64": text},
+        {"type": "image_url", "image_url": {"url": link}},
+        {"type": "image_url", "image_url": link},
+    ]
+    rows = [processor.apply_chat_template([user(form)])["input_ids"].tolist() for form in forms]
+    assert rows == [rows[0]] * len(forms) and len(rows[0][0]) > 6
+
+
+@pytest.mark.parametrize(
+    "part, message",
+    [
+        ({"type": "image", "url": "https://example.org/cat.png"}, "dyntok downloads nothing"),
+        ({"type": "image", "base64": "?"}, "no base64"),
+        ({"type": "image", "url": "data:image/png,abc"}, "a data URI begins with"),
+        ({"type": "image"}, "expected text, image with image, path, url or base64"),
+    ],
+    ids=str,
+)
+def test_other_pictures_are_refused(part, message, processor):
+    with pytest.raises(CodeError, match=message):
+        processor.apply_chat_template([user(part)])
+
+
+def test_a_batch_of_conversations(processor, photos):
+    chats = [
+        [user({"type": "image", "image": photos[0]}), {"role": "assistant", "content": "a cat"}],
+        [{"role": "user", "content": "what?"}, {"role": "assistant", "content": None}],
+    ]
+    inputs = processor.apply_chat_template(chats, return_dict=True, tokenize=True, return_tensors="pt")
+    for i, chat in enumerate(chats):
+        alone = processor.apply_chat_template(chat)
+        seen = inputs["attention_mask"][i] == 1
+        for name in ("input_ids", "labels"):
+            assert torch.equal(inputs[name][i][seen], alone[name][0])
+    with pytest.raises(ConfigError, match="always True"):
+        processor.apply_chat_template(chats, tokenize=False)
+
+
+def test_a_batch_feature(processor, photos):
+    inputs = processor(["a cat <image>", "a"], photos[0])
+    assert isinstance(inputs, transformers.BatchFeature)
+    assert inputs.to("cpu").input_ids.shape == inputs["labels"].shape
+    assert processor("a cat", return_tensors="np").input_ids.dtype == "int64"
+    rows = processor(["a cat", "a"], padding=False, return_tensors=None)["input_ids"]
+    assert len(rows[0]) > len(rows[1])
+
+
+def test_padding_and_truncation_cut_no_picture(processor, photos):
+    whole = processor("a cat <image> what?", photos[0])["input_ids"][0]
+    start = int((whole == processor.vocab.image_start).nonzero()[0])
+    for most in range(1, len(whole) + 1):
+        (row,) = processor("a cat <image> what?", photos[0], truncation=True, max_length=most)["input_ids"]
+        expected = start if start < most < start + 6 else most
+        assert torch.equal(row, whole[:expected])
+        assert {segment.kind for segment in parse_ids(row, processor.vocab)} <= {"text", "image"}
+    padded = processor("a", padding="max_length", max_length=7)
+    assert padded["attention_mask"].sum() < 7 == padded["labels"].shape[1]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"padding": "most"}, "padding is 'most'"),
+        ({"truncation": True}, "max_length is needed"),
+        ({"max_length": 0}, "max_length is 0"),
+        ({"return_tensors": "tf"}, "return_tensors is 'tf'"),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_fit_are_refused(options, message, processor):
+    with pytest.raises(ConfigError, match=message):
+        processor("a", **options)
