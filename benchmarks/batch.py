@@ -65,7 +65,7 @@ def alone(tokenizer: dyntok.DynamicVisualTokenizer, tars: list[str], rows: int) 
     source = open_input(tars, options, {})
     work = (Work(shard, 0, shard.begin) for shard in source.shards())
     chunks = chunked((row for some in work for row in read(source, some, options.shard_size)), 32)
-    job = DecodeJob(source, DecodeOptions(tokenizer.config.image, options.max_pixels), time_limit=60.0)
+    job = DecodeJob(source, DecodeOptions.of(tokenizer, options), time_limit=60.0)
     stream = decode_chunks(chunks, job, _DECODING_WORKERS)
     kept = [next(stream)]  # the processes have started
     start, count = time.perf_counter(), 0

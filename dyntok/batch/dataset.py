@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from dyntok.batch.addresses import StorageOptions, redact
 from dyntok.batch.formats import ROWS_IN_GROUP
 from dyntok.batch.manifest import read_description, recorded_files
-from dyntok.batch.shard_reader import CodesRow, read_block
+from dyntok.batch.shard_reader import CodesImage, CodesRow, read_block
 from dyntok.batch.storage import Output
 from dyntok.encoding import Encoding
 from dyntok.errors import CodeError, ConfigError, DataError
@@ -27,11 +27,16 @@ class Batch:
     encoding: Encoding  # of all their images in order, with the fingerprint of the tokenizer that made them
     row_of_image: list[int]  # which row each image belongs to; in interleaved data a row has several, or none
     columns: dict[str, list[Any]]  # by name, one value for each row
+    sizes: Tensor  # int64 [B, 2]: height and width of the B original images, as `decode(size=)` takes them
+    crop_boxes: Tensor | None  # int64 [B, 4]: left, top, right, bottom of what was used of them; None in old outputs
 
     def to_tensors(self, length: int) -> dict[str, Tensor]:
-        """Returns int64 tensors with one row per image: codes and positions [B, length], lengths, row [B], grid [B, 2].
+        """Returns int64 tensors with one row per image.
 
-        Codes and positions are -1 after the end of an image. Raises `CodeError` where an image has more tokens.
+        They are codes and positions [B, length], lengths and row [B], grid and size [B, 2], and crop_box [B, 4] where
+        it is known. Codes and positions are -1 after the end of an image.
+
+        Raises `CodeError` where an image has more tokens.
         """
         longest = int(self.encoding.lengths.max()) if len(self.encoding) else 0
         if longest > length:
@@ -39,12 +44,15 @@ class Batch:
         padded = torch.full((2, len(self.encoding), length), -1)
         for i, (codes, positions) in enumerate(zip(self.encoding.codes, self.encoding.positions, strict=True)):
             padded[0, i, : len(codes)], padded[1, i, : len(codes)] = codes, positions
+        known = {} if self.crop_boxes is None else {"crop_box": self.crop_boxes}
         return {
             "codes": padded[0],
             "positions": padded[1],
             "lengths": self.encoding.lengths,
             "grid": self.encoding.grids,
             "row": torch.tensor(self.row_of_image, dtype=torch.long),
+            "size": self.sizes,
+            **known,
         }
 
 
@@ -168,13 +176,13 @@ class CodesDataset(IterableDataset):
 
     def _batch(self, rows: Sequence[CodesRow]) -> Batch:
         images = [image for row in rows for image in row.images]
-        codes, positions, grids = zip(*images, strict=True) if images else ((), (), ())
-        encoding = Encoding.pack(
-            _long(codes), _long(positions), torch.from_numpy(np.array(grids, np.int64).reshape(-1, 2)), self.fingerprint
-        )
+        encoding = packed(images, self.fingerprint)
+        sizes = _table([(image.height, image.width) for image in images], 2)
+        boxes = [image.crop_box for image in images if image.crop_box is not None]
+        crop_boxes = _table(boxes, 4) if len(boxes) == len(images) else None
         row_of_image = [i for i, row in enumerate(rows) for _ in row.images]
         columns = {name: [row.columns[name] for row in rows] for name in self.columns}
-        return Batch([row.key for row in rows], encoding, row_of_image, columns)
+        return Batch([row.key for row in rows], encoding, row_of_image, columns, sizes, crop_boxes)
 
 
 class _Blocks:
@@ -221,5 +229,15 @@ def _worker() -> tuple[int, int]:
     return (info.id, info.num_workers) if info else (0, 1)
 
 
+def packed(images: Sequence[CodesImage], fingerprint: str) -> Encoding:
+    """Returns images of an output as an `Encoding`."""
+    codes, positions = ([getattr(image, name) for image in images] for name in ("codes", "positions"))
+    return Encoding.pack(_long(codes), _long(positions), _table([image.grid for image in images], 2), fingerprint)
+
+
 def _long(rows: Sequence[np.ndarray]) -> list[Tensor]:
     return [torch.from_numpy(row.astype(np.int64)) for row in rows]
+
+
+def _table(rows: Sequence[Sequence[int]], columns: int) -> Tensor:
+    return torch.from_numpy(np.array(rows, np.int64).reshape(-1, columns))

@@ -132,7 +132,7 @@ class _Sampling:
         if wanted <= 0:
             return
         task, options, began = self.task, self.task.options, time.monotonic()
-        decode_options = DecodeOptions(task.tokenizer.config.image, options.max_pixels)
+        decode_options = DecodeOptions.of(task.tokenizer, options)
         chunks = list(chunked(itertools.islice(read(task.source, work, options.shard_size), wanted), _CHUNK))
         position = work.start
         for chunk in chunks:

@@ -17,11 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dyntok.batch.engines.rows import TokenizedImage, TokenizedRow
-from dyntok.batch.engines.stages import narrowest
 from dyntok.batch.megatron import Megatron as Megatron
 from dyntok.batch.megatron import TextTokenizer, visual_vocab
 from dyntok.batch.megatron import megatron_index as megatron_index
 from dyntok.batch.options import BatchOptions
+from dyntok.batch.shapes import code_type, position_type
 from dyntok.batch.storage import Output
 from dyntok.errors import DataError
 from dyntok.tokenizer import DynamicVisualTokenizer
@@ -47,29 +47,30 @@ class Writer(Protocol):
 
 def make_writer(options: BatchOptions, tokenizer: DynamicVisualTokenizer, description: Mapping[str, Any]) -> Writer:
     """Returns the writer for `options.format`."""
-    codes, patches = tokenizer.config.codebook.size, tokenizer.grid[0] * tokenizer.grid[1]
     if options.format == "megatron":
         text = None if options.text_tokenizer is None else TextTokenizer(options.text_tokenizer, options.keep_columns)
         return Megatron(visual_vocab(options, tokenizer), options.eod, text)
     if options.format == "webdataset":
         return WebDataset(description)
-    return Parquet(options.interleaved, codes, patches, description)
+    types = {"codes": code_type(tokenizer), "positions": position_type(tokenizer, options)}
+    return Parquet(options.interleaved, types, {**description, "codebook_size": tokenizer.config.codebook.size})
 
 
 class Parquet:
-    """One row per image: key, codes, positions, grid (rows, columns), width, height, extra columns.
+    """One row per image: key, codes, positions, grid (rows, columns), width, height, crop box, extra columns.
 
     In interleaved data a row holds a list of each, with nulls where the input has no image or a broken one. A shard
     without rows still gets a file, so that readers find the types of its columns.
     """
 
-    def __init__(self, interleaved: bool, codes: int, patches: int, description: Mapping[str, Any]) -> None:
-        code, position = pa.from_numpy_dtype(narrowest(codes)), pa.from_numpy_dtype(narrowest(patches))
-        columns = {"codes": pa.list_(code), "positions": pa.list_(position), "grid": pa.list_(pa.uint16(), 2)}
-        columns |= {"width": pa.uint32(), "height": pa.uint32()}
+    def __init__(self, interleaved: bool, types: Mapping[str, np.dtype], metadata: Mapping[str, Any]) -> None:
+        """types: of codes and positions. metadata: of the schema."""
+        columns: dict[str, pa.DataType] = {name: pa.list_(pa.from_numpy_dtype(kind)) for name, kind in types.items()}
+        columns |= {"grid": pa.list_(pa.uint16(), 2), "width": pa.uint32(), "height": pa.uint32()}
+        columns["crop_box"] = pa.list_(pa.uint32(), 4)
         self.columns = {name: pa.list_(kind) for name, kind in columns.items()} if interleaved else columns
         self.interleaved = interleaved
-        self.metadata = {METADATA_KEY: json.dumps({**description, "codebook_size": codes}, ensure_ascii=False).encode()}
+        self.metadata = {METADATA_KEY: json.dumps(metadata, ensure_ascii=False).encode()}
 
     def write(
         self, output: Output, name: str, rows: Sequence[TokenizedRow], types: Mapping[str, pa.DataType]
@@ -96,14 +97,16 @@ _VALUES: dict[str, Callable[[TokenizedImage], Any]] = {
     "grid": lambda image: image.grid,
     "width": lambda image: image.size[0],
     "height": lambda image: image.size[1],
+    "crop_box": lambda image: image.crop_box,
 }
 
 
 class WebDataset:
     """`KEY.codes.npy`, `KEY.positions.npy`, `KEY.NAME` for each extra column of text, and `KEY.json` for the rest.
 
-    The JSON holds the key as it was, the grid, the original size, the fingerprint, and extra columns that are numbers,
-    structures or null. Names of members are safe: no absolute path, no "..", no dot in the key's last part, none twice.
+    The JSON holds the key as it was, the grid, the original size, the crop box, the fingerprint, and extra columns that
+    are numbers, structures or null. Names of members are safe: no absolute path, no "..", no dot in the key's last
+    part, none twice.
     """
 
     def __init__(self, description: Mapping[str, Any]) -> None:
@@ -128,6 +131,7 @@ class WebDataset:
         (image,) = row.present
         texts = {name: value for name, value in row.columns.items() if is_text_member(name, value)}
         facts = {"key": row.key, "grid": list(image.grid), "width": image.size[0], "height": image.size[1]}
+        facts["crop_box"] = list(image.crop_box)
         facts |= {name: value for name, value in row.columns.items() if name not in texts}
         return [
             ("codes.npy", _npy(image.codes)),

@@ -24,7 +24,8 @@ from dyntok.batch.storage import RUN, Output
 from dyntok.chunks import batched
 from dyntok.errors import BatchError, DataError
 
-_VERSION = 1  # of the records
+_VERSION = 2  # of what a run writes
+_READABLE = (1, 2)  # 1: without crop boxes
 _TOGETHER = 256  # records that are read at once
 _SHARD = re.compile(r"\d{6,}-\d{6,}(-retry\d+)?\.(parquet|tar|bin|idx|keys\.json)")
 _ERRORS = pa.schema(
@@ -82,7 +83,7 @@ def read_description(output: Output) -> dict[str, Any]:
     described = output.read_json(f"{RUN}/run.json")
     if described is None:
         raise DataError(f"{redact(output.address)} is no output of `dyntok batch`: it has no {RUN}/run.json")
-    if not isinstance(described, dict) or described.get("version") != _VERSION:
+    if not isinstance(described, dict) or described.get("version") not in _READABLE:
         raise DataError(f"{redact(output.address)}/{RUN}/run.json is of another version of dyntok, or damaged")
     if "keep" in described["options"]:  # as dyntok 0.1 called it
         described["options"]["keep_columns"] = described["options"].pop("keep")

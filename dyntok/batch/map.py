@@ -2,25 +2,28 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 
 from dyntok.batch.engines.rows import Picture, TokenizedImage
-from dyntok.batch.engines.stages import narrowest, tokenize_pictures
+from dyntok.batch.engines.stages import DecodeOptions, to_picture, tokenize_pictures
 from dyntok.batch.options import BatchOptions
+from dyntok.batch.shapes import check_shapes, code_type, position_type
 from dyntok.errors import DataError, FingerprintError, ImageError
-from dyntok.image import DEFAULT_MAX_PIXELS, to_array
+from dyntok.image import DEFAULT_MAX_PIXELS
 from dyntok.loading import load
-from dyntok.tokenizer import DynamicVisualTokenizer
+from dyntok.tokenizer import DynamicVisualTokenizer, Fit, Size
 
 _IMPORTED_IN = os.getpid()
 
 
 class TokenizeColumn:
-    """Turns a batch with a column of images into one with codes, positions, grid, width, height and error.
+    """Turns a batch with a column of images into one with their codes.
+
+    The new columns are codes, positions, grid, width, height, crop_box and error.
 
     >>> dataset.map(dyntok.batch.TokenizeColumn(), batched=True, remove_columns="image")  # Hugging Face datasets
     >>> ray.data.read_parquet(...).map_batches(dyntok.batch.TokenizeColumn, concurrency=4)  # Ray Data
@@ -30,8 +33,8 @@ class TokenizeColumn:
     model, device, other options: as in `dyntok.load` and `encode`. Each process loads the tokenizer when it first
         needs it.
 
-    A bad image has no codes (empty arrays, zeros for grid and size) and a reason in `error`, which is empty otherwise.
-    The columns have the same types in every batch.
+    A bad image has no codes (empty arrays, zeros for grid, size and box) and a reason in `error`, which is empty
+    otherwise. The columns have the same types in every batch.
 
     The fingerprint of the tokenizer is part of the pickled object, so the cache of `datasets` notices other weights.
     Raises `DataError` where the image column is missing or holds a single image, `FingerprintError` where the
@@ -46,11 +49,24 @@ class TokenizeColumn:
         budget: int | float | None = None,
         threshold: float | None = None,
         max_tokens: int | None = None,
+        places: Literal["free", "map", "lattice"] | None = None,
+        fit: Fit | None = None,
+        max_patches: int | None = None,
+        size: Size | None = None,
         max_pixels: int = DEFAULT_MAX_PIXELS,
         device: str = "cpu",
     ) -> None:
         self.model, self.image, self.device = model, image, device
-        self.options = BatchOptions(budget=budget, threshold=threshold, max_tokens=max_tokens, max_pixels=max_pixels)
+        self.options = BatchOptions(
+            budget=budget,
+            threshold=threshold,
+            max_tokens=max_tokens,
+            places=places,
+            fit=fit,
+            max_patches=max_patches,
+            size=size,
+            max_pixels=max_pixels,
+        )
         self._tokenizer: DynamicVisualTokenizer | None = None
         self._fingerprint: str | None = None  # of the tokenizer in the process that pickled this object
 
@@ -69,6 +85,7 @@ class TokenizeColumn:
                     f"{self.model} is the tokenizer {tokenizer.fingerprint} now and was {self._fingerprint} when this "
                     "object was pickled; make a new TokenizeColumn"
                 )
+            check_shapes(tokenizer, self.options)
             self._tokenizer = tokenizer
         return self._tokenizer
 
@@ -105,16 +122,15 @@ class TokenizeColumn:
         if isinstance(image, np.ndarray) and image.dtype == object:
             image = np.stack(list(image))
         try:
-            return Picture(*to_array(image, self.tokenizer.config.image, max_pixels=self.options.max_pixels))
+            return to_picture(image, DecodeOptions.of(self.tokenizer, self.options))
         except ImageError as error:
             return str(error)
 
     def _columns(self, results: Sequence[TokenizedImage | ImageError | str]) -> dict[str, Any]:
         """Returns NumPy values, whose types do not depend on which images are good."""
-        patches = self.tokenizer.grid[0] * self.tokenizer.grid[1]
-        none = TokenizedImage(
-            np.zeros(0, narrowest(self.tokenizer.config.codebook.size)), np.zeros(0, narrowest(patches)), (0, 0), (0, 0)
-        )
+        codes = np.zeros(0, code_type(self.tokenizer))
+        positions = np.zeros(0, position_type(self.tokenizer, self.options))
+        none = TokenizedImage(codes, positions, (0, 0), (0, 0), (0, 0, 0, 0))
         images = [result if isinstance(result, TokenizedImage) else none for result in results]
         return {
             "codes": [image.codes for image in images],
@@ -122,5 +138,6 @@ class TokenizeColumn:
             "grid": [np.array(image.grid, np.uint16) for image in images],
             "width": np.array([image.size[0] for image in images], np.uint32),
             "height": np.array([image.size[1] for image in images], np.uint32),
+            "crop_box": [np.array(image.crop_box, np.uint32) for image in images],
             "error": ["" if isinstance(result, TokenizedImage) else str(result) for result in results],
         }

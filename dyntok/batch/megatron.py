@@ -26,12 +26,13 @@ _TYPES = {"uint16": 8, "int32": 4}
 def visual_vocab(options: BatchOptions, tokenizer: DynamicVisualTokenizer) -> VisualVocab:
     """Returns the vocabulary of a Megatron output, whose ids follow the `vocab_size` entries of the language model.
 
-    Without a layout in the options, it is that of the tokenizer's masks, or "none" where those are free.
+    Without a layout in the options, it is that of the masks, or "none" where those are free. Images of a tokenizer that
+    takes any grid begin with theirs.
     """
-    layout, places = options.layout, tokenizer.config.selector.places
+    layout, places = options.layout, options.places or tokenizer.config.selector.places
     if layout is None:
         layout = places if places in ("map", "lattice") else "none"
-    return VisualVocab.of(tokenizer, options.vocab_size, layout=layout)
+    return VisualVocab.of(tokenizer, options.vocab_size, layout=layout, any_grid=tokenizer.any_grid)
 
 
 class TextTokenizer:

@@ -12,11 +12,14 @@ from dyntok.errors import ConfigError
 from dyntok.ids import Layout
 from dyntok.image import DEFAULT_MAX_PIXELS
 from dyntok.policy import KeepPolicy
+from dyntok.tokenizer import pair
 from dyntok.vocab import VisualVocab
 
 KINDS = ("auto", "folder", "tar", "zip", "parquet", "list")
 FORMATS = ("parquet", "webdataset", "megatron")
 DTYPES = ("fp32", "bf16", "fp16")
+FITS = ("keep", "crop", "squash", "pad")
+OWN_COLUMNS = {"key", "codes", "positions", "grid", "width", "height", "crop_box", "fingerprint"}  # of the output
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,10 @@ class BatchOptions:
     budget: int | float | None = None
     threshold: float | None = None
     max_tokens: int | None = None
+    places: Literal["free", "map", "lattice"] | None = None  # which keep masks are allowed, as in `KeepPolicy`
+    fit: Literal["keep", "crop", "squash", "pad"] | None = None  # how a picture meets its grid, as in `encode`
+    max_patches: int | None = None  # of a picture, 64 to 4,096, as in `encode`
+    size: int | tuple[int, int] | None = None  # (height, width) in pixels, in place of max_patches
     max_pixels: int = DEFAULT_MAX_PIXELS  # of an image; larger ones are refused
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     vocab_size: int | None = None  # megatron: entries of the LLM's vocabulary; image start, end and codes follow them
@@ -41,20 +48,22 @@ class BatchOptions:
     text_tokenizer: str | None = None  # megatron: the LLM's tokenizer.json, with which kept columns are written as text
 
     def __post_init__(self) -> None:
-        for name, choices in (("kind", KINDS), ("format", FORMATS), ("dtype", DTYPES)):
+        for name, choices in (("kind", KINDS), ("format", FORMATS), ("dtype", DTYPES), ("fit", (None, *FITS))):
             if getattr(self, name) not in choices:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(choices)}")
+                raise ConfigError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(map(str, choices))}")
         for name in ("shard_size", "max_pixels"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, expected an integer of 1 or more")
         object.__setattr__(self, "keep_columns", tuple(self.keep_columns))
-        taken = sorted({"key", "codes", "positions", "grid", "width", "height", "fingerprint"} & set(self.keep_columns))
+        if self.size is not None:
+            object.__setattr__(self, "size", pair(tuple(self.size) if isinstance(self.size, list) else self.size))
+        taken = sorted(OWN_COLUMNS & set(self.keep_columns))
         if taken or len(set(self.keep_columns)) < len(self.keep_columns):
             raise ConfigError(
                 f"keep_columns is {', '.join(self.keep_columns)}; "
                 f"expected different names, and none that the output has itself {taken}"
             )
-        KeepPolicy(self.budget, self.threshold, None, self.max_tokens)
+        KeepPolicy(self.budget, self.threshold, None, self.max_tokens, self.places)
         if (self.format == "megatron") != (self.vocab_size is not None):
             raise ConfigError(
                 "vocab_size belongs to the format megatron, which needs it: how many entries the LLM's vocabulary has"
@@ -75,17 +84,24 @@ class BatchOptions:
             raise ConfigError("layout and text_tokenizer belong to the format megatron; leave them out")
         if self.layout not in (None, *get_args(Layout)):
             raise ConfigError(f"layout is {self.layout!r}, expected one of {', '.join(get_args(Layout))}")
+        impossible = {"map": ("free",), "lattice": ("free", "map")}.get(self.layout or "", ())
+        if self.places in impossible:
+            raise ConfigError(
+                f"layout {self.layout!r} can't write every mask of places {self.places!r}; leave places out"
+            )
         if self.interleaved and self.format == "webdataset":
             raise ConfigError("interleaved rows are written as parquet or megatron, not as webdataset")
 
     @property
     def policy(self) -> dict[str, Any]:
         """Arguments of `encode_tensor`."""
-        places = self.layout if self.layout in ("map", "lattice") else None
+        places = self.places or (self.layout if self.layout in ("map", "lattice") else None)
         return {"budget": self.budget, "threshold": self.threshold, "max_tokens": self.max_tokens, "places": places}
 
     def to_dict(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "keep_columns": list(self.keep_columns)}
+        """Returns plain JSON types only."""
+        size = list(self.size) if isinstance(self.size, tuple) else None
+        return {**dataclasses.asdict(self), "keep_columns": list(self.keep_columns), "size": size}
 
 
 @dataclass(frozen=True)

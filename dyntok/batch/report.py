@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from dyntok.batch.addresses import StorageOptions
-from dyntok.batch.dataset import CodesDataset
+from dyntok.batch.dataset import CodesDataset, packed
 from dyntok.batch.inputs.open import open_input
 from dyntok.batch.inputs.samples import Broken, Input, Shard
 from dyntok.batch.manifest import Record, read_description, read_errors, read_records
@@ -27,6 +27,7 @@ from dyntok.tokenizer import DynamicVisualTokenizer
 from dyntok.visualize import contact_sheet
 
 _REASONS = 10  # that are told, the most frequent ones
+_GRIDS = 4  # that are told, the most frequent ones
 _PER_SHARD = 4  # panels of one output shard in a sheet
 
 
@@ -46,6 +47,8 @@ class Report:
     lengths: list[int] | None  # how many images have 0, 1, 2, ... tokens
     codes_used: int | None
     perplexity: float | None  # of the distribution of codes
+    grids: dict[str, int] | None  # how many images have each grid, such as "13x19"
+    area_used: float | None  # the mean share of an original's area that its crop box covers; None in old outputs
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "tokens_per_image": self.tokens_per_image}
@@ -70,11 +73,20 @@ class Report:
             quantiles = ", ".join(f"{name} {self.quantile(share)}" for name, share in _QUANTILES.items())
             lines += [f"lengths      {quantiles}", *_bars(self.lengths)]
             lines.append(f"codes        {self.codes_used:,} different ones, perplexity {self.perplexity:,.0f}")
+        if self.grids:
+            lines.append(f"grids        {self._grids_in_words()}")
+        if self.area_used is not None:
+            lines.append(f"area         {100 * self.area_used:.1f} % of the originals was used")
         if self.duplicates:
             lines.append(f"duplicates   {self.duplicates:,} rows with a key that came before in their shard")
         lines.append(f"errors       {self.errors:,}")
         lines += [f"  {count:>8,}  {reason}" for reason, count in self.reasons.items()]
         return "\n".join(lines)
+
+    def _grids_in_words(self) -> str:
+        grids = Counter(self.grids).most_common()
+        named = ", ".join(f"{grid} ({count:,} images)" for grid, count in grids[:_GRIDS])
+        return f"{named} and {len(grids) - _GRIDS:,} others" if len(grids) > _GRIDS else named
 
 
 _QUANTILES = {"least": 1e-12, "1 %": 0.01, "median": 0.5, "99 %": 0.99, "most": 1.0}
@@ -90,12 +102,16 @@ def inspect(folder: str, *, storage: StorageOptions | None = None) -> Report:
         totals.update(shards=1, rows=record.rows, images=record.images, tokens=record.tokens, errors=record.errors)
         totals.update(duplicates=record.duplicates, bytes=sum(facts["bytes"] for facts in record.files.values()))
         reasons.update(reason_kind(row["reason"]) for row in read_errors(output, span, record))
-    lengths = codes = None
+    lengths = codes = area = None
+    grids: Counter[str] | None = None
     if description["options"]["format"] != "megatron":
         lengths, codes = np.zeros(1, np.int64), np.zeros(1, np.int64)
+        grids, area = Counter(), 0.0
         for batch in CodesDataset(folder, batch_size=4096, storage=storage):
             lengths = _added(lengths, np.bincount(batch.encoding.lengths.numpy()))
             codes = _added(codes, np.bincount(batch.encoding.packed_codes.numpy()))
+            grids.update(f"{rows}x{columns}" for rows, columns in batch.encoding.grids.tolist())
+            area = None if area is None or batch.crop_boxes is None else area + _used(batch.sizes, batch.crop_boxes)
     return Report(
         description=description,
         **{name: totals[name] for name in ("shards", "rows", "images", "tokens", "errors", "duplicates", "bytes")},
@@ -103,6 +119,8 @@ def inspect(folder: str, *, storage: StorageOptions | None = None) -> Report:
         lengths=None if lengths is None else lengths.tolist(),
         codes_used=None if codes is None else int((codes > 0).sum()),
         perplexity=None if codes is None else perplexity(torch.from_numpy(codes)),
+        grids=None if grids is None else dict(grids.most_common()),
+        area_used=area / totals["images"] if area is not None and totals["images"] else None,
     )
 
 
@@ -115,6 +133,12 @@ def all_errors(folder: str, *, storage: StorageOptions | None = None) -> Iterato
     read_description(output)
     for span, record in read_records(output):
         yield from read_errors(output, span, record)
+
+
+def _used(sizes: torch.Tensor, boxes: torch.Tensor) -> float:
+    """Returns the sum over images of the share of their area that is inside the box."""
+    inside = (boxes[:, 2:] - boxes[:, :2]).double().prod(1)
+    return float((inside / sizes.double().prod(1)).sum())
 
 
 def _added(one: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -183,7 +207,15 @@ def draw_sample_sheet(
     if not pairs:
         raise BatchError("the originals were not found in the input; it may have moved or changed")
     originals, encodings = zip(*pairs, strict=True)
-    return contact_sheet(tokenizer, originals, Encoding.cat(encodings, renumber=False), columns=2)
+    return contact_sheet(
+        tokenizer,
+        originals,
+        Encoding.cat(encodings, renumber=False),
+        columns=2,
+        fit=options.fit,
+        max_patches=options.max_patches,
+        size=options.size,
+    )
 
 
 def _originals(
@@ -195,8 +227,5 @@ def _originals(
         for sample in itertools.islice(reading, record.rows):
             if sample.key in rows:
                 image = next((image for image in source.fetch(sample).images if image is not None), None)
-                codes, positions, grid = rows[sample.key].images[0]
                 if image is not None and not isinstance(image, Broken):
-                    code_row, position_row = (torch.from_numpy(row.astype(np.int64)) for row in (codes, positions))
-                    grids = torch.from_numpy(np.array([grid], np.int64))
-                    yield image, Encoding.pack([code_row], [position_row], grids, fingerprint)
+                    yield image, packed(rows[sample.key].images[:1], fingerprint)

@@ -17,13 +17,27 @@ from dyntok.batch.inputs.names import split_key
 from dyntok.batch.storage import Output
 from dyntok.errors import DataError
 
+_OF_IMAGES = ("codes", "positions", "grid", "width", "height", "crop_box")  # columns, as `CodesImage` has them
+
+
+@dataclass(frozen=True)
+class CodesImage:
+    """One image of the output."""
+
+    codes: np.ndarray
+    positions: np.ndarray
+    grid: Sequence[int]  # rows, columns
+    width: int  # of the original
+    height: int
+    crop_box: Sequence[int] | None = None  # None: written by dyntok 0.1, which did not store it
+
 
 @dataclass(frozen=True)
 class CodesRow:
     """One row of the output."""
 
     key: str
-    images: list[tuple[np.ndarray, np.ndarray, Sequence[int]]]  # codes, positions, grid
+    images: list[CodesImage]
     columns: dict[str, Any]
 
 
@@ -33,11 +47,10 @@ def read_block(output: Output, name: str, group: int, columns: Sequence[str] = (
         if name.endswith(".tar"):
             return list(_tar_rows(stream, columns))
         parquet = pq.ParquetFile(stream)
-        if missing := [column for column in columns if column not in parquet.schema_arrow.names]:
-            raise DataError(
-                f"{name} has no column {', '.join(missing)}; it has {', '.join(parquet.schema_arrow.names)}"
-            )
-        wanted = ["key", "codes", "positions", "grid", *columns]
+        present = parquet.schema_arrow.names
+        if missing := [column for column in columns if column not in present]:
+            raise DataError(f"{name} has no column {', '.join(missing)}; it has {', '.join(present)}")
+        wanted = ["key", *(column for column in _OF_IMAGES if column in present), *columns]
         return list(_table_rows(parquet.read_row_group(group, columns=wanted), columns))
 
 
@@ -45,13 +58,21 @@ def _table_rows(table: pa.Table, columns: Sequence[str]) -> Iterator[CodesRow]:
     table, interleaved = table.combine_chunks(), pa.types.is_list(table.schema.field("codes").type.value_type)
     keys = table["key"].to_pylist()
     kept = {name: table[name].to_pylist() for name in columns}
-    codes, positions, grids = (
-        _lists(table[name].chunk(0)) if len(table) else [] for name in ("codes", "positions", "grid")
-    )
+    parts = {name: _values(table, name) for name in _OF_IMAGES if name in table.column_names}
     for i, key in enumerate(keys):
-        row = (codes[i], positions[i], grids[i])
-        images = [image for image in zip(*row, strict=True) if image[0] is not None] if interleaved else [row]
-        yield CodesRow(key, images, {name: values[i] for name, values in kept.items()})
+        row = {name: values[i] for name, values in parts.items()}
+        images = [row]
+        if interleaved:
+            images = [dict(zip(row, image, strict=True)) for image in zip(*row.values(), strict=True)]
+        present = [CodesImage(**image) for image in images if image["codes"] is not None]
+        yield CodesRow(key, present, {name: values[i] for name, values in kept.items()})
+
+
+def _values(table: pa.Table, name: str) -> list[Any]:
+    """Returns what each row has in a column: a number, an array, or a list of these in interleaved data."""
+    if name in ("width", "height"):
+        return table[name].to_pylist()
+    return _lists(table[name].chunk(0)) if len(table) else []
 
 
 def _lists(array: pa.Array) -> list[Any]:
@@ -78,4 +99,6 @@ def _tar_rows(stream: IO[bytes], columns: Sequence[str]) -> Iterator[CodesRow]:
             kept = {**{name: text.decode() for name, text in parts.items()}, **facts}  # all texts have their own file
             if missing := [column for column in columns if column not in kept]:
                 raise DataError(f"a sample has no column {', '.join(missing)}; it has {', '.join(kept)}")
-            yield CodesRow(facts["key"], [(codes, positions, facts["grid"])], {name: kept[name] for name in columns})
+            grid, width, height = facts["grid"], facts["width"], facts["height"]
+            image = CodesImage(codes, positions, grid, width, height, facts.get("crop_box"))
+            yield CodesRow(facts["key"], [image], {name: kept[name] for name in columns})

@@ -9,6 +9,7 @@ from dyntok.batch.inputs.names import LeftOut
 from dyntok.batch.manifest import Record
 
 _TOP_REASONS = 3
+_CUT = 0.01  # share of the area; less is not worth a line
 
 
 @dataclass
@@ -21,6 +22,7 @@ class Summary:
     tokens: int = 0
     errors: int = 0
     reasons: Counter[str] = field(default_factory=Counter)  # of the errors, without names of files
+    area_used: float = 0.0  # sum over images of the share of the original's area that is inside the crop box
     left_out: LeftOut = field(default_factory=LeftOut)  # input files that were not read, by suffix; earlier runs' too
     duplicates: int = 0  # rows whose key came before in their output shard
     shards: int = 0  # output shards that were completed
@@ -60,6 +62,7 @@ class Summary:
         self.rows += 1
         self.images += len(row.present)
         self.tokens += sum(len(image.codes) for image in row.present)
+        self.area_used += sum(image.used for image in row.present)
         self.errors += len(row.failures)
         self.reasons.update(reason_kind(failure.reason) for failure in row.failures)
         self.input_shards += row.share
@@ -82,6 +85,11 @@ class Summary:
             f"{self.images_per_second:.1f} images/s",
             f"written to {self.output}: {self.shards:,} output shards, {self.bytes / 1e6:.1f} MB",
         ]
+        if self.images and self.area_used < (1 - _CUT) * self.images:
+            lines.append(
+                f"{100 * (1 - self.area_used / self.images):.1f} % of the originals' area was cut off to fit the grid; "
+                "--fit squash or pad uses all of it"
+            )
         if self.finished_before:
             lines.append(f"{self.finished_before:,} images were finished by earlier runs")
         if self.duplicates:

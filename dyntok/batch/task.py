@@ -11,6 +11,7 @@ from dyntok.batch.inputs.open import open_input
 from dyntok.batch.inputs.samples import Input
 from dyntok.batch.manifest import Manifest, describe_run
 from dyntok.batch.options import BatchOptions
+from dyntok.batch.shapes import check_shapes
 from dyntok.batch.storage import Output
 from dyntok.errors import ConfigError
 from dyntok.loading import load
@@ -53,5 +54,6 @@ def prepare(
             )
     source = open_input(sources, options, storage)
     tokenizer = model if isinstance(model, DynamicVisualTokenizer) else load(model, dtype=options.dtype)
+    check_shapes(tokenizer, options)
     description = describe_run(sources, source.kind, tokenizer.fingerprint, options, dyntok.__version__)
     return Task(source, target, tokenizer, options, description)

@@ -14,6 +14,7 @@ from dyntok.cli.arguments import (
     add_json_option,
     add_model_option,
     add_policy_options,
+    add_shape_options,
     names,
     print_json,
     report,
@@ -48,6 +49,7 @@ def add_batch(commands: "Commands") -> None:
     add.add_argument("--dry-run", action="store_true", help="estimate from a sample what would be done; write nothing")
     add_json_option(add)
     add_policy_options(add, sample=False)
+    add_shape_options(add)
     _add_input_options(add.add_argument_group("input"))
     _add_output_options(add.add_argument_group("output"))
     _add_performance_options(add.add_argument_group("performance (these options never affect the output)"))

@@ -121,8 +121,9 @@ def _tar_rows(path: Path, text: str | None) -> _Rows:
     output = Output(path.parent, {})
     fingerprint = read_description(output)["tokenizer"]["fingerprint"]
     for row in read_block(output, path.name, 0, [] if text is None else [text]):
-        ((codes, positions, grid),) = row.images
-        columns = {"key": row.key, "codes": codes.tolist(), "positions": positions.tolist(), "grid": list(grid)}
+        (image,) = row.images
+        codes, positions = image.codes.tolist(), image.positions.tolist()
+        columns = {"key": row.key, "codes": codes, "positions": positions, "grid": list(image.grid)}
         yield {**columns, **row.columns}, fingerprint
 
 

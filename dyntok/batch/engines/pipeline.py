@@ -28,9 +28,7 @@ def encode_work(work: Iterable[Work], job: ModelJob, device: str) -> Iterator[Ch
     """Yields encoded rows in order. Raises `BatchError` where input can't be read or a decoding process dies."""
     tokenizer, size = job.tokenizer.to(device), job.options.shard_size
     rows = (row for some in work for row in read(job.source, some, size))
-    decode_job = DecodeJob(
-        job.source, DecodeOptions(tokenizer.config.image, job.options.max_pixels), job.engine.time_limit
-    )
+    decode_job = DecodeJob(job.source, DecodeOptions.of(tokenizer, job.options), job.engine.time_limit)
     with _garbage_frozen():
         chunks = decode_chunks(chunked(rows, job.engine.batch_size), decode_job, job.decoding_processes)
         for chunk in chunks:

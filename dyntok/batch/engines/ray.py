@@ -43,7 +43,7 @@ class _Shared:
 
     @property
     def decode_options(self) -> DecodeOptions:
-        return DecodeOptions(self.tokenizer.config.image, self.options.max_pixels)
+        return DecodeOptions.of(self.tokenizer, self.options)
 
 
 def run_ray(

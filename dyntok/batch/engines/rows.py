@@ -117,10 +117,11 @@ class Chunk(Generic[RowT]):
 
 @dataclass(frozen=True)
 class Picture:
-    """An image of the tokenizer's size."""
+    """An image as the tokenizer sees it."""
 
-    array: np.ndarray  # uint8 [S, S, 3]
+    array: np.ndarray  # uint8 [H, W, 3]
     size: tuple[int, int]  # width and height of the original
+    crop_box: tuple[int, ...]  # the part of the original that is used: left, top, right, bottom in its pixels
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,13 @@ class TokenizedImage:
     positions: np.ndarray  # [T], the narrowest that holds every position
     grid: tuple[int, int]
     size: tuple[int, int]
+    crop_box: tuple[int, ...]
+
+    @property
+    def used(self) -> float:
+        """Returns the share of the original's area that is used."""
+        left, top, right, bottom = self.crop_box
+        return (right - left) * (bottom - top) / (self.size[0] * self.size[1])
 
 
 TokenizedRow: TypeAlias = Row[TokenizedImage]

@@ -26,9 +26,11 @@ from dyntok.batch.engines.rows import (
 from dyntok.batch.inputs.names import LeftOut
 from dyntok.batch.inputs.samples import Broken, Input, Shard, ShardReader
 from dyntok.batch.options import BatchOptions
+from dyntok.batch.shapes import code_type, image_config, position_type
 from dyntok.config import ImageConfig
 from dyntok.errors import BatchError, ImageError
-from dyntok.image import normalized, to_array
+from dyntok.fitting import fit
+from dyntok.image import ImageSource, normalized, to_array
 from dyntok.tokenizer import DynamicVisualTokenizer
 
 Place: TypeAlias = tuple[int, int]  # row of a chunk, and image of that row
@@ -44,6 +46,11 @@ class DecodeOptions:
 
     image: ImageConfig
     max_pixels: int
+
+    @classmethod
+    def of(cls, tokenizer: DynamicVisualTokenizer, options: BatchOptions) -> "DecodeOptions":
+        """Returns how a run decodes its images."""
+        return cls(image_config(tokenizer, options), options.max_pixels)
 
 
 def read(source: Input, work: Work, shard_size: int) -> Iterator[SourceRow | RangeEnd]:
@@ -136,7 +143,7 @@ def decode(
             return Failure(place[1], refused[place])
         on_place(place)
         try:
-            return Picture(*to_array(image, options.image, max_pixels=options.max_pixels))
+            return to_picture(image, options)
         except ImageError as error:
             return Failure(place[1], str(error))
 
@@ -178,35 +185,48 @@ def encode(
     return Chunk([encoded(row) for row in chunk.rows], chunk.ends)
 
 
+def to_picture(image: ImageSource, options: DecodeOptions) -> Picture:
+    """Returns an image as the tokenizer sees it. Raises `ImageError`."""
+    array, size = to_array(image, options.image, max_pixels=options.max_pixels)
+    left, top, right, bottom = fit(*size, options.image).box
+    return Picture(array, size, (int(left), int(top), int(right), int(bottom)))
+
+
 def tokenize_pictures(
     pictures: Sequence[Picture], tokenizer: DynamicVisualTokenizer, options: BatchOptions
 ) -> list[TokenizedImage | ImageError]:
-    """Returns a result for each picture, or the error that the tokenizer raises for it."""
-    try:
-        return list(_tokenize_all(pictures, tokenizer, options))
-    except ImageError as error:  # of one of them: numbers that are not finite, say
-        if len(pictures) == 1:
-            return [error]
-    return [result for picture in pictures for result in tokenize_pictures([picture], tokenizer, options)]
+    """Returns a result for each picture, or the error that the tokenizer has for it.
+
+    Pictures of one shape go through the network together; nothing is padded.
+    """
+    numbers: dict[tuple[int, ...], list[int]] = {}  # of the pictures of each shape
+    for number, picture in enumerate(pictures):
+        numbers.setdefault(picture.array.shape, []).append(number)
+    results: dict[int, TokenizedImage | ImageError] = {}
+    for group in numbers.values():
+        found = _tokenize_group([pictures[number] for number in group], tokenizer, options)
+        results.update(zip(group, found, strict=True))
+    return [results[number] for number in range(len(pictures))]
 
 
-def _tokenize_all(
+def _tokenize_group(
     pictures: Sequence[Picture], tokenizer: DynamicVisualTokenizer, options: BatchOptions
-) -> Iterator[TokenizedImage]:
-    if not pictures:
-        return
+) -> list[TokenizedImage | ImageError]:
+    """Returns the results of pictures of one shape."""
+    height, width, _ = pictures[0].array.shape
+    rows, columns = height // tokenizer.backbone.patch_size, width // tokenizer.backbone.patch_size
+    if isinstance(options.budget, int) and options.budget > rows * columns:
+        reason = f"budget is {options.budget} tokens, but the picture's grid of {rows} x {columns} has fewer patches"
+        return [ImageError(reason) for _ in pictures]
     pixels = normalized(np.stack([picture.array for picture in pictures]), tokenizer.config.image)
-    encoding = tokenizer.encode_tensor(pixels, batch_size=len(pictures), **options.policy).to("cpu")
-    code_type = narrowest(tokenizer.config.codebook.size)
-    position_type = narrowest(tokenizer.grid[0] * tokenizer.grid[1])
-    for picture, codes, positions, grid in zip(
-        pictures, encoding.codes, encoding.positions, encoding.grids.tolist(), strict=True
+    encoding = tokenizer.encode_tensor(pixels, batch_size=len(pictures), errors="skip", **options.policy).to("cpu")
+    results: dict[int, TokenizedImage | ImageError] = {
+        index: ImageError(str(error).removeprefix(f"input {index}: ")) for index, error in encoding.failures
+    }
+    types = code_type(tokenizer), position_type(tokenizer, options)
+    for index, codes, positions in zip(
+        encoding.source_index.tolist(), encoding.codes, encoding.positions or (), strict=True
     ):
-        yield TokenizedImage(
-            codes.numpy().astype(code_type), positions.numpy().astype(position_type), tuple(grid), picture.size
-        )
-
-
-def narrowest(count: int) -> np.dtype:
-    """Returns the first unsigned type that holds `count` different values from 0."""
-    return next(np.dtype(name) for name in ("uint8", "uint16", "uint32") if count - 1 <= np.iinfo(name).max)
+        values = codes.numpy().astype(types[0]), positions.numpy().astype(types[1])
+        results[index] = TokenizedImage(*values, (rows, columns), pictures[index].size, pictures[index].crop_box)
+    return [results[index] for index in range(len(pictures))]
