@@ -66,6 +66,8 @@ class DryRun:
             )
         else:
             lines += self._estimates()
+            if self.errors:
+                lines.append(f"failed       {self.errors:,} images of the sample; a run would list them as errors:")
         lines += [f"  {count:>8,}  {reason}" for reason, count in self.reasons.items()]
         if self.left_out:
             lines.append(f"left out so far: {LeftOut(self.left_out)}")

@@ -32,7 +32,11 @@ def test_parquet_columns_and_metadata(tar, checkpoint_folder, tokenizer, tmp_pat
         "width": "uint32",
         "height": "uint32",
     }
-    kinds |= {"grid": "fixed_size_list<element: uint16>[2]", "txt": "string"}
+    kinds |= {
+        "grid": "fixed_size_list<element: uint16>[2]",
+        "crop_box": "fixed_size_list<element: uint32>[4]",
+        "txt": "string",
+    }
     assert {field.name: str(field.type) for field in table.schema} == kinds
     facts = json.loads(table.schema.metadata[b"dyntok"])
     assert facts["tokenizer"]["fingerprint"] == tokenizer.fingerprint and facts["dyntok"] == dyntok.__version__

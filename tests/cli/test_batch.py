@@ -71,7 +71,8 @@ def test_dry_run_writes_nothing(tar, photos, checkpoint_folder, tmp_path, capsys
         assert plan["rows"] == pytest.approx(exact, abs=1) and plan["output_shards"] == 3 and plan["seconds"] > 0
         assert plan["sampled"] > 7 and plan["tokens_per_image"] > 5 and not (tmp_path / "out").exists()
     assert main(["batch", "--dry-run", tar, str(tmp_path / "out"), *model]) == 0
-    assert "would read   1 input shards (tar)" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "would read   1 input shards (tar)" in told and "failed       1 images of the sample" in told
     run(tar, tmp_path / "out", checkpoint_folder)
     before = files(tmp_path / "out")
     assert main(["batch", "--dry-run", tar, str(tmp_path / "out"), *model]) == 1
