@@ -1,4 +1,4 @@
-"""Finds the nearest codebook row of every vector in one pass. Scores exist only as blocks in registers.
+"""Finds the nearest codebook row of every vector. Scores exist only as blocks in registers.
 
 Rows whose best two scores lie within rounding are searched again in float64, as the form for CPUs does, so that equal
 and nearly equal rows of the codebook give the same code everywhere.
@@ -13,7 +13,7 @@ from dyntok_kernels.gpu.tiles import FLOATS, Blocks, Variant, alike_dot, cast, c
 from dyntok_kernels.limits import MAX_CODE_DIM
 
 CODE_SIZES = (8, 16, 32, 64)
-_AGAIN = Blocks(1, 16, warps=4)  # a vector, codes at a time
+_PARTS = 16  # of the codebook: one image alone has enough programs, and their number never depends on the batch
 _EPS, _EPS64 = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
 
 
@@ -21,6 +21,10 @@ def blocks_for(dtype: torch.dtype, dim: int) -> Blocks:
     if dtype == torch.float32:
         return Blocks(32, 64, warps=4) if dim <= 32 else Blocks(32, 32, warps=4)
     return Blocks(64, 128, warps=4, stages=2)
+
+
+def decide_blocks(dim: int) -> Blocks:
+    return Blocks(1, 16, warps=4) if dim <= 32 else Blocks(1, 8, warps=4)  # a vector, codes at a time
 
 
 @triton.jit
@@ -31,15 +35,17 @@ def _unit(vectors):
     return cast(wide / norm[:, None], vectors.dtype)
 
 
-@kernel("rows", "size", "normalize")
+@kernel("rows", "size", "span", "normalize")
 def nearest_code_kernel(
-    z, codebook, half_norms, longest, codes, doubtful, rows, size, normalize, slack,
-    WIDTH: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    z, codebook, half_norms, best_scores, seconds, best_codes, rows, size, span, normalize,
+    WIDTH: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """half_norms: |c|^2 / 2, float32 [K]. |z - c|^2 is smallest where z.c - |c|^2 / 2 is greatest.
+    """One program compares a block of vectors with one part of the codebook, `span` rows.
 
-    longest: the greatest |c|, float32 [1]. doubtful: int32 [T], 1 where the runner-up is within `slack` roundings.
+    half_norms: |c|^2 / 2, float32 [K]. |z - c|^2 is smallest where z.c - |c|^2 / 2 is greatest.
+    best_scores, seconds (of the runner-up), best_codes: what each part found, [T, PARTS].
     """
+    part = tl.program_id(1)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_C)
     inside = (row < rows)[:, None] & (columns < WIDTH)[None, :]
@@ -49,9 +55,10 @@ def nearest_code_kernel(
     second = tl.full([BLOCK_M], float("-inf"), tl.float32)
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     found = tl.zeros([BLOCK_M], tl.int32)
-    for start in range(0, size, BLOCK_N):
+    end = tl.minimum(size, (part + 1) * span)
+    for start in range(part * span, end, BLOCK_N):
         code = start + tl.arange(0, BLOCK_N)
-        known = code < size
+        known = code < end
         present = known[:, None] & (columns < WIDTH)[None, :]
         entries = tl.load(codebook + (code * WIDTH)[:, None] + columns[None, :], mask=present, other=0.0)
         score = (
@@ -62,29 +69,38 @@ def nearest_code_kernel(
         second = tl.maximum(second, tl.maximum(tl.minimum(best, top), tl.max(others, 1)))
         found = tl.where(top > best, start + index, found)  # an earlier block keeps a tie
         best = tl.maximum(best, top)
-    tl.store(codes + row, found.to(tl.int64), mask=row < rows)
-    wide = vectors.to(tl.float32)
-    length = tl.load(longest)
-    limit = slack * length * (tl.sqrt(tl.sum(wide * wide, 1)) + length)
-    tl.store(doubtful + row, (best - second <= limit).to(tl.int32), mask=row < rows)
+    place = row.to(tl.int64) * PARTS + part
+    tl.store(best_scores + place, best, mask=row < rows)
+    tl.store(seconds + place, second, mask=row < rows)
+    tl.store(best_codes + place, found, mask=row < rows)
 
 
 @kernel("size", "normalize")
-def search_again_kernel(
-    z, codebook, longest, codes, doubtful, size, normalize, slack,
-    WIDTH: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+def decide_kernel(
+    z, codebook, longest, best_scores, seconds, best_codes, codes, size, normalize, slack, slack64,
+    WIDTH: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """One program per vector searches a doubtful one in float64: the lowest of all codes that are equally near."""
+    """One program per vector takes the best of all parts. Where the runner-up is within rounding, it searches again.
+
+    That is in float64, for the lowest of all codes that are equally near. longest: the greatest |c|, float32 [1].
+    slack, slack64: the rounding errors of a score in units of |c| (|z| + |c|).
+    """
     row = tl.program_id(0).to(tl.int64)
-    if tl.load(doubtful + row) == 0:
-        return
+    parts = tl.arange(0, PARTS)
+    scores = tl.load(best_scores + row * PARTS + parts)
+    top, part = tl.max(scores, 0, return_indices=True)  # the lowest part of equal ones
+    rival = tl.max(tl.where(parts == part, float("-inf"), scores), 0)
+    rival = tl.maximum(rival, tl.max(tl.load(seconds + row * PARTS + parts), 0))
+    tl.store(codes + row, tl.load(best_codes + row * PARTS + part).to(tl.int64))
     columns = tl.arange(0, BLOCK_C)
     vector = tl.load(z + row * WIDTH + columns[None, :], mask=(columns < WIDTH)[None, :], other=0.0)  # [1, c]
     if normalize != 0:
         vector = _unit(vector)
     wide = vector.to(tl.float64)
     length = tl.load(longest).to(tl.float64)
-    limit = slack * length * (tl.sqrt(tl.sum(wide * wide)) + length)
+    unit = length * (tl.sqrt(tl.sum(wide * wide)) + length)
+    if top - rival > slack * unit:
+        return
     best = tl.full([], float("-inf"), tl.float64)
     found = tl.full([], 0, tl.int32)
     for start in range(0, size, BLOCK_N):
@@ -92,13 +108,12 @@ def search_again_kernel(
         known = code < size
         present = known[:, None] & (columns < WIDTH)[None, :]
         entries = tl.load(codebook + (code * WIDTH)[:, None] + columns[None, :], mask=present, other=0.0).to(tl.float64)
-        score = tl.sum((wide - entries / 2) * entries, 1)
-        score = tl.where(known, score, float("-inf"))
-        top = tl.max(score, 0)
-        first = tl.min(tl.where(score >= top - limit, code, size), 0)
-        better = top > best + limit
+        score = tl.where(known, tl.sum((wide - entries / 2) * entries, 1), float("-inf"))
+        nearest = tl.max(score, 0)
+        first = tl.min(tl.where(score >= nearest - slack64 * unit, code, size), 0)
+        better = nearest > best + slack64 * unit
         found = tl.where(better, first, found)
-        best = tl.where(better, top, best)
+        best = tl.where(better, nearest, best)
     tl.store(codes + row, found.to(tl.int64))
 
 
@@ -117,42 +132,42 @@ def nearest_code(z: Tensor, codebook: Tensor, normalize: bool) -> Tensor:
     codes = torch.empty(len(z), dtype=torch.long, device=z.device)
     squares = codebook.float().square().sum(-1)
     half_norms, longest = squares / 2, squares.amax(0, keepdim=True).sqrt()
-    doubtful = torch.empty(len(z), dtype=torch.int32, device=z.device)
-    blocks = blocks_for(z.dtype, dim)
+    best_scores, seconds = torch.empty(2, len(z), _PARTS, dtype=torch.float32, device=z.device)
+    best_codes = torch.empty(len(z), _PARTS, dtype=torch.int32, device=z.device)
+    blocks, again, size = blocks_for(z.dtype, dim), decide_blocks(dim), len(codebook)
+    span = triton.cdiv(triton.cdiv(size, _PARTS), blocks.n) * blocks.n
     if len(z):
-        nearest_code_kernel[(triton.cdiv(len(z), blocks.m),)](
-            z, codebook, half_norms, longest, codes, doubtful, len(z), len(codebook), int(normalize), 2 * dim * _EPS,
+        nearest_code_kernel[(triton.cdiv(len(z), blocks.m), _PARTS)](
+            z, codebook, half_norms, best_scores, seconds, best_codes, len(z), size, span, int(normalize),
             **_constants(dim, blocks), num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
-        search_again_kernel[(len(z),)](
-            z, codebook, longest, codes, doubtful, len(codebook), int(normalize), dim * _EPS64,
-            **_again_constants(dim), num_warps=_AGAIN.warps, num_stages=_AGAIN.stages,
+        decide_kernel[(len(z),)](
+            z, codebook, longest, best_scores, seconds, best_codes, codes, size, int(normalize), 2 * dim * _EPS,
+            dim * _EPS64, **_decide_constants(dim), num_warps=again.warps, num_stages=again.stages,
         )  # fmt: skip
     return codes
 
 
 def _constants(dim: int, blocks: Blocks) -> dict[str, int]:
-    return {"WIDTH": dim, "BLOCK_C": padded(dim), "BLOCK_M": blocks.m, "BLOCK_N": blocks.n}
+    return {"WIDTH": dim, "BLOCK_C": padded(dim), "BLOCK_M": blocks.m, "BLOCK_N": blocks.n, "PARTS": _PARTS}
 
 
-def _again_constants(dim: int) -> dict[str, int]:
-    return {"WIDTH": dim, "BLOCK_C": padded(dim), "BLOCK_N": _AGAIN.n}
+def _decide_constants(dim: int) -> dict[str, int]:
+    return {"WIDTH": dim, "BLOCK_C": padded(dim), "BLOCK_N": decide_blocks(dim).n, "PARTS": _PARTS}
 
 
 def variants() -> list[Variant]:
     found = []
+    parts = {"best_scores": torch.float32, "seconds": torch.float32, "best_codes": torch.int32}
     for dtype in FLOATS:
         for dim in CODE_SIZES:
-            types: dict[str, torch.dtype | str] = {"z": dtype, "codebook": dtype, "longest": torch.float32}
-            types |= {"codes": torch.int64, "doubtful": torch.int32, "size": "i32", "normalize": "i32", "slack": "fp32"}
-            again = search_again_kernel
-            name = f"nearest_code.again c={dim}"
-            found.append(Variant(name, dtype, again, types, _again_constants(dim), _AGAIN, multiplies=False))
-            types = {"z": dtype, "codebook": dtype, "half_norms": torch.float32, "longest": torch.float32}
-            types |= {"codes": torch.int64, "doubtful": torch.int32}
-            types |= {"rows": "i32", "size": "i32", "normalize": "i32", "slack": "fp32"}
+            types: dict[str, torch.dtype | str] = {"z": dtype, "codebook": dtype, "half_norms": torch.float32, **parts}
+            types |= dict.fromkeys(("rows", "size", "span", "normalize"), "i32")
             blocks = blocks_for(dtype, dim)
-            found.append(
-                Variant(f"nearest_code c={dim}", dtype, nearest_code_kernel, types, _constants(dim, blocks), blocks)
-            )
+            constants = _constants(dim, blocks)
+            found.append(Variant(f"nearest_code c={dim}", dtype, nearest_code_kernel, types, constants, blocks))
+            types = {"z": dtype, "codebook": dtype, "longest": torch.float32, **parts, "codes": torch.int64}
+            types |= {"size": "i32", "normalize": "i32", "slack": "fp32", "slack64": "fp32"}
+            name, constants = f"nearest_code.decide c={dim}", _decide_constants(dim)
+            found.append(Variant(name, dtype, decide_kernel, types, constants, decide_blocks(dim), multiplies=False))
     return found
