@@ -20,7 +20,7 @@ from dyntok.precision import dtype_named
 from dyntok.tokenizer import DynamicVisualTokenizer
 
 PRETRAINED = Path(__file__).parent / "pretrained"  # holds a folder for each bundled tokenizer
-BUNDLED = PRETRAINED / "tiny"  # what `load` takes by default
+BUNDLED = PRETRAINED / "flex"  # what `load` takes by default
 EXAMPLE_IMAGE = Path(__file__).parent / "assets" / "astronaut.jpg"
 
 _LAVIT_SECTIONS = ("highres_decoder", "understanding_dim")
@@ -40,7 +40,7 @@ def load(
 ) -> DynamicVisualTokenizer:
     """Returns a tokenizer, ready to use.
 
-    >>> tok = dyntok.load()                                  # the bundled "tiny"; needs no network
+    >>> tok = dyntok.load()                                  # the bundled "flex"; needs no network
     >>> tok = dyntok.load("org/name", device="cuda")         # from the Hugging Face hub
     >>> tok = dyntok.load("my-run/tokenizer")                # from a folder
 
@@ -71,7 +71,7 @@ def list_models() -> dict[str, str]:
     """Returns the names of the bundled tokenizers, each with a line about it.
 
     >>> dyntok.list_models()
-    {'tiny': '128 x 128 pixels, 8192 codes'}
+    {'flex': 'any shape, up to 256 patches of 8 pixels, 16384 codes', 'tiny': '128 x 128 pixels, 8192 codes'}
     """
     return {name: _description(PRETRAINED / name) for name in _bundled_names()}
 

@@ -24,8 +24,9 @@ from dyntok.model.decoder import Decoder
 from dyntok.model.merger import build_merger
 from dyntok.model.pixel_head import PixelHead
 from dyntok.model.selector import Selector
-from dyntok.policy import KeepPolicy
+from dyntok.policy import KeepPolicy, ranks
 from dyntok.ragged import cu_seqlens_from_mask
+from dyntok.target import shortest_mask
 from dyntok_kernels import compact
 from dyntok_kernels.limits import HEAD_DIMS, HEAD_DIMS_IN_WORDS, MAX_CODE_DIM
 
@@ -189,9 +190,10 @@ class TokenizerNetwork(PretrainedModule):
         with self.inference():
             features = self.backbone(chunk.pixels.to(self.device, self.dtype))
             log_probs = self.selector(features, grid)
-            keep = choice(log_probs, chunk.input_indices)
             if isinstance(choice, KeepPolicy):
-                keep = canonical_mask(keep, grid, choice.places or self.config.selector.places)
+                keep = self._keep(choice, chunk, features, log_probs, merge)
+            else:
+                keep = choice(log_probs, chunk.input_indices)
             count = choice.count(keep.shape[1]) if isinstance(choice, KeepPolicy) else None
             lengths = keep.sum(1).tolist() if count is None else [count] * len(keep)
             tokens = merge(features, keep, total=sum(lengths), grid=grid)
@@ -203,13 +205,31 @@ class TokenizerNetwork(PretrainedModule):
             return Rows(chunk.input_indices, values, positions, lengths, finite, grid, close)
 
     def _margins(self, vectors: Tensor, log_probs: Tensor, keep: Tensor, chunk: Chunk, choice: Choice) -> Tensor:
-        """Returns the shares of close decisions of a chunk, float32 [B, 2]. A given mask has none of its own."""
+        """Returns the shares of close decisions of a chunk, float32 [B, 2]. A given mask and `psnr` have none."""
         choices = torch.zeros_like(keep)
-        if isinstance(choice, KeepPolicy):
+        if isinstance(choice, KeepPolicy) and choice.psnr is None:
             choices = close_choices(choice.distance(log_probs, chunk.input_indices), self.dtype)
         with torch.autocast(vectors.device.type, enabled=False):
             codes = close_codes(vectors, self.codebook.embedding, self.dtype)
         return shares(codes, choices, cu_seqlens_from_mask(keep))
+
+    def _keep(self, policy: KeepPolicy, chunk: Chunk, features: Tensor, log_probs: Tensor, merge: Merge) -> Tensor:
+        """Returns the keep mask of a policy with its patches at the places that it allows, bool [B, N]."""
+        grid = self.backbone.grid_of(chunk.pixels)
+        places = policy.places or self.config.selector.places
+        if policy.psnr is None:
+            return canonical_mask(policy(log_probs, chunk.input_indices), grid, places)
+        head, decoder = self._require_pixel_head(), self.require_decoder()
+
+        def reconstruct(mask: Tensor) -> Tensor:
+            keep = canonical_mask(mask, grid, places)
+            vectors = self.codebook.lookup(self.codebook(self.projection(merge(features, keep, grid=grid))))
+            positions = None if decoder.placement == "rank" else keep.nonzero()[:, 1]
+            return head(decoder(vectors, cu_seqlens_from_mask(keep), positions, grid=grid), grid)
+
+        pixels = chunk.pixels.to(self.device)
+        mask = shortest_mask(ranks(log_probs), pixels, policy.psnr, self.config.image, policy.max_tokens, reconstruct)
+        return canonical_mask(mask, grid, places)
 
     def _decode_features(self, encoding: Encoding, decoder: Decoder) -> Tensor:
         grid = self._one_grid(encoding)

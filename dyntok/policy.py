@@ -23,6 +23,7 @@ class KeepOptions(TypedDict, total=False):
     threshold: float | None
     sample: int | torch.Generator | None
     max_tokens: int | None
+    psnr: float | None
     places: Literal["free", "map", "lattice"] | None
 
 
@@ -30,7 +31,7 @@ class KeepOptions(TypedDict, total=False):
 class KeepPolicy:
     """How scores become a keep mask.
 
-    At most one of `budget`, `threshold` and `sample` may be given; without any, the selector decides.
+    At most one of `budget`, `threshold`, `sample` and `psnr` may be given; without any, the selector decides.
 
     budget: the exact number of tokens (int), or a share of the patches (float in (0, 1], rounded, at least one token).
         The patches with the best scores are kept.
@@ -39,6 +40,9 @@ class KeepPolicy:
         seed is used. Image i of a call draws from that seed and i, so the result depends neither on the batch nor on
         earlier calls.
     max_tokens: an upper limit. Works with every other option; the patches with the best scores stay.
+    psnr: the quality in dB that the reconstruction reaches with the fewest tokens. Only a tokenizer with a pixel head
+        can do this, and it decodes each image about 8 times to find that number. An image that cannot reach the quality
+        keeps all its patches, or `max_tokens` of them.
     places: which masks are allowed (see `layout.py`); by default what the tokenizer was trained for. "map": scores
         decide how many patches each cell of 2 x 2 keeps, and a fixed order decides which. "lattice": scores decide how
         many the picture keeps, and a fixed order decides which. "free": scores decide everything.
@@ -48,17 +52,18 @@ class KeepPolicy:
     threshold: float | None = None
     sample: int | torch.Generator | None = None
     max_tokens: int | None = None
+    psnr: float | None = None
     places: Literal["free", "map", "lattice"] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("budget", "threshold", "sample", "max_tokens"):
+        for name in ("budget", "threshold", "sample", "max_tokens", "psnr"):
             value = getattr(self, name)
             if isinstance(value, np.integer | np.floating):
                 object.__setattr__(self, name, value.item())
-        given = [name for name in ("budget", "threshold", "sample") if getattr(self, name) is not None]
+        given = [name for name in ("budget", "threshold", "sample", "psnr") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ConfigError(
-                f"{' and '.join(given)} were both given, expected at most one of budget, threshold, sample"
+                f"{' and '.join(given)} were both given, expected at most one of budget, threshold, sample, psnr"
             )
         self._check_budget()
         if self.threshold is not None and not (type(self.threshold) in (int, float) and 0 <= self.threshold <= 1):
@@ -68,6 +73,8 @@ class KeepPolicy:
             raise ConfigError(f"sample is {self.sample!r}, expected a seed of 0 or more, or a torch.Generator")
         if self.max_tokens is not None and (type(self.max_tokens) is not int or self.max_tokens < 1):
             raise ConfigError(f"max_tokens is {self.max_tokens!r}, expected an int of at least 1")
+        if self.psnr is not None and not (type(self.psnr) in (int, float) and 0 < self.psnr < 100):
+            raise ConfigError(f"psnr is {self.psnr!r}, expected decibels, such as 22.0")
         if self.places not in (None, "free", "map", "lattice"):
             raise ConfigError(f"places is {self.places!r}, expected 'free', 'map' or 'lattice'")
 
@@ -96,12 +103,13 @@ class KeepPolicy:
 
         input_indices: the index of each image among all inputs of the call, for `sample`; by default 0, 1, ...
 
-        Raises `ConfigError` where an int budget exceeds N.
+        Raises `ConfigError` where an int budget exceeds N, and with `psnr`, which needs more than scores.
         """
+        if self.psnr is not None:
+            raise ConfigError("psnr needs a tokenizer that decodes; give it to encode() or features()")
         score = log_probs[..., KEEP] - log_probs[..., DROP]  # [B, N], monotone in the keep probability
         num_patches = score.shape[1]
-        # stable: equal scores in raster order, so that the same picture always keeps the same patches
-        rank = score.sort(dim=1, descending=True, stable=True).indices.argsort(1)
+        rank = ranks(log_probs)
         if (count := self.count(num_patches)) is not None:
             return rank < count
         if self.threshold is not None:
@@ -168,6 +176,13 @@ class KeepPolicy:
             )
         if isinstance(self.budget, int) and self.budget < 1:
             raise ConfigError(f"budget is {self.budget}, expected at least 1 token")
+
+
+def ranks(log_probs: Tensor) -> Tensor:
+    """Returns the place of each patch by its score, int64 [B, N]: 0 for the best; log_probs [B, N, 2]."""
+    score = log_probs[..., KEEP] - log_probs[..., DROP]
+    # stable: equal scores in raster order, so that the same picture always keeps the same patches
+    return score.sort(dim=1, descending=True, stable=True).indices.argsort(1)
 
 
 def _best(keep: Tensor, rank: Tensor, count: int) -> Tensor:

@@ -66,8 +66,8 @@ class DynamicVisualTokenizer(TokenizerNetwork):
 
         images: paths, bytes, PIL images, uint8 arrays [H, W(, C)], tensors [3, H, W] (see `image.py`); one or an
             iterable of them.
-        policy: how many patches each image keeps; the options of `KeepPolicy` (budget, threshold, sample, max_tokens)
-            are accepted here, too. By default the selector decides.
+        policy: how many patches each image keeps; the options of `KeepPolicy` (budget, threshold, sample, psnr,
+            max_tokens) are accepted here, too. By default the selector decides.
         errors: "skip" leaves bad images out; `Encoding.failures` lists them and `source_index` gives the input of each
             row.
         fit: how a picture meets its grid: "keep" (the whole picture in its own shape), "crop", "squash" or "pad". By

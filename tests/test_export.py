@@ -25,7 +25,7 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def pixels(tiny, photos):
-    return torch.stack([to_pixels(photo, tiny.config.image) for photo in photos[:4]])
+    return torch.stack([to_pixels(photo, tiny.image_config(fit="crop")) for photo in photos[:4]])
 
 
 @pytest.fixture(scope="module")

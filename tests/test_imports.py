@@ -26,7 +26,7 @@ LEVELS = [
     {"network"},
     {"checkpoint", "chunks"},
     {"device", "policy", "precision", "image"},
-    {"imaging", "fitting", "margins", "model", "encoding", "features", "ids"},
+    {"imaging", "fitting", "margins", "model", "encoding", "features", "ids", "target"},
     {"config", "ragged", "validation"},
     {"texts"},
     {"structure", "layout"},

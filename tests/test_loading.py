@@ -11,91 +11,96 @@ import dyntok
 from dyntok import CheckpointError, CodeError, ConfigError, DyntokError, KeepPolicy
 from dyntok.loading import BUNDLED
 
-FINGERPRINT = "3430ff5f2bb35b50"
+FINGERPRINT = "753f9c4b4f12c5eb"  # codes of the default tokenizer that users stored rest on it
+TINY = "3430ff5f2bb35b50"
 
 
 @pytest.fixture(scope="module")
-def tiny():
-    return dyntok.load("tiny")
+def flex():
+    return dyntok.load("flex")
 
 
-def test_a_bundled_tokenizer_is_loaded_by_name(tiny, tmp_path, monkeypatch):
-    (tmp_path / "tiny").mkdir()
+def test_a_bundled_tokenizer_is_loaded_by_name(flex, tmp_path, monkeypatch):
+    (tmp_path / "flex").mkdir()
     monkeypatch.chdir(tmp_path)
-    for tokenizer in (tiny, dyntok.load(), dyntok.load("tiny"), dyntok.load(BUNDLED)):
-        assert (tokenizer.name, tokenizer.fingerprint) == ("tiny", FINGERPRINT)
+    for tokenizer in (flex, dyntok.load(), dyntok.load("flex"), dyntok.load(BUNDLED)):
+        assert (tokenizer.name, tokenizer.fingerprint) == ("flex", FINGERPRINT)
+    assert dyntok.load("tiny").fingerprint == TINY
     with pytest.raises(CheckpointError, match="has no config.json"):
-        dyntok.load("./tiny")  # a path, not the name
+        dyntok.load("./flex")  # a path, not the name
 
 
-def test_list_models_names_what_load_takes(tiny):
+def test_list_models_names_what_load_takes(flex):
     models = dyntok.list_models()
-    assert models == {"tiny": "128 x 128 pixels, 8192 codes"}
+    assert models == {
+        "flex": "any shape, up to 256 patches of 8 pixels, 16384 codes",
+        "tiny": "128 x 128 pixels, 8192 codes",
+    }
     assert [dyntok.load(name).name for name in models] == list(models)
 
 
 @pytest.mark.parametrize("name", ["tinny", "Tiny", "tiny2"])
 def test_a_misspelt_name_lists_what_there_is(name):
-    message = rf"no tokenizer '{name}'.*bundled tokenizers are tiny\. Did you mean 'tiny'\?.*folder.*'org/name'"
+    message = rf"no tokenizer '{name}'.*bundled tokenizers are flex, tiny\. Did you mean 'tiny'\?.*folder.*'org/name'"
     with pytest.raises(CheckpointError, match=message):
         dyntok.load(name)
 
 
 def test_a_name_like_no_other_lists_what_there_is_without_a_guess():
-    with pytest.raises(CheckpointError, match=r"bundled tokenizers are tiny\. Give one of these"):
+    with pytest.raises(CheckpointError, match=r"bundled tokenizers are flex, tiny\. Give one of these"):
         dyntok.load("resnet")
 
 
-def test_the_example_image_is_a_photograph(tiny):
+def test_the_example_image_is_a_photograph(flex):
     image = dyntok.example_image()
     assert isinstance(image, Image.Image) and (image.mode, image.size) == ("RGB", (256, 256))
-    assert len(np.unique(np.asarray(image))) > 200 and len(tiny.encode(image)) == 1
+    assert len(np.unique(np.asarray(image))) > 200 and len(flex.encode(image)) == 1
 
 
-def test_a_tokenizer_says_what_it_is_in_one_line(tiny, tokenizer):
-    assert repr(tiny) == (
-        f"DynamicVisualTokenizer(tiny, 128 x 128 pixels, 16 x 16 patches, 8192 codes, fingerprint {FINGERPRINT})"
+def test_a_tokenizer_says_what_it_is_in_one_line(flex, tokenizer):
+    assert repr(flex) == (
+        f"DynamicVisualTokenizer(flex, images of any shape, up to 256 patches, 16384 codes, fingerprint {FINGERPRINT})"
     )
     assert "\n" not in repr(tokenizer) and repr(tokenizer).startswith("DynamicVisualTokenizer(untrained, 64 x 64")
 
 
-def test_sizes_have_the_usual_names(tiny):
-    assert len(tiny) == tiny.vocab_size == 8192
-    assert (tiny.max_tokens, tiny.image_size, tiny.grid) == (256, 128, (16, 16))
-    codes = tiny.encode(dyntok.example_image(), budget=1.0).codes[0]
-    assert len(codes) == tiny.max_tokens and int(codes.max()) < tiny.vocab_size
+def test_sizes_have_the_usual_names(flex):
+    assert len(flex) == flex.vocab_size == 16384
+    assert (flex.max_tokens, flex.image_size, flex.grid) == (256, 128, (16, 16))
+    codes = flex.encode(dyntok.example_image(), budget=1.0).codes[0]
+    assert len(codes) == flex.max_tokens and int(codes.max()) < flex.vocab_size
 
 
-def test_calling_a_tokenizer_encodes(tiny):
+def test_calling_a_tokenizer_encodes(flex):
     image = dyntok.example_image()
-    assert tiny(image) == tiny.encode(image) and tiny([image], budget=9) == tiny.encode([image], budget=9)
+    assert flex(image) == flex.encode(image) and flex([image], budget=9) == flex.encode([image], budget=9)
 
 
-def test_a_seed_samples_as_a_generator_with_that_seed(tiny):
+def test_a_seed_samples_as_a_generator_with_that_seed(flex):
     image = dyntok.example_image()
-    seeded = tiny.encode(image, sample=7)
+    seeded = flex.encode(image, sample=7)
     assert (
-        seeded == tiny.encode(image, sample=torch.Generator().manual_seed(7)) == tiny.encode(image, sample=np.int64(7))
+        seeded == flex.encode(image, sample=torch.Generator().manual_seed(7)) == flex.encode(image, sample=np.int64(7))
     )
-    assert seeded != tiny.encode(image, sample=8)
+    assert seeded != flex.encode(image, sample=8)
 
 
-def test_a_policy_replaces_its_options(tiny):
+def test_a_policy_replaces_its_options(flex):
     image, policy = dyntok.example_image(), KeepPolicy(budget=20)
-    assert tiny.encode(image, policy=policy) == tiny.encode(image, budget=20)
-    assert tiny.features(image, policy=policy).lengths.tolist() == [20]
+    assert flex.encode(image, policy=policy) == flex.encode(image, budget=20)
+    assert flex.features(image, policy=policy).lengths.tolist() == [20]
     with pytest.raises(ConfigError, match="policy and budget were both given"):
-        tiny.encode(image, policy=policy, budget=3)
+        flex.encode(image, policy=policy, budget=3)
     with pytest.raises(ConfigError, match="policy is dict, expected a KeepPolicy"):
-        tiny.encode(image, policy={"budget": 3})
+        flex.encode(image, policy={"budget": 3})
 
 
-def test_a_misspelt_option_is_named(tiny):
-    for call in (tiny.encode, tiny.features):
+def test_a_misspelt_option_is_named(flex):
+    for call in (flex.encode, flex.features):
         with pytest.raises(TypeError, match="unexpected option 'bugdet'; did you mean 'budget'"):
             call(dyntok.example_image(), bugdet=3)
     with pytest.raises(TypeError, match="unexpected option 'exact'; expected some of budget"):
-        tiny.encode(dyntok.example_image(), exact=True)
+        flex.encode(dyntok.example_image(), exact=True)
 
 
 def test_the_batch_size_does_not_change_the_codes(tokenizer, photos):
@@ -106,22 +111,22 @@ def test_the_batch_size_does_not_change_the_codes(tokenizer, photos):
             tokenizer.encode(photos, batch_size=size)
 
 
-def test_a_file_of_codes_is_named_as_one(tiny, tmp_path):
+def test_a_file_of_codes_is_named_as_one(flex, tmp_path):
     path = tmp_path / "codes.json"
-    path.write_text(json.dumps(tiny.encode(dyntok.example_image()).to_dict()))
+    path.write_text(json.dumps(flex.encode(dyntok.example_image()).to_dict()))
     for given in (path, str(path)):
         with pytest.raises(CodeError, match=r"codes\.json.*json\.load\(open\(path\)\)\['codes'\].*`dyntok decode`"):
-            tiny.decode(given)
-    assert len(tiny.decode(json.loads(path.read_text())["codes"])) == 1  # as the message says
+            flex.decode(given)
+    assert len(flex.decode(json.loads(path.read_text())["codes"])) == 1  # as the message says
 
 
 @pytest.mark.parametrize("device", ["gpu", "GPU0", "cuda:99", "quantum"])
-def test_a_device_that_does_not_exist_is_named(tiny, device):
+def test_a_device_that_does_not_exist_is_named(flex, device):
     for attempt in (
         lambda: dyntok.load(device=device),
         lambda: dyntok.DynamicVisualTokenizer.from_pretrained(BUNDLED, device=device),
-        lambda: tiny.to(device),
-        lambda: tiny.to(device=device),
+        lambda: flex.to(device),
+        lambda: flex.to(device=device),
     ):
         with pytest.raises(DyntokError, match=f"no device '{device}' on this machine, expected 'cpu'"):
             attempt()
@@ -133,8 +138,8 @@ def test_a_device_called_gpu_is_corrected():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_without_a_gpu_every_way_to_one_says_so(tiny):
-    for attempt in (lambda: tiny.to("cuda"), tiny.cuda, lambda: tiny.cuda(0), lambda: dyntok.load(device="cuda")):
+def test_without_a_gpu_every_way_to_one_says_so(flex):
+    for attempt in (lambda: flex.to("cuda"), flex.cuda, lambda: flex.cuda(0), lambda: dyntok.load(device="cuda")):
         with pytest.raises(ConfigError, match="no device 'cuda.*because PyTorch found no GPU"):
             attempt()
 

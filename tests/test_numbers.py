@@ -25,7 +25,7 @@ def overflowing(tmp_path_factory):
 
 
 def stack(tokenizer, photos):
-    return torch.stack([to_pixels(photo, tokenizer.config.image) for photo in photos])
+    return torch.stack([to_pixels(photo, tokenizer.image_config(fit="crop")) for photo in photos])
 
 
 def test_an_overflow_in_half_precision_is_an_error_that_names_the_dtypes(overflowing, photos):

@@ -130,14 +130,19 @@ def _on_meta_or_not(make: Callable[[], M], state: Mapping[str, Tensor] | None) -
         with torch.device("meta"):
             module = make()
     except (ConfigError, RuntimeError):  # networks that need values while they are made; otherwise the same error again
-        return make()
+        return _with_values(make)
     stored = set(module.state_dict())
     computed = [name for name, _ in module.named_buffers() if name not in stored and not name.endswith(_ZERO_BUFFER)]
     if not computed:
         return module
     if state is not None:
         check_state_dict(module, state)
-    return make()
+    return _with_values(make)
+
+
+def _with_values(make: Callable[[], M]) -> M:
+    with torch.random.fork_rng(devices=[]):  # initial values that will be replaced must not change the caller's numbers
+        return make()
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def add_command(
 
 def add_model_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", metavar="NAME", help="a folder, a name on the hub, or tiny (default: tiny, which is bundled)"
+        "--model", metavar="NAME", help="a folder, a name on the hub, or a bundled one: flex, tiny (default: flex)"
     )
 
 
@@ -64,6 +64,7 @@ def add_policy_options(parser: argparse.ArgumentParser, *, sample: bool = True) 
         rule.add_argument(
             "--sample", type=whole(0, 2**63 - 1), metavar="SEED", help="draw patches by their keep probability"
         )
+        rule.add_argument("--psnr", type=float, metavar="DB", help="as few tokens as reach this quality; slower")
     group.add_argument("--max-tokens", type=whole(1, LARGEST), metavar="N", help="at most N tokens per image")
     group.add_argument(
         "--places", choices=["map", "lattice", "free"], help="allowed keep masks (default: the tokenizer's own)"
@@ -135,6 +136,7 @@ def keep_options(options: argparse.Namespace) -> "KeepOptions":
         "threshold": options.threshold,
         "sample": options.sample,
         "max_tokens": options.max_tokens,
+        "psnr": options.psnr,
         "places": options.places,
     }
 

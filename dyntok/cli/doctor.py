@@ -34,7 +34,7 @@ def add_doctor(commands: "Commands") -> None:
     add_model_option(add)
     add_device_option(add)
     add_json_option(add)
-    add.add_argument("--golden", type=Path, metavar="FILE", help="golden codes (default: those of the bundled tiny)")
+    add.add_argument("--golden", type=Path, metavar="FILE", help="golden codes (default: those of the bundled flex)")
     add.add_argument(
         "--write-golden", type=Path, metavar="FILE", help="write the codes of this machine as golden ones, and stop"
     )

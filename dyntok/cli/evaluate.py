@@ -12,10 +12,12 @@ from dyntok.cli.arguments import (
     add_json_option,
     add_model_option,
     add_policy_options,
+    add_shape_options,
     keep_options,
     mapping,
     print_json,
     report,
+    shape_options,
     whole,
 )
 from dyntok.errors import DataError, MissingDependencyError
@@ -40,6 +42,7 @@ def add_eval(commands: "Commands") -> None:
     add_device_option(add)
     add_json_option(add)
     add_policy_options(add)
+    add_shape_options(add)
     add.add_argument("data", nargs="+", metavar="SOURCE", help="folders of images, or webdataset tars")
     add.add_argument(
         "--split",
@@ -112,6 +115,7 @@ def _eval(options: argparse.Namespace) -> int:
             teacher=teacher,
             probe_samples=find_samples(options.data, "train") if options.probe else None,
             probe_prefix=options.probe_keys,
+            **shape_options(options),
             limit=options.limit,
             progress=progress,
         )

@@ -26,7 +26,7 @@ def add_info(commands: "Commands") -> None:
         _info,
         summary="Describe a tokenizer.",
         details="Shows its fingerprint, input size, codebook and the parameters of each part.",
-        example="dyntok info --model tiny",
+        example="dyntok info --model flex",
     )
     add_model_option(add)
     add_device_option(add)

@@ -42,6 +42,7 @@ class EncodedBatch:
 class SampleEncoder:
     """Encodes samples batch by batch.
 
+    image: how pictures are prepared, see `DynamicVisualTokenizer.image_config`.
     selection: "random" and "even" replace the patches that `policy` keeps by the same number of others (`masks.py`).
     progress: called after each batch with the number of images done so far, of all calls, and `total`.
     """
@@ -51,6 +52,7 @@ class SampleEncoder:
     selection: Selection
     batch_size: int
     total: int
+    image: ImageConfig
     progress: Callable[[int, int], None] | None = None
     done: int = 0
 
@@ -67,16 +69,15 @@ class SampleEncoder:
                 self.progress(self.done, self.total)
 
     def _encoded_batch(self, samples: list[ImageSample], pixels: Tensor) -> EncodedBatch:
-        image = self.tokenizer.config.image
         encoding = self._encode(samples, pixels).to("cpu")
         vectors = self.tokenizer.codebook.lookup(encoding.packed_codes.to(self.tokenizer.device)).cpu()
-        images = [to_image(row, image) for row in pixels]
-        return EncodedBatch(samples, pixels, to_visible(pixels, image), images, encoding, vectors)
+        images = [to_image(row, self.image) for row in pixels]
+        return EncodedBatch(samples, pixels, to_visible(pixels, self.image), images, encoding, vectors)
 
     def _read(self, samples: Sequence[ImageSample], failed: list[Failure]) -> Iterator[tuple[ImageSample, Tensor]]:
         for sample in samples:
             try:
-                yield sample, to_pixels(sample.read(), self.tokenizer.config.image)
+                yield sample, to_pixels(sample.read(), self.image)
             except (ImageError, OSError) as error:
                 failed.append((sample.key, str(error)))
 

@@ -15,7 +15,6 @@ from support.pages import PAGES, ROOT, Block, Session, arguments, blocks, comman
 import dyntok
 from dyntok.cli.main import build_parser
 
-pytestmark = pytest.mark.xfail(reason="the pages describe names that are not merged yet")
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 LANGUAGES = {"python", "sh", "console", "yaml", "text", "bibtex"}
 SLOW = {"docs/batch.md", "docs/export.md", "docs/training.md"}  # these start processes, export or train

@@ -1,0 +1,43 @@
+"""`encode(psnr=)`: the shortest sequence from which the decoder reaches a given quality.
+
+Not here: other rules for the number of tokens (`policy.py`), and a report on many pictures (`training/evaluate.py`).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dyntok.config import ImageConfig
+
+Reconstruct = Callable[[Tensor], Tensor]  # keep mask [B, N] -> normalized pixels [B, 3, H, W]
+
+
+def shortest_mask(
+    ranks: Tensor, pixels: Tensor, target: float, image: ImageConfig, most: int | None, reconstruct: Reconstruct
+) -> Tensor:
+    """Returns the smallest keep masks, bool [B, N], whose reconstructions reach `target` dB, found by bisection.
+
+    The network decodes about log2(N) reconstructions of each image. Quality rises with the number of tokens except for
+    small steps back, so that a mask with a few tokens fewer may exist. An image that does not reach the target keeps
+    all its patches, or `most` of them.
+
+    ranks: int64 [B, N], 0 for the patch that is kept first. pixels: normalized originals [B, 3, H, W].
+    """
+    limit = min(ranks.shape[1], most or ranks.shape[1])
+    low, high = torch.ones(len(ranks), dtype=torch.long, device=ranks.device), torch.full_like(ranks[:, 0], limit)
+    while bool((low < high).any()):
+        middle = (low + high) // 2
+        reached = visible_psnr(reconstruct(ranks < middle[:, None]), pixels, image) >= target
+        searching = low < high
+        high = torch.where(searching & reached, middle, high)
+        low = torch.where(searching & ~reached, middle + 1, low)
+    return ranks < high[:, None]
+
+
+def visible_psnr(decoded: Tensor, pixels: Tensor, image: ImageConfig) -> Tensor:
+    """Returns the PSNR in dB, float [B], of normalized pixels [B, 3, H, W] after clipping to what a file can hold."""
+    std = torch.tensor(image.std, device=pixels.device).view(3, 1, 1)
+    mean = torch.tensor(image.mean, device=pixels.device).view(3, 1, 1)
+    painted, original = ((values.float() * std + mean).clamp(0, 1) for values in (decoded, pixels))
+    return -10 * (painted - original).square().mean((1, 2, 3)).clamp(min=1e-10).log10()
