@@ -26,7 +26,7 @@ setup(
     packages=find_packages(include=["dyntok", "dyntok.*"]) + find_packages("kernels"),
     package_dir={"dyntok_kernels": "kernels/dyntok_kernels"},
     package_data={
-        "dyntok": ["py.typed", "pretrained/*/*", "training/recipes/*.yaml", "assets/*"],
+        "dyntok": ["py.typed", "pretrained/*/*", "training/recipes/*.yaml", "assets/*", "page/site/*", "page/site/*/*"],
         "dyntok_kernels": ["py.typed"],
     },
 )

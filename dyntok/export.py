@@ -104,12 +104,17 @@ def to_onnx(module: FixedEncoder | FixedDecoder, path: str | Path, *inputs: Tens
 
     Raises `MissingDependencyError` without the extra `export`.
     """
+    require_onnx()
+    program = export(module, *inputs).run_decompositions(_decompositions())
+    torch.onnx.export(program, f=str(path), dynamo=True, external_data=False, verbose=False)
+
+
+def require_onnx() -> None:
+    """Raises `MissingDependencyError` without the extra `export`."""
     try:
         import onnxscript  # noqa: F401
     except ModuleNotFoundError as error:
         raise MissingDependencyError.of(str(error.name), "export") from error
-    program = export(module, *inputs).run_decompositions(_decompositions())
-    torch.onnx.export(program, f=str(path), dynamo=True, external_data=False, verbose=False)
 
 
 def _decompositions() -> dict:

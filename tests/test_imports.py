@@ -18,7 +18,7 @@ KERNELS = Path(dyntok_kernels.__file__).parent
 LEVELS = [
     {"cli"},
     {"llm"},
-    {"batch", "golden", "machine"},
+    {"batch", "golden", "machine", "page"},
     {"loading"},
     {"lavit", "training", "export", "visualize"},
     {"vocab"},
@@ -39,6 +39,7 @@ OPTIONAL = {
     "diffusers": {"lavit"},
     "litdata": {"batch"},
     "megatron": {"batch"},
+    "onnx": {"page"},
     "onnxscript": {"export"},
     "pyarrow": {"batch", "llm"},
     "ray": {"batch"},

@@ -10,12 +10,13 @@ import sys
 from collections.abc import Sequence
 
 from dyntok import __version__
-from dyntok.cli import batch, codes, doctor, evaluate, inspect, models, sheets, train
+from dyntok.cli import batch, codes, doctor, evaluate, inspect, models, page, sheets, train
 from dyntok.cli.arguments import FAILED, INTERRUPTED, OK
 from dyntok.errors import DyntokError
 
 GROUPS = {
     "images": ("demo", "encode", "decode", "show"),
+    "browser": ("page", "serve"),
     "datasets": ("batch", "inspect"),
     "tokenizers": ("info", "doctor", "eval", "train", "import-lavit"),
 }
@@ -53,6 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
     codes.add_encode(commands)
     codes.add_decode(commands)
     sheets.add_show(commands)
+    page.add_page(commands)
+    page.add_serve(commands)
     batch.add_batch(commands)
     inspect.add_inspect(commands)
     models.add_info(commands)

@@ -134,11 +134,17 @@ def coordinate_features(grid: tuple[int, int], device: torch.device | None = Non
 
     Cosines and sines of its coordinates, from 0 to 1 along each side, at four frequencies; and the grid's size.
     """
+    waves = coordinate_waves(grid, device)
+    sizes = [waves.new_full((len(waves), 1), math.log2(side / 16)) for side in grid]
+    return torch.cat([waves, *sizes], 1)
+
+
+def coordinate_waves(grid: tuple[int, int], device: torch.device | None = None) -> Tensor:
+    """Returns cosines, then sines, of each patch's coordinates at four frequencies: float [N, 16]."""
     axes = [(torch.arange(side, device=device) + 0.5) / side for side in grid]
     places = torch.stack([axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")], 1)  # [N, 2]
     angles = (places[:, :, None] * math.pi * torch.arange(1, _WAVES + 1, device=device)).flatten(1)
-    sizes = [places.new_full((len(places), 1), math.log2(side / 16)) for side in grid]
-    return torch.cat([angles.cos(), angles.sin(), *sizes], 1)
+    return torch.cat([angles.cos(), angles.sin()], 1)
 
 
 class DecoderBlock(nn.Module):

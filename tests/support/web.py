@@ -1,0 +1,52 @@
+"""A page in headless Chromium, and a runtime made of empty files for tests that start no browser."""
+
+import shutil
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+from dyntok.page.build import _CPU_FILES
+from dyntok.page.serve import address, make_server
+
+CHROMIUM = shutil.which("chromium")
+
+
+def empty_runtime(folder: Path) -> Path:
+    """Returns a folder like the npm package's, with files that run nothing."""
+    (folder / "dist").mkdir(parents=True)
+    for name in _CPU_FILES:
+        (folder / "dist" / name).write_bytes(b"//")
+    return folder
+
+
+@contextmanager
+def served(folder: Path):
+    """Yields the address of the folder on localhost."""
+    server = make_server(folder)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield address(server)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@contextmanager
+def browser(folder: Path, **options):
+    """Yields a Chromium page that shows the folder and can reach nothing else, and a list of what went wrong in it."""
+    from playwright.sync_api import sync_playwright
+
+    wrong: list[str] = []
+    with served(folder) as home, sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = chromium.new_page(**options)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("request", lambda request: allowed(request.url, home) or wrong.append(f"asked for {request.url}"))
+        page.goto(home)
+        page.wait_for_selector("html[data-ready]", timeout=60_000)
+        yield page, wrong
+        chromium.close()
+
+
+def allowed(url: str, home: str) -> bool:
+    return url.startswith((home, "blob:", "data:"))
