@@ -10,10 +10,12 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
-from support.web import CHROMIUM, browser
+from support.web import CHROMIUM, browser, served
 
 import dyntok
+from dyntok.config import TokenizerConfig
 from dyntok.page import write_page
 
 RUNTIME = os.environ.get("DYNTOK_ORT")
@@ -38,7 +40,6 @@ def opened(site):
 
 
 def choose(page, name, data, mime="image/png"):
-    page.evaluate("document.body.dataset.seen = ''")
     page.set_input_files("#file", {"name": name, "mimeType": mime, "buffer": data})
     settle(page)
 
@@ -141,6 +142,25 @@ def test_fifty_megapixels(opened, photos):
     choose(opened, "large.png", png(np.asarray(large)))
     expected = dyntok.load().encode(large).codes[0].tolist()
     assert opened.is_hidden("#message") and codes(opened) == expected
+
+
+def test_a_tokenizer_of_any_grid(opened, photos, tmp_path):
+    torch.manual_seed(0)
+    tokenizer = dyntok.DynamicVisualTokenizer(TokenizerConfig.preset("flex")).eval()
+    write_page(tokenizer, tmp_path, runtime=RUNTIME)
+    with served(tmp_path) as home:
+        page = opened.context.browser.new_page()
+        page.goto(home)
+        page.wait_for_selector("html[data-ready]", timeout=60_000)
+        for photo in photos[1:5:3]:  # a wide and a tall one
+            choose(page, "photo.png", png(photo))
+            assert codes(page) == tokenizer.encode(photo).codes[0].tolist()
+        page.select_option("#max-patches", "128")
+        settle(page)
+        encoding = tokenizer.encode(photo, max_patches=128)
+        assert page.evaluate("dyntok.state.grid") == encoding.grids[0].tolist()
+        assert codes(page) == encoding.codes[0].tolist()
+        page.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

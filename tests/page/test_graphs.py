@@ -4,11 +4,13 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 from support.any_grid import any_grid_tokenizer
 
 import dyntok
 from dyntok.errors import ConfigError
 from dyntok.image import to_pixels
+from dyntok.model.decoder import guessed_positions
 from dyntok.page.graphs import write_graphs
 from dyntok.policy import KeepPolicy
 
@@ -46,9 +48,8 @@ def assert_same(tokenizer, graphs, photo, options):
 
 
 def guessed(tokenizer, count, grid):
-    from dyntok.model.decoder import guessed_positions
-
-    return guessed_positions(count, grid, tokenizer.decoder.dithered).numpy()
+    bounds = torch.tensor([0, count], dtype=torch.int32)
+    return guessed_positions(bounds, count, grid, tokenizer.decoder.dithered).numpy()
 
 
 def test_the_small_tokenizer(tokenizer, photos, tmp_path):

@@ -54,7 +54,8 @@ def test_lattice_guesses_and_maps(grid):
         " mapValues(x.kept, x.grid), fromMap(mapValues(x.kept, x.grid), x.grid)]"
     )
     values = counts_to_map(mask_to_counts(mask[0], grid), grid).tolist()
-    guesses = [guessed_positions(9, grid, dithered).tolist() for dithered in (True, False)]
+    bounds = torch.tensor([0, 9], dtype=torch.int32)
+    guesses = [guessed_positions(bounds, 9, grid, dithered).tolist() for dithered in (True, False)]
     expected = [lattice_order(grid).tolist(), *guesses, values, kept]
     assert run({"policy.js": names}, expression, {"grid": grid, "kept": kept}) == expected
 
