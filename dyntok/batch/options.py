@@ -63,7 +63,7 @@ class BatchOptions:
                 f"keep_columns is {', '.join(self.keep_columns)}; "
                 f"expected different names, and none that the output has itself {taken}"
             )
-        KeepPolicy(self.budget, self.threshold, None, self.max_tokens, self.places)
+        KeepPolicy(self.budget, self.threshold, max_tokens=self.max_tokens, places=self.places)
         if (self.format == "megatron") != (self.vocab_size is not None):
             raise ConfigError(
                 "vocab_size belongs to the format megatron, which needs it: how many entries the LLM's vocabulary has"

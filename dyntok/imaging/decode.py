@@ -121,9 +121,9 @@ def _open(data: bytes, format: str) -> ImageFile.ImageFile:
             import pillow_heif
 
             return pillow_heif.HeifImageFile(io.BytesIO(data))
-    from pillow_jxl import JXLImagePlugin  # type: ignore[attr-defined]  # pillow_jxl has no types
+    from pillow_jxl.JXLImagePlugin import JXLImageFile
 
-    return JXLImagePlugin.JXLImageFile(io.BytesIO(data))
+    return JXLImageFile(io.BytesIO(data))
 
 
 class _ShortFirstRead(io.BytesIO):
