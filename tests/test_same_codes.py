@@ -81,6 +81,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_two_hundred_photographs(model, folder):
     one = encode(model, folder, 1, 1, 8)
     assert len(one) == PHOTOGRAPHS
