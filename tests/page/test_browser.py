@@ -10,12 +10,10 @@ import re
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from support.web import CHROMIUM, browser, served
+from support.web import CHROMIUM, browser
 
 import dyntok
-from dyntok.config import TokenizerConfig
 from dyntok.page import write_page
 
 RUNTIME = os.environ.get("DYNTOK_ORT")
@@ -124,10 +122,10 @@ def test_pasted_codes_become_a_picture(opened):
     ours = np.asarray(tokenizer.decode([[525, 4821, 7815]])[0]).astype(int)
     theirs = np.reshape(opened.evaluate("[...dyntok.state.result]"), ours.shape)
     assert abs(ours - theirs).max() <= 1 and opened.is_disabled("#length")
-    opened.fill("#pasted", "9000")
+    opened.fill("#pasted", str(tokenizer.vocab_size))
     opened.click("#paste button")
     settle(opened)
-    assert "9000 is no code" in opened.inner_text("#message")
+    assert f"{tokenizer.vocab_size} is no code" in opened.inner_text("#message")
 
 
 def test_a_broken_file_is_an_error_and_the_page_goes_on(opened, photos):
@@ -144,23 +142,16 @@ def test_fifty_megapixels(opened, photos):
     assert opened.is_hidden("#message") and codes(opened) == expected
 
 
-def test_a_tokenizer_of_any_grid(opened, photos, tmp_path):
-    torch.manual_seed(0)
-    tokenizer = dyntok.DynamicVisualTokenizer(TokenizerConfig.preset("flex")).eval()
-    write_page(tokenizer, tmp_path, runtime=RUNTIME)
-    with served(tmp_path) as home:
-        page = opened.context.browser.new_page()
-        page.goto(home)
-        page.wait_for_selector("html[data-ready]", timeout=60_000)
-        for photo in photos[1:5:3]:  # a wide and a tall one
-            choose(page, "photo.png", png(photo))
-            assert codes(page) == tokenizer.encode(photo).codes[0].tolist()
-        page.select_option("#max-patches", "128")
-        settle(page)
-        encoding = tokenizer.encode(photo, max_patches=128)
-        assert page.evaluate("dyntok.state.grid") == encoding.grids[0].tolist()
-        assert codes(page) == encoding.codes[0].tolist()
-        page.close()
+def test_a_limit_of_patches_gives_another_grid(opened, photos):
+    for photo in photos[1:5:3]:  # a wide and a tall one
+        choose(opened, "photo.png", png(photo))
+        opened.select_option("#max-patches", "128")
+        settle(opened)
+        encoding = dyntok.load().encode(photo, max_patches=128)
+        assert opened.evaluate("dyntok.state.grid") == encoding.grids[0].tolist()
+        assert codes(opened) == encoding.codes[0].tolist()
+        opened.select_option("#max-patches", "256")
+        settle(opened)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
