@@ -143,7 +143,7 @@ def check_command(block: Block, words: list[str]) -> None:
         metadata = (ROOT / "pyproject.toml").read_text() + (ROOT / "setup.py").read_text()
         assert all(f"{extra} = [" in metadata for names in extras for extra in names.split(","))
     else:
-        assert words[0] in ("git", "cd", "ray"), f"{block}: unknown command {words[0]}"
+        assert words[0] in ("git", "cd", "ray", "npm"), f"{block}: unknown command {words[0]}"
 
 
 def test_blocks_that_do_not_run_are_few_and_give_a_reason():
