@@ -110,7 +110,7 @@ def check_attention(device: str, scale: Scale) -> list[Row]:
 def tokenizer_of(name: str, device: str, dtype: torch.dtype, scale: Scale) -> dyntok.DynamicVisualTokenizer:
     """Returns the bundled `tiny`, or the preset `lavit` with random weights; narrow and shallow on a small scale."""
     if name == "tiny":
-        return dyntok.load(device=device, dtype=dtype)
+        return dyntok.load("tiny", device=device, dtype=dtype)
     torch.manual_seed(0)
     config = dyntok.TokenizerConfig.preset(name)
     if scale.small:

@@ -61,7 +61,8 @@ def test_scripts_are_short():
 def test_codes_in_a_training_loop_of_your_own(script, codes, tmp_path, capsys):
     script("nanogpt.py", codes, "--steps", 2, "--block", 64, "-o", tmp_path / "pictures")
     assert "step 1: loss" in capsys.readouterr().out
-    assert [Image.open(tmp_path / "pictures" / f"{i}.png").size for i in (0, 1)] == [(128, 128)] * 2
+    sizes = [Image.open(tmp_path / "pictures" / f"{i}.png").size for i in (0, 1)]  # the model chooses the grids
+    assert all(side % 8 == 0 and 0 < side <= 1024 for size in sizes for side in size)
 
 
 def test_a_language_model_learns_captions_and_pictures(script, codes, language_model, tmp_path):
@@ -77,7 +78,8 @@ def test_vllm_serves_what_was_trained(script, codes, language_model, tmp_path, m
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     script("finetune.py", codes, "--model", language_model, "--steps", 1, "--length", 256, "-o", tmp_path / "model")
     script("serve.py", tmp_path / "model", "a cat", "a red chair", "--max-tokens", 20, "-o", tmp_path / "pictures")
-    assert [Image.open(tmp_path / "pictures" / f"{i}.png").size for i in (0, 1)] == [(128, 128)] * 2
+    sizes = [Image.open(tmp_path / "pictures" / f"{i}.png").size for i in (0, 1)]  # the model chooses the grids
+    assert all(side % 8 == 0 and 0 < side <= 1024 for size in sizes for side in size)
 
 
 def test_a_stream_becomes_codes(script, photos, tmp_path, capsys):
