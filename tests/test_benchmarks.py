@@ -21,6 +21,8 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture
 def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    if not hasattr(sys.modules.get("kernels"), "CASES"):  # the folder kernels/, which another test may have imported
+        monkeypatch.delitem(sys.modules, "kernels", raising=False)
 
 
 def test_figures_name_commit_machine_memory_and_versions(benchmarks, tmp_path, monkeypatch):
