@@ -8,6 +8,7 @@ import dataclasses
 import re
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
 from dyntok.errors import ConfigError
@@ -76,6 +77,21 @@ def stated(config: Any) -> dict[str, Any]:
         if value != default:
             differing[field.name] = stated(value) if dataclasses.is_dataclass(value) else value
     return differing
+
+
+def differences(new: Any, old: Any, where: str = "", *, shared: bool = False) -> list[str]:
+    """Returns what differs between two trees of plain values, such as "codebook.size is 4096, was 8192".
+
+    A list equals a tuple. shared: ignore names that only one of the two has, as another version of dyntok may write.
+    """
+    if isinstance(new, Mapping) and isinstance(old, Mapping):
+        prefix = f"{where}." if where else ""
+        names = sorted({*new} & {*old} if shared else {*new, *old})
+        pairs = [(f"{prefix}{name}", new.get(name), old.get(name)) for name in names]
+        return [text for name, now, before in pairs for text in differences(now, before, name, shared=shared)]
+    if isinstance(new, list | tuple) and isinstance(old, list | tuple):
+        new, old = list(new), list(old)
+    return [] if new == old else [f"{where} is {new!r}, was {old!r}"]
 
 
 def require(condition: bool, message: str) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from dyntok.config import DecoderConfig, TokenizerConfig
 from dyntok.errors import ConfigError
-from dyntok.structure import build, stated, without_unused
+from dyntok.structure import build, differences, stated, without_unused
 
 
 @dataclass(frozen=True)
@@ -82,3 +82,12 @@ def test_unknown_values_are_dropped_only_where_they_are_null():
         "limit": None,
     }
     assert without_unused(Whole, {"old": 1}) == {"old": 1} and without_unused(Whole, 3) == 3
+
+
+def test_differences_of_two_trees():
+    old = {"a": 1, "b": {"c": [1, 2], "d": "x"}, "only_old": 1}
+    new = {"a": 2, "b": {"c": (1, 2), "d": "y"}, "only_new": 3}
+    shared = ["a is 2, was 1", "b.d is 'y', was 'x'"]
+    assert differences(new, old, shared=True) == shared
+    assert differences(new, old) == [*shared, "only_new is 3, was None", "only_old is None, was 1"]
+    assert differences({"c": [1]}, {"c": (1, 2)}, "b") == ["b.c is [1], was [1, 2]"]

@@ -19,10 +19,11 @@ from dyntok.batch.formats import Writer
 from dyntok.batch.inputs.names import LeftOut
 from dyntok.batch.inputs.samples import Input, Shard
 from dyntok.batch.megatron import text_tokenizer_digest
-from dyntok.batch.options import BatchOptions, differences
+from dyntok.batch.options import BatchOptions
 from dyntok.batch.storage import RUN, Output
 from dyntok.chunks import batched
 from dyntok.errors import BatchError, DataError
+from dyntok.structure import differences
 
 _VERSION = 2  # of what a run writes
 _READABLE = (1, 2)  # 1: without crop boxes

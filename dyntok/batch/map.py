@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dyntok.batch.engines.rows import Picture, TokenizedImage
+from dyntok.batch.engines.rows import DecodedImage, TokenizedImage
 from dyntok.batch.engines.stages import DecodeOptions, to_picture, tokenize_pictures
 from dyntok.batch.options import BatchOptions
 from dyntok.batch.shapes import check_shapes, code_type, position_type
@@ -91,9 +91,9 @@ class TokenizeColumn:
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
         pictures = [self._picture(image) for image in self._images(batch)]
-        good = [picture for picture in pictures if isinstance(picture, Picture)]
+        good = [picture for picture in pictures if isinstance(picture, DecodedImage)]
         results = iter(tokenize_pictures(good, self.tokenizer, self.options))
-        tokenized = [next(results) if isinstance(picture, Picture) else picture for picture in pictures]
+        tokenized = [next(results) if isinstance(picture, DecodedImage) else picture for picture in pictures]
         rest = {name: values for name, values in batch.items() if name != self.image}
         return {**rest, **self._columns(tokenized)}
 
@@ -113,7 +113,7 @@ class TokenizeColumn:
             )
         return images
 
-    def _picture(self, image: Any) -> Picture | str:
+    def _picture(self, image: Any) -> DecodedImage | str:
         """Returns the picture, or why there is none."""
         if isinstance(image, Mapping):
             image = image.get("bytes") or image.get("path")

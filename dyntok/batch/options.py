@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -136,15 +135,3 @@ class EngineOptions:
             raise ConfigError(
                 f"{' and '.join(useless)} given, but the engine {self.name!r} does not use them; leave them out"
             )
-
-
-def differences(now: Mapping[str, Any], then: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Every value that is another one, such as "options.budget is 64, was None"."""
-    found = []
-    for name in sorted({*now, *then}):
-        new, old = now.get(name), then.get(name)
-        if isinstance(new, Mapping) and isinstance(old, Mapping):
-            found += differences(new, old, f"{prefix}{name}.")
-        elif new != old:
-            found.append(f"{prefix}{name} is {new!r}, was {old!r}")
-    return found

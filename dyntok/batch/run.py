@@ -12,7 +12,7 @@ import torch
 
 from dyntok.batch.addresses import StorageOptions, redact
 from dyntok.batch.engines.local import run_local
-from dyntok.batch.engines.rows import Chunk, Range, RangeEnd, TokenizedRow
+from dyntok.batch.engines.rows import Range, RangeEnd, RowChunk, TokenizedRow
 from dyntok.batch.formats import make_writer
 from dyntok.batch.inputs.samples import Input
 from dyntok.batch.manifest import Manifest
@@ -103,7 +103,7 @@ def _run(
     return summary
 
 
-def _engine(engine: EngineOptions) -> Callable[..., Iterator[Chunk[TokenizedRow]]]:
+def _engine(engine: EngineOptions) -> Callable[..., Iterator[RowChunk[TokenizedRow]]]:
     if engine.name == "local":
         return run_local
     from dyntok.batch.engines.ray import run_ray  # imports Ray, which only this engine needs

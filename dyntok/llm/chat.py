@@ -20,7 +20,7 @@ Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImagePlace:
     """The place of a picture in a content."""
 
 
@@ -36,20 +36,20 @@ class Rendered:
 
 
 def flatten_messages(messages: Sequence[Message], images: list[ImageSource]) -> list[dict[str, Any]]:
-    """Returns messages whose contents are lists of texts and `Picture`s, and appends their pictures to `images`."""
+    """Returns messages whose contents are lists of texts and `ImagePlace`s, and appends their pictures to `images`."""
     return [{**message, "content": _flat(message.get("content") or [], images)} for message in messages]
 
 
-def _flat(content: Any, images: list[ImageSource]) -> list[str | Picture]:
+def _flat(content: Any, images: list[ImageSource]) -> list[str | ImagePlace]:
     if isinstance(content, str):
         return [content]
-    parts: list[str | Picture] = []
+    parts: list[str | ImagePlace] = []
     for part in content:
         if part.get("type") == "text":
             parts.append(part["text"])
         else:
             images.append(_picture(part))
-            parts.append(Picture())
+            parts.append(ImagePlace())
     return parts
 
 
@@ -110,7 +110,7 @@ def render(
     def write(first: str, last: str, strip: bool) -> str:
         plain = []
         for message in messages:
-            content = "".join(picture if isinstance(part, Picture) else part for part in message["content"])
+            content = "".join(picture if isinstance(part, ImagePlace) else part for part in message["content"])
             if message["role"] == "assistant":
                 content = first + (content.strip() if strip else content) + last
             plain.append({**message, "content": content})

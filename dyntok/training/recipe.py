@@ -151,20 +151,6 @@ class Recipe:
             raise ConfigError(f"{path}: {error}") from error
 
 
-def differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """Returns what differs between two trees of plain values, such as "codebook.size: 8192, now 4096".
-
-    A list equals a tuple. A key that only one of them has is ignored: another version of dyntok may have other options.
-    """
-    if isinstance(old, dict) and isinstance(new, dict):
-        prefix = f"{where}." if where else ""
-        shared = [name for name in old if name in new]
-        return [text for name in shared for text in differences(old[name], new[name], f"{prefix}{name}")]
-    if isinstance(old, list | tuple) and isinstance(new, list | tuple):
-        old, new = list(old), list(new)
-    return [] if old == new else [f"{where}: {old!r}, now {new!r}"]
-
-
 def _refuse_renamed(values: Any) -> None:
     for old, new in _RENAMED.items():
         if isinstance(values, dict) and old in values:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from dyntok.checkpoint.assemble import few
+from dyntok.structure import differences
 from dyntok.tokenizer import DynamicVisualTokenizer
-from dyntok.training.recipe import Recipe, differences
+from dyntok.training.recipe import Recipe
 
 _ENCODER = ("backbone.", "selector.", "merger.", "projection.", "codebook.")
 _QUERIES = "decoder.query_embed"
@@ -28,7 +29,7 @@ def first_tokenizer(
     given: its own weights are trained where it is configured as the recipe wants; otherwise a new one takes what fits.
     resuming: weights follow from the run's state. tell: gets a line about what was taken.
     """
-    if given is not None and not differences(given.config.to_dict(), recipe.config.to_dict()):
+    if given is not None and not differences(recipe.config.to_dict(), given.config.to_dict(), shared=True):
         return given, True
     weights = "" if resuming else recipe.backbone_weights
     tokenizer = DynamicVisualTokenizer(recipe.config, pretrained_backbone=weights == "hub")

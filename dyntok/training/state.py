@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from dyntok.errors import CheckpointError
-from dyntok.training.recipe import Recipe, differences
+from dyntok.structure import differences
+from dyntok.training.recipe import Recipe
 from dyntok.training.sources import digest_of
 
 # What may change when a run resumes: where the files are (their keys are compared), and how the work is organized.
@@ -77,10 +78,10 @@ def check_same_run(path: Path, state: dict[str, Any], now: dict[str, Any]) -> No
     if state["run"] is None:
         return
     then = state["run"]
-    changes = differences({"images_per_step": then["images_per_step"]}, now)
+    changes = differences(now, {"images_per_step": then["images_per_step"]}, shared=True)
     if then["digest"] != now["digest"]:
-        changes.append(f"different images: {then['images']:,}, now {now['images']:,}")
-    changes += differences(_fixed(then["recipe"]), _fixed(now["recipe"]))
+        changes.append(f"the images are others ({now['images']:,}, were {then['images']:,})")
+    changes += differences(_fixed(now["recipe"]), _fixed(then["recipe"]), shared=True)
     if not changes:
         changes = _changed_stages(
             then["recipe"]["stages"], now["recipe"]["stages"], state["step"], now["images_per_step"]
@@ -110,6 +111,6 @@ def _changed_stages(then: list[dict], now: list[dict], step: int, images_per_ste
             new = now[i]
             if step <= steps and stage["decay"] == "constant" and -(-new["images"] // images_per_step) >= step:
                 new = new | {"images": stage["images"]}  # its length has changed nothing so far
-            changes += differences(stage, new, f"stages[{i}]")
+            changes += differences(new, stage, f"stages[{i}]", shared=True)
         step -= steps
     return changes

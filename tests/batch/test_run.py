@@ -5,15 +5,9 @@ Other runs are refused.
 
 import dataclasses
 import json
-import multiprocessing
-import os
-import resource
-import signal
 import subprocess
 import sys
-import time
 
-import numpy as np
 import pyarrow as pa
 import pytest
 from support.batch_data import (
@@ -32,7 +26,7 @@ from support.batch_data import (
 )
 
 import dyntok
-from dyntok.batch import BatchOptions, EngineOptions, Summary, tokenize
+from dyntok.batch import BatchOptions, Summary, tokenize
 from dyntok.batch.addresses import read_storage_options
 from dyntok.batch.engines.stages import Range
 from dyntok.batch.manifest import Record, read_records
@@ -278,112 +272,10 @@ def test_retry_refuses_what_it_can_not_do(images, tars, checkpoint_folder, tmp_p
         run(tars, tmp_path / "rows", checkpoint_folder, interleaved=True, retry_errors=True)
 
 
-def command(*arguments, **options):
-    return subprocess.Popen(
-        [sys.executable, "-m", "dyntok.cli", "batch", *map(str, arguments)],
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
-
-
-def finished(output):
-    return len(records(output))
-
-
-def until(process, condition):
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
-        time.sleep(0.01)
-
-
-@pytest.fixture(scope="module")
-def many(photos, tmp_path_factory):
-    """Two tars of 300 images."""
-    folder, some = tmp_path_factory.mktemp("many"), pictures(photos, 60)
-    for i in range(2):
-        write_tar(
-            folder / f"{i}.tar", [(f"{i}-{j}-{key}.jpg", content) for j in range(5) for key, content in some.items()]
-        )
-    return f"{folder}/{{0..1}}.tar"
-
-
-@pytest.mark.parametrize(
-    "options", [[], ["--workers", "0"], ["--devices", "cpu,cpu"]], ids=["workers", "alone", "devices"]
-)
-def test_killed_at_any_moment(many, options, checkpoint_folder, tmp_path):
-    """Each start makes progress, and in the end all is as in an undisturbed run."""
-    output, done = tmp_path / "out", 0
-    arguments = ["--model", checkpoint_folder, "--shard-size", 40, "--batch-size", 8, *options, many, output]
-    run(many, tmp_path / "undisturbed", checkpoint_folder, shard_size=40)
-    rng = np.random.default_rng(0)
-    for _ in range(4):
-        process = command(*arguments)
-        until(process, lambda: finished(output) > done)  # noqa: B023
-        time.sleep(rng.random() * 0.2)
-        process.kill()
-        process.communicate()
-        assert finished(output) > done
-        done = finished(output)
-    process = command(*arguments)
-    _, told = process.communicate()
-    assert process.returncode == 0, told
-    assert done > 3 and files(output) == files(tmp_path / "undisturbed")
-    assert {path.name for path in output.iterdir()} - {f"{name}.parquet" for name in records(output)} == {"__run__"}
-    assert {path.name for path in (output / "__run__").iterdir()} == {"done", "lock", "run.json"}
-
-
-@pytest.mark.parametrize("options", [[], ["--devices", "cpu,cpu"]], ids=["one", "devices"])
-def test_interrupted_from_the_keyboard(many, options, checkpoint_folder, tmp_path):
-    """Ctrl-C reaches every process of the terminal."""
-    output = tmp_path / "out"
-    process = command("--model", checkpoint_folder, "--shard-size", 40, *options, many, output, start_new_session=True)
-    until(process, lambda: finished(output) >= 2)
-    os.killpg(process.pid, signal.SIGINT)
-    _, told = process.communicate()
-    assert process.returncode == 130 and "Traceback" not in told, told
-    assert "output shards are complete; run the same command again to resume" in told
-    assert not (output / "__run__" / "tmp").exists()
-    assert all((output / f"{name}.parquet").exists() for name in records(output))
-
-
-def test_a_full_disk(many, checkpoint_folder, tmp_path):
-    """A limit on the size of a file stands in for it: writing fails with an error of the system."""
-    output = tmp_path / "out"
-    process = command(
-        "--model", checkpoint_folder, "--shard-size", 100, "--workers", 0, many, output,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000)),
-    )  # fmt: skip
-    _, told = process.communicate()
-    assert process.returncode == 1 and "can't write" in told and "Traceback" not in told, told
-    assert not list(output.glob("*.parquet")) and not (output / "__run__" / "tmp").exists()
-    run(many, output, checkpoint_folder, shard_size=100)
-    assert len(codes(output)) == 600
-
-
 def test_an_output_that_can_not_be_written(tars, checkpoint_folder, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(BatchError, match="can't"):
         run(tars, tmp_path / "file" / "out", checkpoint_folder)
-
-
-def test_a_decoding_process_that_dies_is_told(many, checkpoint_folder, tmp_path):
-    def kill(summary):
-        for process in multiprocessing.active_children():
-            process.kill()
-
-    with pytest.raises(BatchError, match="a decoding process died"):
-        run(
-            many,
-            tmp_path / "out",
-            checkpoint_folder,
-            engine=EngineOptions(workers=1, batch_size=2),
-            progress=kill,
-            shard_size=40,
-        )
-    run(many, tmp_path / "out", checkpoint_folder, shard_size=40)
-    assert len(codes(tmp_path / "out")) == 600
 
 
 def test_credentials_show_nowhere(tars, checkpoint_folder, tmp_path):

@@ -1,7 +1,5 @@
 """The merger's paths against a dense masked form, its meaning (who sees whom), and LaVIT's own numbers."""
 
-import dataclasses
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,23 +11,10 @@ from dyntok.errors import ConfigError
 from dyntok.image import to_pixels
 from dyntok.model.merger import LAVIT_EPS, Merger
 from dyntok.model.selector import straight_through
-from dyntok.policy import KeepPolicy
 from dyntok.ragged import cu_seqlens_from_mask
-from dyntok.tokenizer import DynamicVisualTokenizer
 from dyntok_kernels import reference
 
 PATCHES, WIDTH, HEADS, DEPTH = 12, 24, 3, 2
-
-RELEASED_NAMES = {
-    "ln_vision.": "context_norm.",
-    "norm0.": "self_norm.",
-    "norm1.": "cross_norm.",
-    "norm2.": "mlp_norm.",
-    "token_causal_attn.": "self_",
-    "token_cross_attn.": "cross_",
-    "mlp.fc1.": "mlp.0.",
-    "mlp.fc2.": "mlp.2.",
-}
 
 
 class CountedOperations(TorchDispatchMode):
@@ -366,75 +351,3 @@ def test_heads_must_divide_the_width():
 def test_bounds_of_a_mask():
     bounds = cu_seqlens_from_mask(MASKS["lengths 1 and N"])
     assert bounds.dtype == torch.int32 and bounds.tolist() == [0, 1, 1 + PATCHES]
-
-
-# LaVIT's own numbers.
-
-
-def lavit_merger(parity, file="tokenizer_encoder.bin"):
-    state = parity.weights(f"{file}/causal_encoder.", RELEASED_NAMES)
-    depth = parity.config["merger_depth"]
-    for kind in ("weight", "bias"):
-        rows = [state.pop(f"blocks.{i}.cross_{part}.{kind}") for i in range(depth) for part in ("key", "value")]
-        state[f"context_kv.{kind}"] = torch.cat(rows)
-    merger = Merger(parity.config["dim"], MergerConfig(depth=depth, num_heads=parity.config["heads"]))
-    merger.load_state_dict(state)
-    return merger
-
-
-@pytest.mark.parametrize("exact, budget", [(False, 1e-4), (True, 1e-5)], ids=["packed", "exact"])
-@pytest.mark.parametrize("masks", ["io", "merger/all_kept", "merger/one_kept", "merger/mixed"])
-def test_merger_gives_lavits_numbers(parity, masks, exact, budget):
-    merged = lavit_merger(parity)(parity["io/backbone_features"], parity[f"{masks}/keep_mask"], exact=exact)
-    assert parity.error(f"{masks}/merged_features", merged) < budget
-
-
-def test_only_exact_gives_lavits_numbers_for_large_logits(parity):
-    merger = lavit_merger(parity)
-    with torch.no_grad():
-        for block in merger.blocks:
-            block.self_qkv.weight[: parity.config["dim"]].mul_(6)
-            block.cross_query.weight.mul_(6)
-    inputs = parity["io/backbone_features"], parity["io/keep_mask"]
-    assert parity.error("merger/peaky/merged_features", merger(*inputs, exact=True)) < 1e-5
-    assert parity.error("merger/peaky/merged_features", merger(*inputs)) > 1e-2
-
-
-@pytest.mark.parametrize("exact, budget", [(False, 1e-4), (True, 1e-5)], ids=["packed", "exact"])
-def test_the_understanding_path_gives_lavits_numbers(parity, exact, budget):
-    merged = lavit_merger(parity, "visual_weight.bin")(
-        parity["io/backbone_features"], parity["io/keep_mask"], exact=exact
-    )
-    words = F.linear(merged, parity["visual_weight.bin/vit_proj.weight"], parity["visual_weight.bin/vit_proj.bias"])
-    assert parity.error("io/continuous_features", words) < budget
-
-
-def similar(config):
-    return DynamicVisualTokenizer(dataclasses.replace(config, merger=MergerConfig(kind="similar")))
-
-
-def test_a_merger_without_parameters(small_config, photos, tmp_path):
-    tokenizer = similar(small_config)
-    assert not list(tokenizer.merger.parameters())
-    encoding = tokenizer.encode(photos, budget=20)
-    features = tokenizer.features(photos[0], budget=20)
-    tokenizer.save_pretrained(tmp_path)
-    again = DynamicVisualTokenizer.from_pretrained(tmp_path)
-    assert again.config.merger.kind == "similar" and again.encode(photos, budget=20) == encoding
-    pixels = to_pixels(photos[0], small_config.image)[None]
-    with torch.no_grad():
-        patches = tokenizer.backbone(pixels)
-        keep = KeepPolicy(budget=20)(tokenizer.selector(patches))
-        expected = reference.merge_similar(patches.double(), keep, torch.ones(1, 64).double())[0]
-    assert_close(features.tokens.double(), expected, atol=1e-5, rtol=0)
-    with pytest.raises(ConfigError, match="merger of kind 'similar' has no attention"):
-        tokenizer.merger(patches, keep, exact=True)
-
-
-def test_the_gate_of_a_merger_without_parameters_has_a_gradient(small_config):
-    features, keep = torch.randn(2, 64, 48), torch.rand(2, 64) < 0.5
-    gate = keep.float().requires_grad_()
-    merger = similar(small_config).merger
-    assert_close(merger(features, keep, gate), merger(features, keep))
-    merger(features, keep, gate).sum().backward()
-    assert (gate.grad[keep] != 0).all() and (gate.grad[~keep] == 0).all()

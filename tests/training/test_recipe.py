@@ -12,7 +12,7 @@ from dyntok.errors import ConfigError
 from dyntok.tokenizer import DynamicVisualTokenizer
 from dyntok.training import objective
 from dyntok.training import teacher as teacher_module
-from dyntok.training.recipe import RECIPES, Recipe, differences
+from dyntok.training.recipe import RECIPES, Recipe
 from dyntok.training.stage import Masks, Stage, Weights
 from dyntok.training.teacher import TeacherFeatures
 
@@ -203,12 +203,6 @@ def test_find(tmp_path, monkeypatch):
     assert Recipe.find(RECIPES / "paper-vit.yaml") == Recipe.find("paper-vit")
     with pytest.raises(ConfigError, match="there is no recipe papr-vit; expected a YAML file or one of .*paper-vit"):
         Recipe.find("papr-vit")
-
-
-def test_differences():
-    old = {"a": 1, "b": {"c": [1, 2], "d": "x"}, "only_old": 1}
-    assert differences(old, {"a": 1, "b": {"c": (1, 2), "d": "x"}, "only_new": 2}) == []
-    assert differences(old, {"a": 2, "b": {"c": [1], "d": "x"}}) == ["a: 1, now 2", "b.c: [1, 2], now [1]"]
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)

@@ -15,7 +15,7 @@ import torch
 
 from dyntok.batch.engines.prefetch import Prefetch
 from dyntok.batch.engines.process import CONNECTION_LOST, NOWHERE, Channel, ForkedChild, exit_reason, note_place
-from dyntok.batch.engines.rows import Chunk, Picture, Row, SourceRow
+from dyntok.batch.engines.rows import DecodedImage, Row, RowChunk, SourceRow
 from dyntok.batch.engines.stages import DecodeOptions, Place, decode
 from dyntok.batch.inputs.samples import Input
 from dyntok.errors import BatchError, DyntokError
@@ -35,7 +35,9 @@ class DecodeJob:
     time_limit: float  # seconds for each image
 
 
-def decode_chunks(chunks: Iterable[Chunk[SourceRow]], job: DecodeJob, processes: int) -> Iterator[Chunk[Row[Picture]]]:
+def decode_chunks(
+    chunks: Iterable[RowChunk[SourceRow]], job: DecodeJob, processes: int
+) -> Iterator[RowChunk[Row[DecodedImage]]]:
     """Yields the decoded chunks in their order; without processes they are decoded here, without a time limit.
 
     Raises what reading raises, and `BatchError` where a process dies of something other than an image.
@@ -44,12 +46,12 @@ def decode_chunks(chunks: Iterable[Chunk[SourceRow]], job: DecodeJob, processes:
         for chunk in Prefetch(chunks):
             yield decode(chunk, job.source, job.options)
         return
-    decoders = [Decoder(job) for _ in range(processes)]
-    idle: SimpleQueue[Decoder] = SimpleQueue()
+    decoders = [DecodingProcess(job) for _ in range(processes)]
+    idle: SimpleQueue[DecodingProcess] = SimpleQueue()
     for decoder in decoders:
         idle.put(decoder)
 
-    def decode_one(chunk: Chunk[SourceRow]) -> Chunk[Row[Picture]]:
+    def decode_one(chunk: RowChunk[SourceRow]) -> RowChunk[Row[DecodedImage]]:
         decoder = idle.get()
         try:
             return decoder.decode(chunk)
@@ -67,14 +69,14 @@ def decode_chunks(chunks: Iterable[Chunk[SourceRow]], job: DecodeJob, processes:
         threads.shutdown(wait=False, cancel_futures=True)
 
 
-class Decoder:
+class DecodingProcess:
     """Decodes chunks in a process of its own."""
 
     def __init__(self, job: DecodeJob) -> None:
         self._job, self._lock, self._closed = job, threading.Lock(), False
         self._child = self._start()
 
-    def decode(self, chunk: Chunk[SourceRow]) -> Chunk[Row[Picture]]:
+    def decode(self, chunk: RowChunk[SourceRow]) -> RowChunk[Row[DecodedImage]]:
         """Raises `BatchError` where the process dies of something other than an image."""
         refused: dict[Place, str] = {}
         while True:

@@ -13,7 +13,7 @@ import torch
 
 from dyntok.batch.engines.pipeline import ModelJob, encode_work
 from dyntok.batch.engines.process import CONNECTION_LOST, Channel, FreshChild, exit_reason
-from dyntok.batch.engines.rows import Chunk, Row, TokenizedImage, Work
+from dyntok.batch.engines.rows import Row, RowChunk, TokenizedImage, Work
 from dyntok.device import make_current
 from dyntok.errors import BatchError, DyntokError
 
@@ -38,12 +38,12 @@ class _Finished:
     """The last message of a model process."""
 
 
-_Result = Chunk[Row[TokenizedImage]] | _Finished | BaseException
+_Result = RowChunk[Row[TokenizedImage]] | _Finished | BaseException
 
 
 def encode_on_devices(
     work: Iterable[Work], job: ModelJob, devices: Sequence[str], threads: int
-) -> Iterator[Chunk[Row[TokenizedImage]]]:
+) -> Iterator[RowChunk[Row[TokenizedImage]]]:
     """Yields encoded rows, in order for each device. Raises what a process raised, `BatchError` where one died."""
     pool = _Pool(work, len(devices))
     children = [FreshChild(_serve) for _ in devices]
@@ -55,7 +55,7 @@ def encode_on_devices(
             result = pool.results.get()
             if isinstance(result, BaseException):
                 raise result
-            if isinstance(result, Chunk):
+            if isinstance(result, RowChunk):
                 yield result
             else:
                 running -= 1
@@ -86,7 +86,7 @@ class _Pool:
                     child.channel.send(self._next_work())
                     continue
                 self._put(message)
-                if not isinstance(message, Chunk):
+                if not isinstance(message, RowChunk):
                     return
         except _WorkFailed as failed:
             self._put(failed.error)

@@ -11,7 +11,7 @@ import torch
 from dyntok.batch.engines.devices import encode_on_devices
 from dyntok.batch.engines.pipeline import ModelJob, encode_work
 from dyntok.batch.engines.process import CAN_FORK
-from dyntok.batch.engines.rows import Chunk, Row, TokenizedImage, Work
+from dyntok.batch.engines.rows import Row, RowChunk, TokenizedImage, Work
 from dyntok.batch.inputs.samples import Input
 from dyntok.batch.options import BatchOptions, EngineOptions
 from dyntok.tokenizer import DynamicVisualTokenizer
@@ -21,7 +21,7 @@ _MAX_WORKERS = 16
 
 def run_local(
     work: Iterable[Work], source: Input, options: BatchOptions, engine: EngineOptions, tokenizer: DynamicVisualTokenizer
-) -> Iterator[Chunk[Row[TokenizedImage]]]:
+) -> Iterator[RowChunk[Row[TokenizedImage]]]:
     """Yields encoded rows. Raises `BatchError` where input can't be read or a process dies."""
     devices = engine.devices or (str(tokenizer.device),)
     job = ModelJob(source, options, engine, tokenizer, _decoding_processes(engine, len(devices)))

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from dyntok.batch.engines.decoding import DecodeJob, decode_chunks
-from dyntok.batch.engines.rows import Chunk, Row, TokenizedImage, Work
+from dyntok.batch.engines.rows import Row, RowChunk, TokenizedImage, Work
 from dyntok.batch.engines.stages import DecodeOptions, chunked, encode, read
 from dyntok.batch.inputs.samples import Input
 from dyntok.batch.options import BatchOptions, EngineOptions
@@ -24,7 +24,7 @@ class ModelJob:
     decoding_processes: int
 
 
-def encode_work(work: Iterable[Work], job: ModelJob, device: str) -> Iterator[Chunk[Row[TokenizedImage]]]:
+def encode_work(work: Iterable[Work], job: ModelJob, device: str) -> Iterator[RowChunk[Row[TokenizedImage]]]:
     """Yields encoded rows in order. Raises `BatchError` where input can't be read or a decoding process dies."""
     tokenizer, size = job.tokenizer.to(device), job.options.shard_size
     rows = (row for some in work for row in read(job.source, some, size))

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from dyntok.batch.engines.decoding import DecodeJob, Decoder
+from dyntok.batch.engines.decoding import DecodeJob, DecodingProcess
 from dyntok.batch.engines.process import CAN_FORK
-from dyntok.batch.engines.rows import Chunk, Row, TokenizedImage, Work
+from dyntok.batch.engines.rows import Row, RowChunk, TokenizedImage, Work
 from dyntok.batch.engines.stages import DecodeOptions, chunked, decode, encode, read
 from dyntok.batch.inputs.samples import Input
 from dyntok.batch.options import BatchOptions, EngineOptions
@@ -48,7 +48,7 @@ class _Shared:
 
 def run_ray(
     work: Iterable[Work], source: Input, options: BatchOptions, engine: EngineOptions, tokenizer: DynamicVisualTokenizer
-) -> Iterator[Chunk[Row[TokenizedImage]]]:
+) -> Iterator[RowChunk[Row[TokenizedImage]]]:
     """Yields encoded rows in no certain order. Raises `BatchError` where input can't be read or the cluster is lost."""
     with _cluster(engine.address):
         shared = ray.put(_Shared(source, options, engine.batch_size, engine.time_limit, tokenizer.to("cpu")))
@@ -120,16 +120,16 @@ def _decode(row: dict[str, bytes], shared: "ray.ObjectRef") -> dict[str, bytes]:
     return {_COLUMN: pickle.dumps(decode(chunk, job.source, job.decode_options))}
 
 
-_decoders: dict["ray.ObjectRef", Decoder] = {}  # of this Ray worker: one, which later tasks use again
+_decoders: dict["ray.ObjectRef", DecodingProcess] = {}  # of this Ray worker: one, which later tasks use again
 
 
-def _decoder_of(shared: "ray.ObjectRef") -> Decoder:
+def _decoder_of(shared: "ray.ObjectRef") -> DecodingProcess:
     if shared not in _decoders:
         for decoder in _decoders.values():  # of an earlier run on the same cluster
             decoder.close()
         _decoders.clear()
         job: _Shared = ray.get(shared)
-        _decoders[shared] = Decoder(DecodeJob(job.source, job.decode_options, job.time_limit))
+        _decoders[shared] = DecodingProcess(DecodeJob(job.source, job.decode_options, job.time_limit))
     return _decoders[shared]
 
 

@@ -1,4 +1,4 @@
-"""The rows of a batch run, from stage to stage: `SourceRow`, then `Row[Picture]`, then `Row[TokenizedImage]`.
+"""The rows of a batch run, from stage to stage: `SourceRow`, then `Row[DecodedImage]`, then `Row[TokenizedImage]`.
 
 Not here: what the stages do (`stages.py`).
 """
@@ -108,7 +108,7 @@ class RangeEnd:
 
 
 @dataclass(frozen=True)
-class Chunk(Generic[RowT]):
+class RowChunk(Generic[RowT]):
     """Rows that go through a stage together, and the ranges whose last row is among them or came before."""
 
     rows: list[RowT]
@@ -116,7 +116,7 @@ class Chunk(Generic[RowT]):
 
 
 @dataclass(frozen=True)
-class Picture:
+class DecodedImage:
     """An image as the tokenizer sees it."""
 
     array: np.ndarray  # uint8 [H, W, 3]

@@ -12,13 +12,13 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from dyntok.batch.engines.rows import (
-    Chunk,
+    DecodedImage,
     Failure,
-    Picture,
     Range,
     RangeEnd,
     Retry,
     Row,
+    RowChunk,
     SourceRow,
     TokenizedImage,
     Work,
@@ -105,17 +105,17 @@ def _read_again(reading: ShardReader, work: Work, retry: Retry) -> Iterator[Sour
     yield RangeEnd(span, work.shard.identity, rows, work.start, work.start, retry.last, dict(reading.types))
 
 
-def chunked(rows: Iterable[SourceRow | RangeEnd], size: int) -> Iterator[Chunk[SourceRow]]:
+def chunked(rows: Iterable[SourceRow | RangeEnd], size: int) -> Iterator[RowChunk[SourceRow]]:
     """Yields chunks of at most `size` rows, and of fewer where images are large."""
     content = 0
-    chunk: Chunk[SourceRow] = Chunk([])
+    chunk: RowChunk[SourceRow] = RowChunk([])
     for row in rows:
         if isinstance(row, RangeEnd):
             chunk.ends.append(row)
             continue
         if len(chunk.rows) >= size or content >= _CHUNK_BYTES:
             yield chunk
-            chunk, content = Chunk([]), 0
+            chunk, content = RowChunk([]), 0
         chunk.rows.append(row)
         content += sum(len(image) for image in row.sample.images if isinstance(image, bytes))
     if chunk.rows or chunk.ends:
@@ -123,18 +123,18 @@ def chunked(rows: Iterable[SourceRow | RangeEnd], size: int) -> Iterator[Chunk[S
 
 
 def decode(
-    chunk: Chunk[SourceRow],
+    chunk: RowChunk[SourceRow],
     source: Input,
     options: DecodeOptions,
     refused: Mapping[Place, str] = _NOTHING_REFUSED,
     on_place: Callable[[Place], None] = lambda place: None,
-) -> Chunk[Row[Picture]]:
+) -> RowChunk[Row[DecodedImage]]:
     """Decodes every image; what can't be read becomes a failure of its row.
 
     refused: images that must not be touched, with the reason. on_place: called before each of the others.
     """
 
-    def picture(image: Any, place: Place) -> Picture | Failure | None:
+    def picture(image: Any, place: Place) -> DecodedImage | Failure | None:
         if image is None:
             return None
         if isinstance(image, Broken):
@@ -147,7 +147,7 @@ def decode(
         except ImageError as error:
             return Failure(place[1], str(error))
 
-    def decoded(row: SourceRow, number: int) -> Row[Picture]:
+    def decoded(row: SourceRow, number: int) -> Row[DecodedImage]:
         sample = row.sample
         if not sample.key and not any(isinstance(image, Broken) for image in sample.images):
             sample = replace(sample, images=[Broken("has no key: its key column is null or empty")])
@@ -157,20 +157,20 @@ def decode(
             on_place((number, _FETCH))
             sample = source.fetch(sample)
         results = [picture(image, (number, i)) for i, image in enumerate(sample.images)]
-        pictures = tuple(result if isinstance(result, Picture) else None for result in results)
+        pictures = tuple(result if isinstance(result, DecodedImage) else None for result in results)
         failures = tuple(result for result in results if isinstance(result, Failure))
         return Row(row.range, row.place, row.share, sample.key, sample.source, sample.columns, pictures, failures)
 
-    return Chunk([decoded(row, number) for number, row in enumerate(chunk.rows)], chunk.ends)
+    return RowChunk([decoded(row, number) for number, row in enumerate(chunk.rows)], chunk.ends)
 
 
 def encode(
-    chunk: Chunk[Row[Picture]], tokenizer: DynamicVisualTokenizer, options: BatchOptions
-) -> Chunk[Row[TokenizedImage]]:
+    chunk: RowChunk[Row[DecodedImage]], tokenizer: DynamicVisualTokenizer, options: BatchOptions
+) -> RowChunk[Row[TokenizedImage]]:
     """Tokenizes every picture; one that the tokenizer refuses becomes a failure of its row."""
     results = iter(tokenize_pictures([image for row in chunk.rows for image in row.present], tokenizer, options))
 
-    def encoded(row: Row[Picture]) -> Row[TokenizedImage]:
+    def encoded(row: Row[DecodedImage]) -> Row[TokenizedImage]:
         images: list[TokenizedImage | None] = []
         failures = list(row.failures)
         for i, picture in enumerate(row.images):
@@ -182,18 +182,18 @@ def encode(
         failed = tuple(sorted(failures, key=lambda failure: failure.image))
         return replace(untyped, images=tuple(images), failures=failed)
 
-    return Chunk([encoded(row) for row in chunk.rows], chunk.ends)
+    return RowChunk([encoded(row) for row in chunk.rows], chunk.ends)
 
 
-def to_picture(image: ImageSource, options: DecodeOptions) -> Picture:
+def to_picture(image: ImageSource, options: DecodeOptions) -> DecodedImage:
     """Returns an image as the tokenizer sees it. Raises `ImageError`."""
     array, size = to_array(image, options.image, max_pixels=options.max_pixels)
     left, top, right, bottom = fit(*size, options.image).box
-    return Picture(array, size, (int(left), int(top), int(right), int(bottom)))
+    return DecodedImage(array, size, (int(left), int(top), int(right), int(bottom)))
 
 
 def tokenize_pictures(
-    pictures: Sequence[Picture], tokenizer: DynamicVisualTokenizer, options: BatchOptions
+    pictures: Sequence[DecodedImage], tokenizer: DynamicVisualTokenizer, options: BatchOptions
 ) -> list[TokenizedImage | ImageError]:
     """Returns a result for each picture, or the error that the tokenizer has for it.
 
@@ -210,7 +210,7 @@ def tokenize_pictures(
 
 
 def _tokenize_group(
-    pictures: Sequence[Picture], tokenizer: DynamicVisualTokenizer, options: BatchOptions
+    pictures: Sequence[DecodedImage], tokenizer: DynamicVisualTokenizer, options: BatchOptions
 ) -> list[TokenizedImage | ImageError]:
     """Returns the results of pictures of one shape."""
     height, width, _ = pictures[0].array.shape
