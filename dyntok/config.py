@@ -271,7 +271,7 @@ class TokenizerConfig:
         return dataclasses.asdict(self)
 
     def stated(self) -> dict[str, Any]:
-        """As `to_dict`, without what has its default value: the same when a later version knows more options."""
+        """Returns `to_dict` without default values: the result stays the same when later versions add options."""
         return stated(self)
 
     @classmethod

@@ -38,7 +38,7 @@ class DataError(DyntokError, ValueError):
 
 
 class BatchError(DyntokError, RuntimeError):
-    """A batch run is refused, or had to stop; what is finished stays. The message says how to go on."""
+    """A batch run is refused, or had to stop; what is finished stays. The message says how to continue."""
 
 
 class MissingDependencyError(DyntokError, ImportError):

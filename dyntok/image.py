@@ -2,7 +2,7 @@
 out.
 
 Does: read, check against limits before decoding, decode, turn upright, bring to 8-bit RGB, resize, normalize. Every
-source takes this one path, so the same picture gives the same pixels however it came. Whatever goes wrong is an
+source takes this one path, so the same picture gives the same pixels however it came. Every failure is an
 `ImageError` that names the source. Does not: fetch URLs, read formats outside `ACCEPTED_FORMATS`, or read more than one
 frame.
 """
@@ -154,7 +154,7 @@ def _failures_named(source: ImageSource) -> Iterator[str]:
 
 
 def _load(source: ImageSource, name: str, max_pixels: int, color: str) -> Image.Image:
-    """The upright RGB image, which may be `source` itself."""
+    """Returns the upright RGB image, which may be `source` itself."""
 
     def check_size(width: int, height: int) -> None:
         _check_size(width, height, name, max_pixels)
@@ -192,7 +192,7 @@ def _check_size(width: int, height: int, name: str, max_pixels: int) -> None:
 
 
 def _decoded(image: Image.Image, name: str) -> Picture:
-    """A PIL image of the caller's, decoded in place if it was not yet."""
+    """Returns a PIL image of the caller's, decoded in place if it was not yet."""
     if isinstance(image, ImageFile.ImageFile):
         if image.format not in _LAZY_FORMATS:
             formats = ", ".join(ACCEPTED_FORMATS)
@@ -232,7 +232,7 @@ def _upright_rgb(picture: Picture, name: str, color: str) -> Image.Image:
 
 
 def _rgb(image: Image.Image, name: str, white: float | None, profile: bytes | None) -> Image.Image:
-    """The image in RGB; transparency goes onto white."""
+    """Returns the image in RGB; transparency goes onto white."""
     if image.mode[0] in "IF":
         return to_srgb(Image.fromarray(gray_8bit(image, name, white)), profile).convert("RGB")
     if not image.has_transparency_data:

@@ -48,7 +48,7 @@ def instructions() -> dict[str, bool]:
 def kernels(device: torch.device) -> dict[str, str]:
     """Returns the form of each operation of `dyntok_kernels` that runs on a device, after one try of it.
 
-    An operation that fails is told with its error.
+    An operation that fails is listed with its error.
     """
     form = "PyTorch"
     if device.type == "cuda":

@@ -99,7 +99,7 @@ class KeepPolicy:
         return policy
 
     def __call__(self, log_probs: Tensor, input_indices: Sequence[int] | None = None) -> Tensor:
-        """log_probs [B, N, 2] -> keep mask bool [B, N], with at least one True per image.
+        """Returns a keep mask, bool [B, N], from log_probs [B, N, 2], with at least one True per image.
 
         input_indices: the index of each image among all inputs of the call, for `sample`; by default 0, 1, ...
 

@@ -111,7 +111,7 @@ def read_storage_options(path: str | os.PathLike | None) -> StorageOptions:
 
 @contextmanager
 def wrap_storage_errors(action: str, address: str, options: StorageOptions | None = None) -> Iterator[None]:
-    """Turns whatever a file system raises into a `BatchError` of one line, without credentials."""
+    """Turns every error of a file system into a `BatchError` of one line, without credentials."""
     try:
         yield
     except (DyntokError, ImportError):

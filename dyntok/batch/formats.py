@@ -142,7 +142,7 @@ class WebDataset:
 
 
 def is_text_member(name: str, value: Any) -> bool:
-    """Whether an extra column becomes a file of its own, as webdataset has it, instead of an entry in the JSON."""
+    """Returns whether an extra column becomes a file of its own, as in webdataset, not an entry in the JSON."""
     return isinstance(value, str) and name not in _OWN_MEMBERS and _MEMBER_SUFFIX.fullmatch(name) is not None
 
 

@@ -61,7 +61,7 @@ class Record:
 def describe_run(
     sources: Sequence[str], kind: str, fingerprint: str, options: BatchOptions, version: str
 ) -> dict[str, Any]:
-    """What `run.json` holds, and what must be the same when the run goes on (but for the version of dyntok)."""
+    """Returns the content of `run.json`, which must be the same when the run resumes, except the version of dyntok."""
     values = {name: value for name, value in options.to_dict().items() if name != "kind"}
     if options.text_tokenizer is not None:
         values["text_tokenizer"] = text_tokenizer_digest(options.text_tokenizer)
@@ -80,7 +80,7 @@ def describe_run(
 
 
 def read_description(output: Output) -> dict[str, Any]:
-    """Of an output folder. Raises `DataError` where it is none."""
+    """Returns the description of an output folder. Raises `DataError` where it is none."""
     described = output.read_json(f"{RUN}/run.json")
     if described is None:
         raise DataError(f"{redact(output.address)} is no output of `dyntok batch`: it has no {RUN}/run.json")
@@ -92,7 +92,7 @@ def read_description(output: Output) -> dict[str, Any]:
 
 
 def read_records(output: Output) -> Iterator[tuple[Range, Record]]:
-    """Of everything that is complete, in order. Raises `BatchError`."""
+    """Returns the records of all completed shards, in order. Raises `BatchError`."""
     all_names = sorted((name.removesuffix(".json") for name in output.names(f"{RUN}/done")), key=_numbers)
     for names in batched(all_names, _TOGETHER):
         for name, values in zip(names, output.read_jsons([f"{RUN}/done/{name}.json" for name in names]), strict=True):
@@ -106,7 +106,7 @@ def read_records(output: Output) -> Iterator[tuple[Range, Record]]:
 
 
 def _numbers(name: str) -> list[int]:
-    """As text, shard 1000000 would come before shard 999999."""
+    """Returns the numbers in a shard's name, for sorting: as text, 1000000 would come before 999999."""
     return [int(part) if part.isdecimal() else -1 for part in name.split("-")]
 
 
@@ -136,7 +136,7 @@ def recorded_files(folder: str | os.PathLike | Output, storage: StorageOptions |
 
 
 def read_errors(output: Output, span: Range, record: Record) -> list[dict[str, Any]]:
-    """Rows of the errors table that belong to a record. Raises `BatchError`."""
+    """Returns the rows of the errors table that belong to a record. Raises `BatchError`."""
     if not record.errors:
         return []
     name = _errors_name(replace(span, attempt=record.attempt))
@@ -160,9 +160,9 @@ class Manifest:
             if found:
                 raise BatchError(
                     f"{redact(output.address)} holds another run: {'; '.join(found)}; "
-                    "go on as it was begun, or name a new folder"
+                    "repeat the original command, or name a new folder"
                 )
-        elif create and before != description:  # a run that finished nothing binds nobody, and leaves nothing
+        elif create and before != description:  # a run without completed shards may restart with other options
             for name in [name for name in output.names() if _SHARD.fullmatch(name)]:
                 output.remove(name)
             output.publish_json(f"{RUN}/run.json", description)
@@ -171,7 +171,7 @@ class Manifest:
         self.finished_left_out = LeftOut()
 
     def unfinished_work(self, source: Input) -> Iterator[Work]:
-        """What is not complete, in the order of the input. Raises `BatchError` where the input is not what it was."""
+        """Yields the work that is not complete, in the order of the input. Raises `BatchError` if the input changed."""
         records = _RecordsByShard(read_records(self.output))
         for shard in source.shards():
             done = records.of(shard.index)
@@ -193,7 +193,7 @@ class Manifest:
             )
 
     def failed_work(self, source: Input) -> Iterator[Work]:
-        """Rows of the errors table, to be tried again."""
+        """Yields the failed rows as work, to be tried again."""
         records = _RecordsByShard(read_records(self.output))
         for shard in source.shards():
             for number, record in records.of(shard.index).items():
@@ -241,7 +241,7 @@ class Manifest:
         return written
 
     def _files_intact(self, record: Record) -> bool:
-        """Whether its files are still there, of the size they had."""
+        """Returns whether the files of a record still exist with the same sizes."""
         return all(self.output.size(name) == facts["bytes"] for name, facts in record.files.items())
 
 

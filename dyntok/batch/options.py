@@ -1,4 +1,4 @@
-"""What a run is asked to do: `BatchOptions` decides what is written and is compared when a run goes on.
+"""What a run is asked to do: `BatchOptions` decides what is written and is compared when a run resumes.
 
 `EngineOptions` decides only how.
 """

@@ -26,8 +26,8 @@ from dyntok.model.codebook import perplexity
 from dyntok.tokenizer import DynamicVisualTokenizer
 from dyntok.visualize import contact_sheet
 
-_REASONS = 10  # that are told, the most frequent ones
-_GRIDS = 4  # that are told, the most frequent ones
+_REASONS = 10  # the most frequent ones are reported
+_GRIDS = 4  # the most frequent ones are reported
 _PER_SHARD = 4  # panels of one output shard in a sheet
 
 
@@ -58,7 +58,7 @@ class Report:
         return self.tokens / max(self.images, 1)
 
     def quantile(self, share: float) -> int:
-        """The length that `share` of the images do not exceed."""
+        """Returns the length that `share` of the images do not exceed."""
         return int(np.searchsorted(np.cumsum(self.lengths), share * sum(self.lengths)))
 
     def __str__(self) -> str:
@@ -93,7 +93,7 @@ _QUANTILES = {"least": 1e-12, "1 %": 0.01, "median": 0.5, "99 %": 0.99, "most": 
 
 
 def inspect(folder: str, *, storage: StorageOptions | None = None) -> Report:
-    """Everything complete in an output folder is read once, with little memory. Raises `DataError` where it is none."""
+    """Returns a report on all completed shards of a folder. Raises `DataError` if it is no output folder."""
     output = Output(folder, storage or {})
     description = read_description(output)
     totals: Counter[str] = Counter()
@@ -125,7 +125,7 @@ def inspect(folder: str, *, storage: StorageOptions | None = None) -> Report:
 
 
 def all_errors(folder: str, *, storage: StorageOptions | None = None) -> Iterator[dict[str, Any]]:
-    """The errors table, row by row: key, source, reason, place in its range, number among the row's images.
+    """Yields the rows of the errors table: key, source, reason, place in its range, number among the row's images.
 
     Raises as `inspect`.
     """
@@ -149,7 +149,7 @@ def _added(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def _bars(lengths: Sequence[int], rows: int = 12, width: int = 50) -> list[str]:
-    """The histogram in characters."""
+    """Returns the histogram in characters."""
     first = next(i for i, count in enumerate(lengths) if count) if any(lengths) else 0
     step = max(1, -(-(len(lengths) - first) // rows))
     counts = [sum(lengths[i : i + step]) for i in range(first, len(lengths), step)]
@@ -161,7 +161,7 @@ def _bars(lengths: Sequence[int], rows: int = 12, width: int = 50) -> list[str]:
 
 
 def draw_lengths(report: Report, path: str | Path) -> None:
-    """The histogram of lengths as a picture. Raises `MissingDependencyError` without matplotlib."""
+    """Writes the histogram of lengths as a picture. Raises `MissingDependencyError` without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
@@ -178,8 +178,9 @@ def draw_lengths(report: Report, path: str | Path) -> None:
 def draw_sample_sheet(
     folder: str, tokenizer: DynamicVisualTokenizer, *, images: int = 12, storage: StorageOptions | None = None
 ) -> Image.Image:
-    """Originals, kept patches and reconstructions of images spread over the output; the originals are read from the
-    input.
+    """Returns a contact sheet of images spread over the output: originals, kept patches and reconstructions.
+
+    The originals are read from the input.
 
     Raises `BatchError` where the input can't be found as it was, `FingerprintError` where the tokenizer is another one.
     """
@@ -221,7 +222,7 @@ def draw_sample_sheet(
 def _originals(
     source: Input, shard: Shard, record: Record, output: Output, fingerprint: str
 ) -> Iterator[tuple[Any, Encoding]]:
-    """The first images of an output shard, and their codes."""
+    """Returns the first images of an output shard, and their codes."""
     rows = {row.key: row for row in read_block(output, sorted(record.files)[0], 0) if row.images}
     with source.open(shard, record.start) as reading:
         for sample in itertools.islice(reading, record.rows):

@@ -72,8 +72,8 @@ def _doctor(options: argparse.Namespace) -> int:
     if compared is None:
         print("  the golden codes are of another tokenizer; `dyntok doctor --write-golden FILE` makes such codes")
     for one in compared or []:
-        told = "equal" if not one.differing else f"{one.differing} of {one.tokens} tokens differ"
-        print(f"  {one.name:<18}{told} (close: {one.close_codes:.1%} of codes, {one.close_choices:.1%} of patches)")
+        result = "equal" if not one.differing else f"{one.differing} of {one.tokens} tokens differ"
+        print(f"  {one.name:<18}{result} (close: {one.close_codes:.1%} of codes, {one.close_choices:.1%} of patches)")
     if unexplained:
         print(f"differences beyond rounding in {', '.join(unexplained)}: codes of this machine are not those of others")
     return FAILED if failed or unexplained else OK

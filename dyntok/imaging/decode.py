@@ -51,7 +51,7 @@ class Picture:
 
 
 def decode(data: bytes, name: str, check_size: CheckSize) -> Picture:
-    """Returns the first picture of a file, decoded. Raises `ImageError`, and whatever Pillow raises on broken files."""
+    """Returns the first picture of a file, decoded. Raises `ImageError`, and the errors of Pillow on broken files."""
     format = sniff(data)
     if format is None:
         raise ImageError(f"{name}: not a readable image; expected one of {', '.join(ACCEPTED_FORMATS)}, intact")
@@ -95,7 +95,7 @@ def _container(data: bytes, format: str, name: str) -> Container:
 
 
 def _open(data: bytes, format: str) -> ImageFile.ImageFile:
-    """The image of Pillow's plugin, not yet decoded."""
+    """Returns the image of Pillow's plugin, not yet decoded."""
     match format:
         case "JPEG":
             return JpegImagePlugin.JpegImageFile(io.BytesIO(data))

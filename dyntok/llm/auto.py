@@ -1,4 +1,4 @@
-"""Tokenizers of pictures behind the `Auto` classes of transformers, without remote code.
+"""Tokenizers of pictures for the `Auto` classes of transformers, without remote code.
 
 >>> import dyntok.llm.auto
 >>> dyntok.llm.auto.add_transformers_files("checkpoint/")  # once

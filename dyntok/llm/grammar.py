@@ -202,7 +202,7 @@ class ImageGrammar:
         return [*ranges, end] if state.count >= least else ranges
 
     def _map(self, grid: tuple[int, int], state: GrammarState, least: int, most: int) -> _Ranges:
-        """The map tokens with which the total can still reach `least` and does not exceed `most`."""
+        """Returns the map tokens with which the total can still reach `least` and does not exceed `most`."""
         capacities = block_capacities(grid)
         own, after = capacities[state.blocks], int(capacities[state.blocks + 1 :].sum())
         low = min(max(least - state.total - after, 0), int(own.sum()))
@@ -222,7 +222,7 @@ class ImageGrammar:
         return list(sides)
 
     def _fits(self, rows: int, columns: int, least: int, room: int) -> bool:
-        """Whether an image of this grid may be written, with `room` ids from its rows token to its end."""
+        """Returns whether an image of this grid may be written, with `room` ids from its rows token to its end."""
         if self.grid not in (None, (rows, columns)) or rows * columns < least:
             return False
         return self.header((rows, columns)) + self.ids_per_code * least + 1 <= room
@@ -292,7 +292,7 @@ def _shortest_header(grammar: ImageGrammar, least: int) -> int:
 
 @lru_cache(maxsize=4096)
 def _map_values(capacities: tuple[int, ...], low: int, high: int) -> tuple[int, ...]:
-    """The map values of a block whose counts add up to `low` to `high`."""
+    """Returns the map values of a block whose counts add up to `low` to `high`."""
     digits = map_digits().tolist()
     return tuple(
         value
@@ -302,7 +302,7 @@ def _map_values(capacities: tuple[int, ...], low: int, high: int) -> tuple[int, 
 
 
 def _shifted(numbers: Iterable[int], offset: int) -> _Ranges:
-    """Rising numbers plus an offset as ranges."""
+    """Returns rising numbers plus an offset as ranges."""
     ranges: _Ranges = []
     for id in (number + offset for number in numbers):
         if ranges and ranges[-1][1] == id:

@@ -131,7 +131,7 @@ class GrammarMask:
         )
 
     def _total(self, ids: Tensor, maps: Tensor) -> Tensor:
-        """The sums of counts of map tokens, 0 elsewhere; of the shape of ids."""
+        """Returns the sums of counts of map tokens, 0 elsewhere; of the shape of ids."""
         return self._digits.sum(1)[(ids - self._map.offset).clamp(0, len(self._digits) - 1)] * maps
 
     def forbidden(self, state: MaskState, width: int, room: int | Tensor = UNLIMITED) -> Tensor:
@@ -153,7 +153,7 @@ class GrammarMask:
         return scores
 
     def _decide(self, state: MaskState, width: int, room: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What is forbidden, bool [R, V], and where start and end are the only ids allowed, bool [R]."""
+        """Returns what is forbidden, bool [R, V], and where start and end are the only ids allowed, bool [R]."""
         grammar, vocab = self.grammar, self.grammar.vocab
         if width < grammar.vocab_size:
             raise ConfigError(
@@ -190,7 +190,7 @@ class GrammarMask:
         return forbidden, start & ~(text | eos), following.full
 
     def _inside(self, state: MaskState, least: Tensor, most: Tensor, room: int | Tensor) -> _Next:
-        """What may come next in an image."""
+        """Returns what may come next in an image."""
         vocab, free, side_rows, side_columns = self.grammar.vocab, state.inside, None, None
         if vocab.sides:
             unsized, half = free & (state.rows == 0), free & (state.rows > 0) & (state.columns == 0)
@@ -219,7 +219,7 @@ class GrammarMask:
         return _Next(waiting, end, full, side_rows, side_columns, None, fits)
 
     def _grid(self, state: MaskState) -> tuple[Tensor, Tensor] | None:
-        """Rows and columns, int64 [R] each (1 where they are not written yet); None where nothing says them."""
+        """Returns rows and columns, int64 [R] each (1 where they are not written yet); None where nothing says them."""
         vocab = self.grammar.vocab
         if vocab.sides:
             return state.rows.clamp(min=1), state.columns.clamp(min=1)
@@ -227,7 +227,7 @@ class GrammarMask:
         return None if vocab.grid is None else (vocab.grid[0] * ones, vocab.grid[1] * ones)
 
     def _sides(self, state: MaskState, least: Tensor, room: int | Tensor) -> tuple[Tensor, Tensor]:
-        """Numbers of rows that some columns go with, and of columns that go with the rows: bool [R, sides] each."""
+        """Returns which numbers of rows fit the columns, and which of columns fit the rows: bool [R, sides] each."""
         known = self._each(self._grids, len(least)) & (self._patches >= least[:, None, None])  # [R, sides, sides]
         needed = self._headers + (self._width * least + 1)[:, None, None]
         rows = _or_else((known & (needed <= _over(room, 2))).any(2), known.any(2))
@@ -239,8 +239,9 @@ class GrammarMask:
     def _map_values(
         self, state: MaskState, grid: tuple[Tensor, Tensor], least: Tensor, most: Tensor, room: int | Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The map values with which the total can still reach `least` and does not exceed `most`, bool [R, 625]; and
-        where map tokens are still to come, bool [R].
+        """Returns the allowed map values, bool [R, 625], and where map tokens are still to come, bool [R].
+
+        With an allowed value the total can still reach `least` and does not exceed `most`.
         """
         rows, columns = grid
         across = (columns + 3) // 4

@@ -143,7 +143,7 @@ class Packer:
         return PackedRow(*(torch.tensor(values + [fill] * empty) for values, fill in filled))
 
     def _parts(self, document: Document) -> Iterator[tuple[list[int], list[int]]]:
-        """(ids, labels) of the document, in as many parts as it needs."""
+        """Yields the (ids, labels) of the document in one or more parts, each at most a row long."""
         ids: list[int] = []
         labels: list[int] = []
         for piece, targets, whole in self._pieces(document):
@@ -165,7 +165,7 @@ class Packer:
             yield ids, labels
 
     def _pieces(self, document: Document) -> Iterator[tuple[list[int], list[int], bool]]:
-        """(ids, labels, whether they must stay together)"""
+        """Yields (ids, labels, whether they must stay together)."""
         vocab, on_text, on_image = self.vocab, self.loss != "image", self.loss != "text"
         if self.bos is not None:
             yield [self.bos], [IGNORED], False

@@ -165,7 +165,7 @@ def _segment(kind: Any, lexemes: list[_Lexeme], vocab: VisualVocab) -> Segment:
 def _positions(
     tokens: list[tuple[str, int]], grid: tuple[int, int] | None, vocab: VisualVocab, truncated: bool
 ) -> tuple[int, ...] | None:
-    """The patch of each code, where these tokens (start, sides and end left out) keep to the layout."""
+    """Returns the patch of each code, where these tokens (start, sides and end left out) keep to the layout."""
     kinds, values = [kind for kind, _ in tokens], [value for _, value in tokens]
     if vocab.layout == "positions":
         if truncated and kinds[-1] == "position":

@@ -53,9 +53,12 @@ class VisualPrefix(nn.Module):
         *,
         side: Literal["right", "left"] = "right",
     ) -> Prefixed:
-        """text: embeddings [B, L, E] of one text per image, with a mask [B, L] of what is no padding (None: all); side:
-        of the new padding, "left" for `generate`. No padding is left between picture and text. Raises `CodeError` where
-        images and texts are not as many.
+        """Returns the text with its picture before it, without padding between the two.
+
+        text: embeddings [B, L, E] of one text per image. attention_mask: [B, L], false at padding (None: no padding).
+        side: of the new padding, "left" for `generate`.
+
+        Raises `CodeError` if the numbers of images and texts differ.
         """
         if text.dim() != 3 or len(features) != len(text):
             raise CodeError(

@@ -60,8 +60,8 @@ class VisualProcessor:
     ) -> None:
         if vocab.size != visual.config.codebook.size:
             raise ConfigError(
-                f"the vocabulary has {vocab.size} codes and the tokenizer {visual.config.codebook.size}, "
-                "expected as many"
+                f"the vocabulary has {vocab.size} codes, but the tokenizer has {visual.config.codebook.size}; "
+                "make it for this tokenizer: VisualVocab.of(tokenizer, after=...)"
             )
         if None not in (vocab.fingerprint, visual.fingerprint) and vocab.fingerprint != visual.fingerprint:
             raise FingerprintError(
@@ -175,7 +175,7 @@ class VisualProcessor:
         return [[next(ordered) for _ in row] for row in segments]
 
     def _fits(self, segment: Segment) -> bool:
-        """Whether the tokenizer can decode an image of this grid and length."""
+        """Returns whether the tokenizer can decode an image of this grid and length."""
         grid = segment.grid or self.visual.grid
         return 0 < len(segment.codes) <= grid[0] * grid[1] and (self.visual.any_grid or grid == self.visual.grid)
 

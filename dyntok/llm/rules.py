@@ -219,5 +219,5 @@ def _values_by_count(capacities: tuple[int, ...]) -> dict[int, list[int]]:
 
 
 def _numbers(part: IdRange, numbers: Iterable[int]) -> Ids:
-    """The ids of numbers of one kind."""
+    """Returns the ids of numbers of one kind."""
     return Ids.of(number - part.first + part.offset for number in numbers)

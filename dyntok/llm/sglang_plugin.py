@@ -44,7 +44,7 @@ class SglangImageGrammar(CustomLogitProcessor):
 
 
 def _eos(request: Any) -> tuple[int, ...]:
-    """The ids that end this request, as SGLang knows them."""
+    """Returns the ids that end this request, as SGLang knows them."""
     own = set(request.sampling_params.stop_token_ids or ()) | set(getattr(request, "eos_token_ids", None) or ())
     known = getattr(getattr(request, "tokenizer", None), "eos_token_id", None)
     return tuple(sorted(own | ({known} if known is not None else set())))

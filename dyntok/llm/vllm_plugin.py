@@ -103,7 +103,7 @@ class _Request:
     def __call__(self, prompt: list[int], written: list[int], scores: Tensor) -> Tensor:
         if any(id < 0 for id in written[-4:]):
             raise ConfigError(
-                "vLLM has not told the ids that were written last; start it with --no-async-scheduling, or with "
+                "vLLM did not pass the ids that were generated last; start it with --no-async-scheduling, or with "
                 "--logits-processors dyntok.llm.vllm_plugin:VllmImageGrammar"
             )
         if self._rules is None:

@@ -76,7 +76,7 @@ class Backbone(nn.Module):
             self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "Backbone":
-        """A frozen backbone stays in evaluation mode: its batch statistics belong to its weights."""
+        """Keeps a frozen backbone in evaluation mode: its batch statistics belong to its weights."""
         return super().train(mode and not self.frozen)
 
     def grid_of(self, pixels: Tensor) -> tuple[int, int]:

@@ -24,7 +24,7 @@ class Codebook(nn.Module):
         self.register_buffer("embedding", F.normalize(torch.randn(size, dim), dim=-1))
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """Vectors [T, C] of any length, on any scale -> codes, LongTensor [T].
+        """Returns the codes, LongTensor [T], of vectors [T, C] of any norm.
 
         Computed in the codebook's dtype, at least float32.
         """
@@ -33,7 +33,7 @@ class Codebook(nn.Module):
             return nearest_code(vectors.to(rows.dtype), rows)
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """Codes [T] -> rows [T, C]. Raises `CodeError` on a code outside 0..K-1."""
+        """Returns the rows [T, C] of codes [T]. Raises `CodeError` on a code outside 0..K-1."""
         if codes.numel():
             low, high = int(codes.min()), int(codes.max())
             if low < 0 or high >= len(self.embedding):
@@ -42,7 +42,7 @@ class Codebook(nn.Module):
         return self.embedding[codes]
 
     def quantize(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """For training: vectors [T, C] -> (rows [T, C] with the gradient of the normalized vectors, codes [T])."""
+        """Returns (rows [T, C] with the gradient of the normalized vectors, codes [T]), for training."""
         codes = self(vectors)
         z = F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1)
         return z + (self.embedding[codes] - z).detach(), codes

@@ -154,7 +154,7 @@ class _PackedAttention:
         return gather_rows(features.flatten(0, 1), self.kept)
 
     def context(self, context: Tensor) -> Tensor:
-        """Rows of all dropped patches, then the mean of each image."""
+        """Returns the rows of all dropped patches, then the mean of each image."""
         return torch.cat([gather_rows(context.flatten(0, 1), self.dropped), context.mean(1)])
 
     def among_kept(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ KEEP, DROP = 0, 1
 class Selector(nn.Module):
     """Scores patches: log-probabilities of keeping and dropping each (paper section 3.1).
 
-    It computes in float32 or better, in whatever dtype its weights are stored. The second half of the channels is
-    replaced by its mean over all patches, so that every patch is judged in the context of the picture. An untrained
+    It computes in float32 or better, even if its weights are stored in half precision. The second half of the channels
+    is replaced by its mean over all patches, so that every patch is judged in the context of the picture. An untrained
     selector keeps: its last bias favors that, because one that starts by dropping may never recover.
 
     With `dither`, every position has a bias: an ordered dither (a tiled 8 x 8 Bayer matrix) within plus and minus

@@ -1,4 +1,4 @@
-"""The estimate behind `dyntok train --dry-run`: checks a run, times a few steps of each stage, and writes nothing."""
+"""The estimate of `dyntok train --dry-run`: checks a run, times a few steps of each stage, and writes nothing."""
 
 import os
 import time

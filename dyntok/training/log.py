@@ -1,6 +1,6 @@
 """`log.jsonl`: one JSON line per report, with averages over the steps since the last one and over all ranks.
 
-Not here: what a person sees while a run goes on (`display.py`).
+Not here: what a person sees during a run (`display.py`).
 """
 
 import json

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def feature_cosine(features: Tensor, target: Tensor) -> Tensor:
-    """Mean over patches of 1 - cosine (LaVIT, section 3.1). No gradient flows into the target.
+    """Returns the mean over patches of 1 - cosine (LaVIT, section 3.1). No gradient flows into the target.
 
     features, target: [B, N, D] -> scalar in 0..2.
     """
@@ -14,7 +14,7 @@ def feature_cosine(features: Tensor, target: Tensor) -> Tensor:
 
 
 def rate(mean_keep: Tensor, rho: float) -> Tensor:
-    """(rho - mean keep)^2 (LaVIT, section 3.1).
+    """Returns (rho - mean keep)^2 (LaVIT, section 3.1).
 
     mean_keep: scalar, the mean over all patches of the batch. A mean per image would make all lengths equal.
     """
@@ -32,12 +32,12 @@ def commitment(z: Tensor, rows: Tensor) -> Tensor:
 
 
 def patch_error(pixels: Tensor, target: Tensor, patch_size: int) -> Tensor:
-    """Mean squared error of each patch. Both [B, 3, H, W] -> [B, N], raster order."""
+    """Returns the mean squared error of each patch. Both [B, 3, H, W] -> [B, N], raster order."""
     return F.avg_pool2d((pixels - target).square().mean(1, keepdim=True), patch_size).flatten(1)
 
 
 def low_frequency(pixels: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of the means over 4 x 4 pixels. Both [B, 3, H, W] -> scalar."""
+    """Returns the mean squared error of the means over 4 x 4 pixels. Both [B, 3, H, W] -> scalar."""
     return F.avg_pool2d(pixels - target, 4).square().mean()
 
 
@@ -57,7 +57,7 @@ def perceptual_per_patch(maps: list[Tensor], targets: list[Tensor], grid: tuple[
 
 
 def centered_cosine(features: Tensor, targets: Tensor) -> Tensor:
-    """1 - cosine of feature vectors, after subtracting the targets' mean over the batch.
+    """Returns 1 - cosine of feature vectors, after subtracting the targets' mean over the batch.
 
     Only what distinguishes the pictures of a batch counts. Both [B, D] -> [B] in 0..2. No gradient flows into the
     targets.
@@ -73,12 +73,12 @@ def _normalized_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def around(error: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Mean over each patch and its neighbors, because a kept patch helps them, too. [B, N] -> [B, N]"""
+    """Returns the mean over each patch and its neighbors, because a kept patch helps them, too. [B, N] -> [B, N]"""
     return F.avg_pool2d(error.unflatten(1, grid)[:, None], 3, stride=1, padding=1, count_include_pad=False).flatten(1)
 
 
 def local(score: Tensor, error: Tensor, logits_per_nat: float = 2.5) -> Tensor:
-    """Mean squared distance of scores to the log of the error that random or lattice masks leave around each patch.
+    """Returns the mean squared distance of scores to the log error that random or lattice masks leave around a patch.
 
     Patches are kept more densely where a picture is hard to fill in. Both are centered over the batch, because the rate
     loss decides how many patches are kept in all.

@@ -50,14 +50,14 @@ def patch_cosine(features: Tensor, target: Tensor) -> Tensor:
 
 
 def jpeg_bytes(image: Image.Image) -> int:
-    """Size of an image as a JPEG of quality 75, a simple measure of its detail."""
+    """Returns the size of an image as a JPEG of quality 75, a simple measure of its detail."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=JPEG_QUALITY)
     return buffer.tell()
 
 
 def bits_per_pixel(tokens: float, codebook_size: int, pixels: float) -> float:
-    """Bits per pixel of codes of equal length, log2 K bits each.
+    """Returns the bits per pixel of codes of equal length, log2 K bits each.
 
     Positions are not counted; as a bit mask they take N bits more.
     """
@@ -65,7 +65,7 @@ def bits_per_pixel(tokens: float, codebook_size: int, pixels: float) -> float:
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Spearman's rank correlation, -1 to 1; None if one of the two does not vary."""
+    """Returns Spearman's rank correlation, -1 to 1; None if one of the two does not vary."""
     if len(set(a)) < 2 or len(set(b)) < 2:
         return None
     return float(spearmanr(a, b).statistic)

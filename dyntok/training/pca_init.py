@@ -53,7 +53,7 @@ def pca_init(tokenizer: DynamicVisualTokenizer, batches: Iterable[Tensor]) -> No
     patches = torch.cat(unfolded)  # [n, 3 p p]
     if len(patches) < width:
         raise ConfigError(
-            f"pca_init got {len(patches)} patches for {width} components; give at least as many (a larger batch_size)"
+            f"pca_init got {len(patches)} patches for {width} components; give at least {width} (a larger batch_size)"
         )
     mean = patches.mean(0)
     variances, vectors = torch.linalg.eigh(torch.cov((patches - mean).T))

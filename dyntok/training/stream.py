@@ -148,7 +148,7 @@ class StreamedImages:
 
 
 class StreamedPart(torch.utils.data.IterableDataset):
-    """Some batches of a stream, in their order, whatever the number of worker processes."""
+    """Some batches of a stream, in their order, for any number of worker processes."""
 
     def __init__(self, stream: StreamedImages, first: int, last: int) -> None:
         self.stream, self.first, self.last = stream, first, last

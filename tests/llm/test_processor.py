@@ -93,7 +93,7 @@ def test_what_does_not_fit_is_told(tokenizer, photos):
         processor("<image>", b"broken")
     with pytest.raises(ConfigError, match="extend_tokenizer"):
         VisualProcessor(bpe(), tokenizer, processor.vocab)
-    with pytest.raises(ConfigError, match="the vocabulary has 9 codes and the tokenizer 256"):
+    with pytest.raises(ConfigError, match="the vocabulary has 9 codes, but the tokenizer has 256"):
         VisualProcessor(processor.tokenizer, tokenizer, VisualVocab.after(400, size=9))
 
 

@@ -150,7 +150,10 @@ def test_what_may_change_between_two_parts_of_a_run(values, tmp_path, change):
         (dict(min_crop=0.5), r"min_crop is 0\.5, was 0\.8"),
         (dict(pca_init=False), "pca_init is False, was True"),
         (dict(stages=[(0, dict(rho=0.5))]), r"stages\[0\]\.rho is 0\.5, was 0\.333\d*"),
-        (dict(stages=[(0, dict(weights={"pixel": 3}))]), r"stages\[0\]\.weights\.pixel is 3\.0, was 10"),
+        (
+            dict(stages=[(0, dict(weights={"pixel": 3}))]),
+            r"stages\[0\]\.weights\.local is 0\.0, was 0\.1; stages\[0\]\.weights\.pixel is 3, was 10",
+        ),
         (dict(stages=[(0, dict(images=20))]), r"stages\[0\]\.images is 20, was 96"),
         (dict(stages=[(0, dict(decay="linear"))]), r"stages\[0\]\.decay is 'linear', was 'constant'"),
     ],

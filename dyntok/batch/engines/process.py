@@ -151,7 +151,7 @@ def exit_reason(code: int) -> str:
 
 @contextmanager
 def keyboard_interrupts_blocked() -> Iterator[None]:
-    """Children that start here never see Ctrl-C; this process sees it a moment later and ends them."""
+    """Hides Ctrl-C from children that start here. This process handles it afterwards and ends them."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -171,7 +171,7 @@ def _serve_forked(target: Callable, reading: int, writing: int, others: tuple[in
 
 
 def _end_with(parent: int) -> None:
-    """Ends this process soon after its parent, also where it waits for a pipe that nobody reads any more."""
+    """Ends this process soon after its parent, also where it waits for a pipe without a reader."""
 
     def watch() -> None:
         while os.getppid() == parent:
