@@ -6,7 +6,7 @@ Not here: how to train a tokenizer (`dyntok/training/recipes/*.yaml`).
 
 import dataclasses
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from typing_extensions import Self
@@ -287,61 +287,44 @@ class TokenizerConfig:
         return PRESETS[name]
 
 
-PRESETS = {
-    "tiny": TokenizerConfig(
-        image=ImageConfig(img_size=128),
-        backbone=BackboneConfig(
-            name="vit_tiny_patch16_224",
-            kwargs=dict(
-                img_size=128,
-                patch_size=8,
-                embed_dim=192,
-                depth=4,
-                num_heads=3,
-                init_values=0.1,
-                class_token=False,
-                global_pool="avg",
-            ),
-            frozen=False,
-        ),
-        selector=SelectorConfig(dither=4.0),
-        merger=MergerConfig(depth=2, num_heads=3, mlp_ratio=4.0, norm=False, init_scale=0.1),
-        codebook=CodebookConfig(size=8192, dim=16, projection="linear"),
-        decoder=DecoderConfig(
-            depth=4, num_heads=3, mlp_ratio=4.0, placement="grid", conv=True, head="none", pixels=True, init_scale=0.0
-        ),
-    ),
-    "flex": TokenizerConfig(
-        image=ImageConfig(img_size=128, resize="keep", max_patches=256, patch_size=8, color="srgb"),
-        backbone=BackboneConfig(
-            name="vit_small_patch16_rope_224",
-            kwargs=dict(
-                img_size=128,
-                patch_size=8,
-                embed_dim=192,
-                depth=4,
-                num_heads=3,
-                init_values=0.1,
-                class_token=False,
-                global_pool="avg",
-                dynamic_img_size=True,
-            ),
-            frozen=False,
-        ),
-        selector=SelectorConfig(dither=4.0, bias="fixed", places="map"),
-        merger=MergerConfig(depth=2, num_heads=3, mlp_ratio=4.0, norm=False, init_scale=0.1, position="rotary"),
-        codebook=CodebookConfig(size=16384, dim=16, projection="linear"),
-        decoder=DecoderConfig(
-            depth=8,
+_TINY = TokenizerConfig(
+    image=ImageConfig(img_size=128),
+    backbone=BackboneConfig(
+        name="vit_tiny_patch16_224",
+        kwargs=dict(
+            img_size=128,
+            patch_size=8,
+            embed_dim=192,
+            depth=4,
             num_heads=3,
-            mlp_ratio=4.0,
-            placement="grid",
-            conv=True,
-            head="none",
-            pixels=True,
-            init_scale=0.0,
-            position="rotary",
+            init_values=0.1,
+            class_token=False,
+            global_pool="avg",
         ),
+        frozen=False,
+    ),
+    selector=SelectorConfig(dither=4.0),
+    merger=MergerConfig(depth=2, num_heads=3, mlp_ratio=4.0, norm=False, init_scale=0.1),
+    codebook=CodebookConfig(size=8192, dim=16, projection="linear"),
+    decoder=DecoderConfig(
+        depth=4, num_heads=3, mlp_ratio=4.0, placement="grid", conv=True, head="none", pixels=True, init_scale=0.0
+    ),
+)
+
+PRESETS = {
+    "tiny": _TINY,
+    "flex": replace(
+        _TINY,
+        image=ImageConfig(img_size=128, resize="keep", max_patches=256, patch_size=8, color="srgb"),
+        backbone=replace(
+            _TINY.backbone,
+            name="vit_small_patch16_rope_224",
+            kwargs={**_TINY.backbone.kwargs, "dynamic_img_size": True},
+        ),
+        selector=replace(_TINY.selector, bias="fixed", places="map"),
+        merger=replace(_TINY.merger, position="rotary"),
+        codebook=replace(_TINY.codebook, size=16384),
+        decoder=replace(_TINY.decoder, depth=8, position="rotary"),
     ),
     "small": TokenizerConfig(
         backbone=BackboneConfig(name="vit_small_patch16_224"),

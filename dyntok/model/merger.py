@@ -21,7 +21,7 @@ _MOST = 20.0  # logits of kept patches above the largest of a dropped one, which
 class Merger(nn.Module):
     """`depth` blocks over the features of kept patches. LayerNorm(features) is the context of every cross-attention.
 
-    position "none": tokens are told apart by their features alone. position "rotary": queries and keys are rotated by
+    position "none": only their features distinguish tokens. position "rotary": queries and keys are rotated by
     their patch's place, so that a token knows where its neighbors lie on a grid of any size.
 
     Raises `ConfigError` where num_heads does not divide the width.

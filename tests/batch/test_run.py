@@ -1,4 +1,4 @@
-"""A run that stops goes on where it stood: nothing lost, nothing twice, no finished byte changed.
+"""A stopped run resumes: nothing is lost, nothing is written twice, and no finished byte changes.
 
 Other runs are refused.
 """

@@ -107,7 +107,7 @@ def test_tokens_without_positions_go_where_they_are_guessed(dithered):
     got = decoder(vectors, bounds(lengths))
     assert got.shape == (3, PATCHES, WIDTH)
     guessed = guessed_positions(bounds(lengths), 20, GRID, dithered)
-    assert differ(decoder(vectors, bounds(lengths), guessed), got).all()  # the blocks are told that these are guesses
+    assert differ(decoder(vectors, bounds(lengths), guessed), got).all()  # the blocks know which positions are guesses
     with torch.no_grad():
         decoder.placed_embed[0] = decoder.placed_embed[1]
     same(decoder(vectors, bounds(lengths), guessed), got)

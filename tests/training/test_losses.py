@@ -27,9 +27,8 @@ def test_rate_is_of_the_mean():
     loss = losses.rate(gate.mean(), 1 / 3)
     assert loss.item() == pytest.approx((1 / 3 - 1 / 2) ** 2)
     loss.backward()
-    assert torch.allclose(
-        gate.grad, torch.full((2, 4), 2 * (1 / 2 - 1 / 3) / 8)
-    )  # the same everywhere: no image is told its own length
+    # the same everywhere: the loss does not depend on the length of a single image
+    assert torch.allclose(gate.grad, torch.full((2, 4), 2 * (1 / 2 - 1 / 3) / 8))
     assert float(losses.rate(torch.tensor(1 / 3), 1 / 3)) == 0
 
 

@@ -3,6 +3,8 @@
 No child imports the user's main module, so scripts need no `if __name__ == "__main__"`. A forked child starts at once
 and shares memory, which suits decoding. A fresh interpreter is slower to start and safe for CUDA and OpenMP, which
 suits models.
+
+Only this process and its children write to these pipes. Files from users are never unpickled.
 """
 
 import contextlib

@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -48,7 +49,7 @@ class _ImageFile(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _ImageFiles:
+class _ImageFiles(ABC):
     addresses: list[str]
     options: BatchOptions
     storage: StorageOptions
@@ -102,8 +103,9 @@ class _ImageFiles:
             return Broken(redact_message(f"can't read its {extension} file: {error}", self.storage))
         return None
 
+    @abstractmethod
     def _image_files(self, left_out: LeftOut) -> Iterator[_ImageFile]:
-        raise NotImplementedError
+        """Yields the files in a fixed order, and adds files that are not images to `left_out`."""
 
 
 @dataclass(frozen=True)
