@@ -1,9 +1,9 @@
-"""Make the table of the bundled tokenizer's model card: quality by budget, without positions and against other masks.
+"""Make the table of a model card: quality by budget, without positions and against other masks.
 
     DYNTOK_DATA=... python benchmarks/table.py [--model NAME] [--limit N] [--runs NAME...] [--output FILE]
 
-FILE is benchmarks/results/tiny.json by default. Runs that it already has are kept unless they are made again; figures
-of another model or limit are not mixed in.
+FILE, such as benchmarks/results/flex.json, keeps the runs that it already has unless they are made again; figures of
+another model or limit are not mixed in.
 
 `DYNTOK_DATA` is a folder with `photos/`, `captioned/` (webdataset tars) and
 `teacher/mobilenetv2_100_imagenet.safetensors`.

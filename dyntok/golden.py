@@ -1,7 +1,7 @@
 """Golden codes: what the bundled tokenizer made of the example photograph and of ten generated pictures.
 
 They were made on one machine in float32. `dyntok doctor` compares another machine with them. After new weights,
-`dyntok doctor --write-golden dyntok/pretrained/tiny/golden.json` writes them again.
+`dyntok doctor --write-golden dyntok/pretrained/flex/golden.json` writes them again.
 """
 
 import json
