@@ -83,7 +83,10 @@ def test_killed_at_any_moment(many, options, checkpoint_folder, tmp_path):
 def test_interrupted_from_the_keyboard(many, options, checkpoint_folder, tmp_path):
     """Ctrl-C reaches every process of the terminal."""
     output = tmp_path / "out"
-    process = command("--model", checkpoint_folder, "--shard-size", 40, *options, many, output, start_new_session=True)
+    process = command(
+        "--model", checkpoint_folder, "--shard-size", 40, *options, many, output, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # background jobs ignore it
+    )  # fmt: skip
     until(process, lambda: finished(output) >= 2)
     os.killpg(process.pid, signal.SIGINT)
     _, told = process.communicate()
