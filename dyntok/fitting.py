@@ -99,7 +99,10 @@ def _kept(width: int, height: int, config: ImageConfig) -> tuple[int, int]:
 
 
 def _centered(width: int, height: int, aspect: float) -> tuple[float, float, float, float]:
-    """The largest box of an aspect ratio in the middle. Whole pixels: a picture of the right size is not blurred."""
+    """Returns the largest box of an aspect ratio in the middle.
+
+    It has whole pixels, so that a picture of the right size is not blurred.
+    """
     w = min(width, max(1, round(height * aspect)))
     h = min(height, max(1, round(width / aspect)))
     left, top = (width - w) // 2, (height - h) // 2

@@ -112,7 +112,7 @@ class CodesDataset(IterableDataset):
         return self.description["tokenizer"]["fingerprint"]
 
     def set_epoch(self, epoch: int) -> None:
-        """Call it before the next iteration."""
+        """Choose the epoch of the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:

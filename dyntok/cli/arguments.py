@@ -113,7 +113,7 @@ def whole(low: int, high: int) -> Callable[[str], int]:
     return read
 
 
-def mapping(text: str) -> dict[str, Any]:
+def json_object(text: str) -> dict[str, Any]:
     """Read a JSON object."""
     try:
         values = json.loads(text)

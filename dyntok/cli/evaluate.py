@@ -13,8 +13,8 @@ from dyntok.cli.arguments import (
     add_model_option,
     add_policy_options,
     add_shape_options,
+    json_object,
     keep_options,
-    mapping,
     print_json,
     report,
     shape_options,
@@ -65,7 +65,9 @@ def add_eval(commands: "Commands") -> None:
     add.add_argument(
         "--teacher-weights", metavar="FILE", default="hub", help="its weights, safetensors (default: from the hub)"
     )
-    add.add_argument("--teacher-args", type=mapping, default={}, metavar="JSON", help="arguments of timm.create_model")
+    add.add_argument(
+        "--teacher-args", type=json_object, default={}, metavar="JSON", help="arguments of timm.create_model"
+    )
     add.add_argument(
         "--probe",
         action="store_true",

@@ -9,7 +9,7 @@ from dyntok.cli.arguments import (
     add_device_option,
     add_json_option,
     add_model_option,
-    mapping,
+    json_object,
     print_json,
 )
 
@@ -56,7 +56,10 @@ def add_import_lavit(commands: "Commands") -> None:
         "(default: all that the source has)",
     )
     add.add_argument(
-        "--config", type=mapping, metavar="JSON", help="head counts, if they differ from those of the released files"
+        "--config",
+        type=json_object,
+        metavar="JSON",
+        help="head counts, if they differ from those of the released files",
     )
     add.add_argument("--revision", metavar="NAME", help="branch, tag or commit of the repository on the hub")
 

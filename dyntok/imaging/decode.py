@@ -195,7 +195,7 @@ def _rawmode(image: ImageFile.ImageFile) -> str:
 
 
 def _by_significant_bits(image: Image.Image, container: Container, rawmode: str) -> Image.Image:
-    """A PNG whose samples are as small as its sBIT chunk says, instead of filling their bits, with white as 255."""
+    """Returns a PNG with white as 255 where its samples are as small as its sBIT chunk says."""
     white = int(container.white or 0)
     if image.mode not in ("RGB", "RGBA", "L"):  # I;16 is scaled later; a palette holds full colors
         return image

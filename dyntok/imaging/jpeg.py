@@ -50,7 +50,7 @@ def read(data: bytes, name: str) -> Container:
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """(marker, start, stop) of every segment.
+    """Yields (marker, start, stop) of every segment.
 
     Bytes between them (compressed data, junk) are skipped, as libjpeg does.
     """
@@ -63,7 +63,7 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def _decides_colors(marker: int, content: bytes) -> bool:
-    """Whether libjpeg reads from this segment how colors are stored; it ignores shorter ones, too."""
+    """Returns whether libjpeg reads from this segment how colors are stored; it ignores shorter ones, too."""
     jfif = marker == _APP0 and content.startswith(b"JFIF\0") and len(content) >= 14
     return jfif or marker == _APP14 and content.startswith(b"Adobe") and len(content) >= 12
 

@@ -40,7 +40,7 @@ def read(data: bytes) -> Container:
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
-    """(kind, whole chunk) until the data end; the last one may be cut."""
+    """Yields (kind, whole chunk) until the data end; the last one may be cut."""
     view, position = memoryview(data), _SIGNATURE
     while position + 12 <= len(data):
         (length,) = struct.unpack_from(">I", data, position)

@@ -136,7 +136,7 @@ def as_bytes(data: bytes, packing: Packing) -> bytes:
 
 
 def _directory(data: bytes) -> _Directory:
-    """The first directory, without entries that lie outside the file. Raises `struct.error` if there is none."""
+    """Returns the first directory without entries that lie outside the file. Raises `struct.error` if there is none."""
     order: Literal["<", ">"] = "<" if data[:2] == b"II" else ">"
     big = 43 in data[2:4]
     offset, counter, record = ("Q", "Q", 20) if big else ("I", "H", 12)
@@ -163,7 +163,7 @@ def _number(directory: _Directory, value: int) -> _Entry:
 
 
 def _with_entries(data: bytes, directory: _Directory, entries: dict[int, _Entry]) -> bytes:
-    """The file with a new directory at its end; what the entries point to stays in its place."""
+    """Returns the file with a new directory at its end; what the entries point to stays in its place."""
     offset, counter = ("Q", "Q") if directory.big else ("I", "H")
     order, place, start = directory.order, 8 if directory.big else 4, len(data) + len(data) % 2
     header = data[:place] + struct.pack(order + offset, start)
@@ -176,7 +176,7 @@ def _with_entries(data: bytes, directory: _Directory, entries: dict[int, _Entry]
 
 
 def _white(directory: _Directory) -> float | None:
-    """SMaxSampleValue as it is.
+    """Returns SMaxSampleValue as it is.
 
     MaxSampleValue may be a statistic of this picture, so it only tells the number of bits.
     """
@@ -188,7 +188,7 @@ def _white(directory: _Directory) -> float | None:
 
 
 def _packings(directory: _Directory) -> tuple[Packing, ...]:
-    """The ways in which the samples may be stored; none where Pillow reads them."""
+    """Returns the ways in which the samples may be stored; none where Pillow reads them."""
     photometric = directory.number(_PHOTOMETRIC, 0)
     channels = int(directory.number(_SAMPLES, 1))
     bits = set(directory.numbers(_BITS, (1,)))

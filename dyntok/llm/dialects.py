@@ -136,7 +136,7 @@ class _Characters:
         return self.space.join((self.quote(head), self._digits(digits), self.quote(tail)))
 
     def _digits(self, numbers: frozenset[str]) -> str:
-        """Decimal numbers of equal length, digit by digit."""
+        """Returns decimal numbers of equal length, digit by digit."""
         following: dict[str, set[str]] = {}
         for number in numbers:
             following.setdefault(number[0], set()).add(number[1:])

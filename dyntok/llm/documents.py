@@ -167,9 +167,10 @@ def _images(row: dict[str, Any], nested: bool) -> list[ImageCodes | None]:
 
 
 def in_drawn_order(document: Document, *, epoch: int = 0, seed: int = 0) -> Document:
-    """An image and its text, in either order with equal chances, as LaVIT trains; other documents stay as they are.
+    """Returns an image and its text in either order with equal chances, as LaVIT trains.
 
-    Image first teaches to describe, text first to paint. The draw depends on the key, the epoch and the seed.
+    Other documents stay as they are. Image first teaches to describe, text first to paint.
+    The draw depends on the key, the epoch and the seed.
     """
     kinds = [isinstance(segment, str) for segment in document.segments]
     if sorted(kinds) != [False, True] or share(f"{seed} {epoch} order {document.key}") < 0.5:

@@ -89,7 +89,7 @@ class GrammarMask:
         since = (place > last_start[:, None]) & inside[:, None]  # [R, L]
 
         def last(part, nothing: int) -> tuple[Tensor, Tensor]:
-            """The number of the last id of a kind, and its place."""
+            """Returns the number of the last id of a kind, and its place."""
             found = ((ids >= part.offset) & (ids < part.stop) & since).mul(place).amax(1)
             id = ids.gather(1, (found[:, None] - 1).clamp(min=0))[:, 0]
             return torch.where(found > 0, id - part.offset + part.first, nothing), found
@@ -260,7 +260,7 @@ class GrammarMask:
         return fits & (self._digits <= capacities[:, None]).all(2), left > 0
 
     def _each(self, table: Tensor, rows: int) -> Tensor:
-        """[G, ...] -> [R, ...]"""
+        """Repeats the values of groups for their rows: [G, ...] -> [R, ...]."""
         prompts = len(table)
         if rows % prompts:
             raise ConfigError(
@@ -270,7 +270,7 @@ class GrammarMask:
 
 
 def _over(room: int | Tensor, axes: int) -> int | Tensor:
-    """A number for each row, [R], against tensors with so many axes more."""
+    """Returns a number for each row, [R], against tensors with so many axes more."""
     return room.view(-1, *[1] * axes) if isinstance(room, Tensor) else room
 
 

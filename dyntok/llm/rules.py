@@ -106,7 +106,7 @@ class Language:
             self.rules[name] = make()
 
     def _images_from(self, number: int) -> Node:
-        """Text and the images from this number on."""
+        """Returns the rule for text and the images from this number on."""
         low = max(self.images[0] - number, 0)
         high = None if self.images[1] is None else self.images[1] - number
         if high == 0:
@@ -123,7 +123,7 @@ class Language:
         return _repeated(TEXT, 0, None) if self.text else NOTHING
 
     def _named(self, name: str, make: Callable[[], Node], size: int = 1) -> Ref:
-        """A rule, made once."""
+        """Returns a reference to a rule, which is made once."""
         if name not in self.rules:
             self._size += size
             if self._size > MOST_RULES:
@@ -157,7 +157,7 @@ class Language:
         return Seq.of(start, Alt(tuple(choices)), end)
 
     def _body(self, least: int, most: int, grid: tuple[int, int] | None) -> Node:
-        """What stands between the grid and the end of an image."""
+        """Returns what stands between the grid and the end of an image."""
         patches = grid[0] * grid[1] if grid else self.vocab.patches
         if patches:
             least, most = min(least, patches), min(most, patches)
@@ -182,7 +182,7 @@ class Language:
         return self._named(f"of{patches}from{first}take{low}to{high}", make)
 
     def _map(self, grid: tuple[int, int], block: int, low: int, high: int) -> Node:
-        """Map tokens from this block on, whose counts add up to `low` to `high`, and as many codes."""
+        """Returns map tokens from this block on, whose counts add up to `low` to `high`, and as many codes."""
         if block == num_blocks(grid):
             return NOTHING
         capacities = block_capacities(grid)
@@ -210,7 +210,7 @@ def _repeated(part: Node, low: int, high: int | None) -> Node:
 
 
 def _values_by_count(capacities: tuple[int, ...]) -> dict[int, list[int]]:
-    """Map values that fit into a block, by the sum of their four counts."""
+    """Returns map values that fit into a block, by the sum of their four counts."""
     found: dict[int, list[int]] = {}
     for value, digits in enumerate(map_digits().tolist()):
         if all(map(int.__le__, digits, capacities)):

@@ -114,7 +114,7 @@ class Decoder(nn.Module):
         return self.head(x)
 
     def _place(self, tokens: Tensor, cu_seqlens: Tensor, positions: Tensor | None, grid: tuple[int, int]) -> Tensor:
-        """Patch queries [B, N, D] with the tokens put on the grid."""
+        """Returns patch queries [B, N, D] with the tokens put on the grid."""
         num_patches = grid[0] * grid[1]
         cell = guessed_positions(cu_seqlens, len(tokens), grid, self.dithered)
         known = torch.zeros_like(cell, dtype=torch.bool) if positions is None else positions >= 0

@@ -210,9 +210,9 @@ class _GatedAttention:
         return self._packed(logits.softmax(-1).to(v.dtype) @ v)
 
     def to_dropped(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """As `soft_masked_attention`, but the weights are multiplied into the values, which are fewer than the logits.
+        """Does what `soft_masked_attention` does, with the weights multiplied into the values.
 
-        The weight as one more channel of the values gives the sum to divide by.
+        The values are fewer than the logits. The weight as one more channel of the values gives the sum to divide by.
         """
         q, k, v, weight = self._padded(q), k.transpose(1, 2), v.transpose(1, 2), self.dropped_weight
         logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # [B, H, Tmax, N]

@@ -66,7 +66,7 @@ class CodeGraph(nn.Module):
         return (vectors @ self.rows.T - self.half_squares).argmax(-1).to(torch.int32)
 
     def _merged(self, merger: Merger, features: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
-        """As `Merger.forward`, over all patches."""
+        """Does what `Merger.forward` does, over all patches."""
         attention = _MaskedAttention(mask, None if merger.rotary is None else merger.rotary(grid))
         heads = (merger.num_heads, features.shape[-1] // merger.num_heads)
         context = merger.context_kv(merger.context_norm(features[0])).unflatten(-1, (len(merger.blocks), 2, *heads))
@@ -117,7 +117,7 @@ def _require_head(tokenizer: DynamicVisualTokenizer) -> PixelHead:
 
 
 def _coordinates(plane: Tensor) -> Tensor:
-    """As `coordinate_features`, for the grid of a plane [rows, columns] that the exporter does not know."""
+    """Does what `coordinate_features` does, for the grid of a plane [rows, columns] that the exporter does not know."""
     waves = coordinate_waves((plane.shape[0], plane.shape[1]))
     sides = torch.stack([torch.ones_like(plane[:, 0]).sum(), torch.ones_like(plane[0]).sum()])
     return torch.cat([waves, (sides / 16).log2().expand(waves.shape[0], 2)], 1)
@@ -147,7 +147,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 
 
 def _similar(features: Tensor, mask: Tensor) -> Tensor:
-    """As `merge_similar`: every dropped patch goes into the most similar kept one, which becomes the average."""
+    """Does what `merge_similar` does: each kept patch becomes the average of it and its dropped ones."""
     unit = F.normalize(features, dim=-1)
     owner = (unit @ unit.T + _NEVER * (1 - mask)).argmax(-1)
     places = torch.arange(features.shape[0])

@@ -47,9 +47,10 @@ class Classifier:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> tuple[Tensor, list[str] | None]:
-        """[B, 3, H, W] in [0, 1] -> pooled features [B, D], and each image's likeliest class (None without classes).
+        """Classifies images: [B, 3, H, W] in [0, 1] -> pooled features [B, D], and each image's likeliest class.
 
-        Images are scaled to the network's input size with the antialiased bicubic filter.
+        Classes are None where none are known. Images are scaled to the network's input size with the antialiased
+        bicubic filter.
         """
         device = next(self.network.parameters()).device
         pixels = F.interpolate(images, size=self.size, mode="bicubic", antialias=True).clamp(0, 1)

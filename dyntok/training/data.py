@@ -143,5 +143,5 @@ class TrainingImages(torch.utils.data.Dataset):
 
 
 def _scale(image: Image.Image, size: tuple[int, int]) -> float:
-    """The share of a side's pixels that the largest crop of the batch's aspect ratio has."""
+    """Returns the share of a side's pixels that the largest crop of the batch's aspect ratio has."""
     return min(image.width / size[1], image.height / size[0])

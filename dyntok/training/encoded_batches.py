@@ -106,6 +106,6 @@ class SampleEncoder:
 
 
 def to_visible(pixels: Tensor, config: ImageConfig) -> Tensor:
-    """Normalized pixels [B, 3, H, W] -> the same as a user sees them: in [0, 1], rounded to 8 bits."""
+    """Returns normalized pixels [B, 3, H, W] as a user sees them: in [0, 1], rounded to 8 bits."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (config.mean, config.std))
     return (pixels.float() * std + mean).clamp(0, 1).mul(255).round() / 255

@@ -285,7 +285,7 @@ class Trainer:
 
     @property
     def kmeans_vectors(self) -> int:
-        """The number of vectors from which k-means starts the codebook."""
+        """Returns the number of vectors from which k-means starts the codebook."""
         return _KMEANS_VECTORS_PER_CODE * len(self.objective.tokenizer.codebook.embedding)
 
     def code_vectors(self, first: int) -> Iterator[Tensor]:
@@ -308,7 +308,7 @@ class Trainer:
         self.quantizing = True
 
     def _result(self) -> dict[str, Tensor]:
-        """The weights that the run is about: their average, where the recipe wants one."""
+        """Returns the weights that the run is about: their average, where the recipe wants one."""
         return self.objective.tokenizer.state_dict() if self.average is None else self.average.values
 
     def save(self) -> str:

@@ -22,7 +22,7 @@ def rate(mean_keep: Tensor, rho: float) -> Tensor:
 
 
 def commitment(z: Tensor, rows: Tensor) -> Tensor:
-    """Squared distance of normalized vectors to their codebook rows (VQ-VAE, arXiv 1711.00937).
+    """Returns the squared distance of normalized vectors to their codebook rows (VQ-VAE, arXiv 1711.00937).
 
     No gradient flows into the rows.
 
@@ -42,7 +42,7 @@ def low_frequency(pixels: Tensor, target: Tensor) -> Tensor:
 
 
 def perceptual(maps: list[Tensor], targets: list[Tensor]) -> Tensor:
-    """Distance of feature maps of a fixed network, each position normalized over its channels.
+    """Returns the distance of feature maps of a fixed network, each position normalized over its channels.
 
     This is LPIPS (arXiv 1801.03924) without its learned channel weights. Lists of [B, D, h, w] -> [B], the mean over
     maps and positions. Gradients flow into both.
@@ -51,7 +51,7 @@ def perceptual(maps: list[Tensor], targets: list[Tensor]) -> Tensor:
 
 
 def perceptual_per_patch(maps: list[Tensor], targets: list[Tensor], grid: tuple[int, int]) -> Tensor:
-    """As `perceptual`, but for each patch of the grid: lists of [B, D, h, w] -> [B, N]."""
+    """Does what `perceptual` does, for each patch of the grid: lists of [B, D, h, w] -> [B, N]."""
     distances = [F.adaptive_avg_pool2d(_normalized_distance(a, b), grid) for a, b in zip(maps, targets, strict=True)]
     return torch.stack(distances).mean(0).flatten(1)
 

@@ -25,13 +25,13 @@ SSIM_WINDOW = 11  # pixels
 
 
 def psnr(images: Tensor, originals: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image in dB, at most 100. Both [B, 3, H, W] in [0, 1] -> [B]."""
+    """Returns the peak signal-to-noise ratio of each image in dB, at most 100. Both [B, 3, H, W] in [0, 1] -> [B]."""
     error = (images.double() - originals.double()).square().mean((1, 2, 3))
     return -10 * error.clamp(min=1e-10).log10()
 
 
 def ssim(images: Tensor, originals: Tensor) -> list[float]:
-    """Structural similarity of each image, -1 to 1, as the mean of the three channels.
+    """Returns the structural similarity of each image, -1 to 1, as the mean of the three channels.
 
     It uses the Gaussian window (sigma 1.5) of Wang et al. (2004). Both [B, 3, H, W] in [0, 1], H and W at least
     `SSIM_WINDOW`.
@@ -45,7 +45,7 @@ def ssim(images: Tensor, originals: Tensor) -> list[float]:
 
 
 def patch_cosine(features: Tensor, target: Tensor) -> Tensor:
-    """Cosine of the two, mean over an image's patches. Both [B, N, D] -> [B], -1 to 1."""
+    """Returns the cosine of the two, mean over an image's patches. Both [B, N, D] -> [B], -1 to 1."""
     return F.cosine_similarity(features.float(), target.float(), dim=-1).mean(1)
 
 

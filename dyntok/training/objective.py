@@ -146,7 +146,10 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def code_vectors(self, pixels: Tensor) -> Tensor:
-        """pixels [B, 3, H, W] -> the vectors [T, C] that a step would quantize. Draws from the global generator."""
+        """Returns, for pixels [B, 3, H, W], the vectors [T, C] that a step would quantize.
+
+        Draws from the global generator.
+        """
         tok = self.tokenizer
         features, grid = tok.backbone(pixels), tok.backbone.grid_of(pixels)
         mask = self._mask(draw_choice(self._current_stage), tok.selector(features, grid), grid)
@@ -240,7 +243,7 @@ class Objective(nn.Module):
         return loss, error
 
     def _semantic_loss(self, rows: Tensor, keep: Tensor, wanted: Tensor) -> Tensor:
-        """Distance of features [B, D], predicted from each image's mean code vector, to the teacher's."""
+        """Returns the distance of features [B, D], predicted from each image's mean code vector, to the teacher's."""
         image = keep.nonzero()[:, 0]
         pooled = rows.new_zeros(len(keep), rows.shape[1]).index_add(0, image, rows) / keep.sum(1, keepdim=True)
         # mean code vectors differ little between images: scale the differences up

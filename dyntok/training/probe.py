@@ -54,7 +54,7 @@ class LabeledVectors:
 
 
 def pooled_vectors(vectors: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Mean and standard deviation of each image's code vectors: [T, C] -> [B, 2C].
+    """Returns mean and standard deviation of each image's code vectors: [T, C] -> [B, 2C].
 
     The mean alone loses texture: a component that responds to edges is positive as often as negative within a picture.
     """

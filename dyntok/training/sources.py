@@ -122,7 +122,7 @@ def _add_source(source: Path, inventory: Inventory) -> None:
 
 
 def _files(root: Path, inventory: Inventory) -> Iterator[Path]:
-    """All files below a folder, links followed, each real folder once."""
+    """Yields all files below a folder, links followed, each real folder once."""
     visited = set()
 
     def unreadable(error: OSError) -> None:

@@ -100,7 +100,7 @@ class TeacherFeatures(nn.Module):
         return View(top, left, self.sizes[int(torch.randint(len(self.sizes), ()))] if self.sizes else None)
 
     def forward(self, pixels: Tensor, view: View) -> tuple[list[Tensor], Tensor]:
-        """[B, 3, H, W] -> feature maps [B, D, h, w] from fine to coarse, and pooled features [B, D]."""
+        """Computes feature maps [B, D, h, w], from fine to coarse, and pooled features [B, D], of pixels."""
         pixels = (view(pixels) * self.factor + self.shift).contiguous(memory_format=torch.channels_last)
         last, maps = self.model.forward_intermediates(pixels, indices=self.layers, output_fmt="NCHW")
         return maps, self.model.forward_head(last)

@@ -130,7 +130,7 @@ class FreshChild:
 
 
 def note_place(places: int, first: int, second: int) -> None:
-    """Called in a forked child: says what it works on."""
+    """Note what a forked child works on; the child itself calls this."""
     os.pwrite(places, _PLACE.pack(first, second), 0)
 
 
