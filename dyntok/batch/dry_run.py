@@ -13,7 +13,7 @@ from dyntok.batch.addresses import redact
 from dyntok.batch.engines.rows import TokenizedRow, Work
 from dyntok.batch.engines.stages import DecodeOptions, chunked, decode, encode, read
 from dyntok.batch.formats import make_writer
-from dyntok.batch.inputs.names import LeftOut
+from dyntok.batch.inputs.left_out import LeftOut
 from dyntok.batch.storage import Output
 from dyntok.batch.summary import reason_kind
 from dyntok.batch.task import Task

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from dyntok.batch.addresses import StorageOptions, address_key, is_remote, local_path, redact, wrap_storage_errors
 from dyntok.batch.engines.rows import Failure, Range, RangeEnd, Retry, TokenizedRow, Work
 from dyntok.batch.formats import Writer
-from dyntok.batch.inputs.names import LeftOut
+from dyntok.batch.inputs.left_out import LeftOut
 from dyntok.batch.inputs.samples import Input, Shard
 from dyntok.batch.megatron import text_tokenizer_digest
 from dyntok.batch.options import BatchOptions

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dyntok.batch.engines.rows import RangeEnd, Row, TokenizedImage
-from dyntok.batch.inputs.names import LeftOut
+from dyntok.batch.inputs.left_out import LeftOut
 from dyntok.batch.manifest import Record
 
 _TOP_REASONS = 3

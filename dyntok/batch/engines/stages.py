@@ -23,7 +23,7 @@ from dyntok.batch.engines.rows import (
     TokenizedImage,
     Work,
 )
-from dyntok.batch.inputs.names import LeftOut
+from dyntok.batch.inputs.left_out import LeftOut
 from dyntok.batch.inputs.samples import Broken, Input, Shard, ShardReader
 from dyntok.batch.options import BatchOptions
 from dyntok.batch.shapes import code_type, image_config, position_type

@@ -29,9 +29,10 @@ from dyntok.batch.addresses import (
     redact_message,
     wrap_storage_errors,
 )
+from dyntok.batch.inputs.left_out import LeftOut
 from dyntok.batch.inputs.listing import ListedFile, find_unnamed_images, list_files, size_and_stamp
 from dyntok.batch.inputs.members import MAX_TEXT_BYTES
-from dyntok.batch.inputs.names import LeftOut, is_image, split_key, without_surrogates
+from dyntok.batch.inputs.names import is_image, split_key, without_surrogates
 from dyntok.batch.inputs.samples import Broken, InputSample, Shard, text_types
 from dyntok.batch.options import BatchOptions
 from dyntok.chunks import batched

@@ -15,7 +15,8 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from dyntok.batch.addresses import version_stamp
-from dyntok.batch.inputs.names import HIDDEN, LeftOut, is_hidden, suffix_of
+from dyntok.batch.inputs.left_out import HIDDEN, LeftOut
+from dyntok.batch.inputs.names import is_hidden, suffix_of
 from dyntok.chunks import batched
 from dyntok.image import sniff
 

@@ -1,20 +1,17 @@
 """Reads file names: which kind of input they are, which are hidden, and which sample of an archive they belong to."""
 
 import re
-from collections.abc import Mapping
 from pathlib import PurePosixPath
 
 from dyntok.image import IMAGE_SUFFIXES, UNREADABLE_SUFFIXES
 
 _SUFFIX = re.compile(r"\.[A-Za-z][A-Za-z0-9]{0,9}")
-HIDDEN, NO_SUFFIX, OTHER = "hidden", "without a suffix", "other"
 _SUFFIXES = {
     "tar": (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst"),
     "zip": (".zip",),
     "parquet": (".parquet",),
     "list": (".txt",),
 }
-_MAX_LABELS = 50  # a hostile archive must not fill the records with suffixes
 
 
 def is_image(name: str) -> bool:
@@ -54,23 +51,3 @@ def split_key(name: str) -> tuple[str, str]:
 def without_surrogates(text: str) -> str:
     """Returns names that are not UTF-8 with escapes instead of surrogates, which no file format accepts."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-class LeftOut(dict[str, int]):
-    """Counts files that were left out, by suffix."""
-
-    def count(self, path: str) -> None:
-        self.add(HIDDEN if is_hidden(path) else suffix_of(path) or NO_SUFFIX)
-
-    def add(self, label: str, number: int = 1) -> None:
-        label = label if label in self or len(self) < _MAX_LABELS else OTHER
-        self[label] = self.get(label, 0) + number
-
-    def merge(self, counts: Mapping[str, int]) -> None:
-        for label, number in counts.items():
-            self.add(label, number)
-
-    def __str__(self) -> str:
-        """Returns the counts as text, such as "12 .txt, 3 .mp4"; the largest come first."""
-        ordered = sorted(self.items(), key=lambda pair: (-pair[1], pair[0]))
-        return ", ".join(f"{number:,} {label}" for label, number in ordered)

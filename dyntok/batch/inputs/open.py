@@ -11,8 +11,9 @@ from fsspec.implementations.local import LocalFileSystem
 
 from dyntok.batch.addresses import StorageOptions, address_of, locate, redact, wrap_storage_errors
 from dyntok.batch.inputs.files import Folders, Lists
+from dyntok.batch.inputs.left_out import LeftOut
 from dyntok.batch.inputs.listing import find_unnamed_images, list_files
-from dyntok.batch.inputs.names import LeftOut, kind_of
+from dyntok.batch.inputs.names import kind_of
 from dyntok.batch.inputs.parquet import Tables
 from dyntok.batch.inputs.samples import Input
 from dyntok.batch.inputs.tars import Tars
