@@ -97,7 +97,7 @@ def _parquet_rows(path: Path, text: str | None, positions: bool | None) -> _Rows
                 return
             fingerprint = _fingerprint(file.schema_arrow.metadata or {})
             yield None, fingerprint
-            wanted = ["key", "codes", *["positions"] * bool(positions), *[text] * (text is not None)]
+            wanted = ["key", "codes", *(["positions"] if positions else []), *([] if text is None else [text])]
             if missing := [name for name in wanted if name not in names]:
                 raise DataError(
                     f"{path} has no column {', '.join(missing)}, only {', '.join(names)}; "

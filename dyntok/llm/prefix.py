@@ -41,7 +41,9 @@ class VisualPrefix(nn.Module):
         super().__init__()
         if kind not in ("linear", "mlp"):
             raise ConfigError(f"kind is {kind!r}, expected 'linear' or 'mlp'")
-        layers = [nn.Linear(width, embed_dim)] + [nn.GELU(), nn.Linear(embed_dim, embed_dim)] * (kind == "mlp")
+        layers: list[nn.Module] = [nn.Linear(width, embed_dim)]
+        if kind == "mlp":
+            layers += [nn.GELU(), nn.Linear(embed_dim, embed_dim)]
         self.projection = nn.Sequential(*layers)
 
     def forward(
