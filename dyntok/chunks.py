@@ -14,11 +14,14 @@ from torch import Tensor
 
 from dyntok.config import ImageConfig
 from dyntok.errors import ImageError
-from dyntok.image import ImageSource, is_single, to_pixels
+from dyntok.fitting import original
+from dyntok.image import ImageSource, is_single, normalized, to_array
+from dyntok.original import Original
 from dyntok.ragged import cu_seqlens_from_lengths
 
 _MAX_WAITING = 256  # images of different shapes
 Failures = list[tuple[int, ImageError]]  # input index and error
+Originals = dict[int, Original]  # by input index
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,11 @@ def load_chunks(
     *,
     max_pixels: int,
     failures: Failures | None = None,
+    originals: Originals | None = None,
 ) -> Iterator[Chunk]:
     """Yields chunks of at most `size` readable images of one shape. Images of one shape stay in order.
 
-    Errors are added to `failures`, or raised where that is None.
+    What was read is added to `originals`. Errors are added to `failures`, or raised where that is None.
     """
     single = is_single(images)
 
@@ -68,7 +72,10 @@ def load_chunks(
         sources: Iterable[Any] = [images] if single else images  # type: ignore[assignment]  # see is_single
         for index, image in enumerate(sources):
             try:
-                yield index, to_pixels(image, config, max_pixels=max_pixels)
+                array, (width, height) = to_array(image, config, max_pixels=max_pixels)
+                if originals is not None:
+                    originals[index] = original(width, height, config)
+                yield index, normalized(array, config)
             except ImageError as error:
                 if failures is not None:
                     failures.append((index, error))

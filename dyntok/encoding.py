@@ -6,12 +6,14 @@ so `decode` is what checks that every code is below K.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dyntok.errors import CodeError, FingerprintError, ImageError
+from dyntok.original import Original
 from dyntok.ragged import cu_seqlens_from_lengths, image_of_token, join_rows, pad_rows, split_rows
 from dyntok.structure import brief
 from dyntok.validation import (
@@ -27,7 +29,7 @@ from dyntok.validation import (
     row_indices,
 )
 
-_KEYS = ("codes", "positions", "grids", "fingerprint", "failures", "source_index")
+_KEYS = ("codes", "positions", "grids", "fingerprint", "failures", "source_index", "originals")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -45,6 +47,7 @@ class Encoding:
     source_index      int64 [B]     the input that each row came from; default: all inputs without a failure, in order
     margins           float32 [B, 2]  of `encode(..., margins=True)`, else None: the shares of codes and of keep
                                       decisions so close that another machine may decide otherwise; not in `to_dict`
+    originals         an `Original` per image: size, crop box and fit; None if they are unknown, as for tensors
 
     All tensors are on one device. They are checked on construction, and a mismatch raises `CodeError`. Use `pack` to
     make an Encoding from lists.
@@ -64,6 +67,7 @@ class Encoding:
     failures: tuple[tuple[int, ImageError], ...] = ()
     source_index: Tensor = None  # type: ignore[assignment]  # __post_init__ replaces None
     margins: Tensor | None = None
+    originals: tuple[Original, ...] | None = None
 
     def __post_init__(self) -> None:
         check_tensor(self.packed_codes, "packed_codes", torch.int64, 1)
@@ -88,6 +92,10 @@ class Encoding:
             check_tensor(self.margins, "margins", torch.float32, 2, self.device)
             if self.margins.shape != (len(self), 2):
                 raise CodeError(f"margins has shape {list(self.margins.shape)}, expected [{len(self)}, 2]")
+        if self.originals is not None:
+            object.__setattr__(self, "originals", tuple(self.originals))
+            if len(self.originals) != len(self) or not all(isinstance(each, Original) for each in self.originals):
+                raise CodeError(f"originals is {brief(self.originals)}, expected an Original for each image, or None")
 
     @classmethod
     def pack(
@@ -98,6 +106,7 @@ class Encoding:
         fingerprint: str | None = None,
         failures: Iterable[tuple[int, ImageError]] = (),
         source_index: Tensor | Sequence[int] | None = None,
+        originals: Iterable[Original] | None = None,
     ) -> "Encoding":
         """Build an Encoding from one list or integer tensor per image.
 
@@ -116,7 +125,7 @@ class Encoding:
                 found = brief([len(row) for row in position_rows])
                 raise CodeError(f"codes have lengths {brief(lengths)} and positions {found}, expected equal ones")
             packed_positions = join_rows(position_rows, device)
-        fields: dict[str, Any] = {}
+        fields: dict[str, Any] = {"originals": None if originals is None else tuple(originals)}
         if source_index is not None:
             fields["source_index"] = integers(source_index, "source_index").to(device)
         return cls(
@@ -156,6 +165,7 @@ class Encoding:
             bare = len(filled) - len(positions)
             raise CodeError(f"{bare} of {len(filled)} encodings have no positions; give all of them positions or none")
         margins = [p.margins for p in parts if p.margins is not None]
+        originals = [p.originals for p in filled if p.originals is not None]
         offset, failures, source = 0, [], []
         for part in parts:
             failures += [(index + offset, error) for index, error in part.failures]
@@ -171,6 +181,7 @@ class Encoding:
             tuple(failures),
             torch.cat(source),
             torch.cat(margins) if len(margins) == len(parts) else None,
+            tuple(chain.from_iterable(originals)) if len(originals) == len(filled) else None,
         )
 
     @property
@@ -226,6 +237,7 @@ class Encoding:
             failures=(),
             source_index=self.source_index[chosen],
             margins=None if self.margins is None else self.margins[chosen],
+            originals=None if self.originals is None else tuple(self.originals[row] for row in rows),
         )
 
     def padded(self, fill: int = -1) -> tuple[Tensor, Tensor]:
@@ -258,7 +270,10 @@ class Encoding:
         return self if all(moved[name] is value for name, value in vars(self).items()) else unchecked(**moved)
 
     def __eq__(self, other: object) -> bool:
-        """Compare codes, positions, grids and fingerprint; failures, source_index, margins and device do not count."""
+        """Compare codes, positions, grids and fingerprint.
+
+        Failures, source_index, margins, originals and device do not count.
+        """
         if not isinstance(other, Encoding):
             return NotImplemented
         return (
@@ -298,6 +313,7 @@ class Encoding:
             "fingerprint": self.fingerprint,
             "failures": [[index, str(error)] for index, error in self.failures],
             "source_index": self.source_index.tolist(),
+            "originals": None if self.originals is None else [original.to_dict() for original in self.originals],
         }
 
     @classmethod
@@ -317,6 +333,9 @@ class Encoding:
             if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[1], str)):
                 raise CodeError(f"failures holds {brief(pair)}, expected [input index, message]")
         positions, source = values.get("positions"), values.get("source_index")
+        originals = values.get("originals")
+        if not isinstance(originals, list | None):
+            raise CodeError(f"originals is {brief(originals)}, expected a list of mappings, or null")
         return cls.pack(
             json_rows(values["codes"], "codes"),
             None if positions is None else json_rows(positions, "positions"),
@@ -324,6 +343,7 @@ class Encoding:
             values.get("fingerprint"),
             tuple((index, ImageError(message)) for index, message in failures),
             None if source is None else json_rows([source], "source_index")[0],
+            None if originals is None else [Original.from_dict(original) for original in originals],
         )
 
     def _known_positions(self, caller: str) -> Tensor:

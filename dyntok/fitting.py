@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from dyntok.config import ImageConfig
 from dyntok.errors import ImageError
 from dyntok.layout import MAX_SIDE
+from dyntok.original import Original
 
 LONGEST_STRIP = 8  # long side over short side of pictures that keep their aspect ratio
 _ODDNESS = 2.0  # how much a changed aspect ratio counts against unused patches
@@ -48,6 +49,12 @@ def fit(width: int, height: int, config: ImageConfig) -> Fitting:
     return Fitting(target, box, inner)
 
 
+def original(width: int, height: int, config: ImageConfig) -> Original:
+    """Returns what is to be remembered of a picture of this size in pixels. Errors are those of `fit`."""
+    left, top, right, bottom = map(int, fit(width, height, config).box)
+    return Original((height, width), (left, top, right, bottom), config.resize)
+
+
 def target_size(config: ImageConfig) -> tuple[int, int]:
     """Returns (height, width) in pixels of the rectangle that pictures are fitted to.
 
@@ -85,9 +92,8 @@ def _kept(width: int, height: int, config: ImageConfig) -> tuple[int, int]:
     ratio = max(width, height) / min(width, height)
     if ratio > LONGEST_STRIP:
         raise ImageError(
-            f"the picture is {width} x {height} pixels, {ratio:.1f} to 1; "
-            f"with fit 'keep' at most {LONGEST_STRIP} to 1 is possible: cut it into tiles, "
-            "or give fit='crop', 'squash' or 'pad'"
+            f"{width} x {height} pixels are {ratio:.1f} to 1, expected at most {LONGEST_STRIP} to 1 "
+            "with fit 'keep'; cut the picture into tiles, or give fit='crop', 'squash' or 'pad' (--fit)"
         )
     patch = config.patch_size
     if config.size is None:

@@ -7,6 +7,7 @@ source takes this one path, so the same picture gives the same pixels however it
 frame.
 """
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from dyntok.imaging.source import MAX_FILE_BYTES as MAX_FILE_BYTES
 from dyntok.imaging.source import describe as describe
 from dyntok.imaging.source import from_array, from_tensor, read_bytes
 from dyntok.imaging.source import is_single as is_single
+from dyntok.original import Original
 
 
 class BinaryFile(Protocol):
@@ -108,7 +110,7 @@ def to_array(
     """
     with _failures_named(source) as name:
         image = _load(source, name, max_pixels, config.color)
-        return np.asarray(_resize(image, config)), image.size
+        return np.asarray(_resize(image, name, config)), image.size
 
 
 def normalized(array: np.ndarray, config: ImageConfig) -> torch.Tensor:
@@ -138,6 +140,25 @@ def to_image(pixels: torch.Tensor, config: ImageConfig) -> Image.Image:
 def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Return the image at (height, width) in pixels, by the antialiased bicubic filter."""
     return image.resize(size[::-1], Image.Resampling.BICUBIC)
+
+
+def restore(image: Image.Image, original: Original, config: ImageConfig) -> Image.Image:
+    """Return a reconstruction at its original's size and place: without padding, and gray where it was cut off.
+
+    config: tells the fit of originals that do not.
+    """
+    height, width = original.size
+    left, top, right, bottom = original.crop_box
+    way = dataclasses.replace(config, resize=original.fit or config.resize)
+    if way.resize == "pad":
+        way = dataclasses.replace(way, size=(image.height, image.width))
+        image = image.crop(fit(width, height, way).inner)
+    painted = resize(image, (bottom - top, right - left))
+    if painted.size == (width, height):
+        return painted
+    canvas = Image.new("RGB", (width, height), "gray")
+    canvas.paste(painted, (left, top))
+    return canvas
 
 
 @contextmanager
@@ -247,8 +268,11 @@ def _rgb(image: Image.Image, name: str, white: float | None, profile: bytes | No
     return opaque
 
 
-def _resize(image: Image.Image, config: ImageConfig) -> Image.Image:
-    place = fit(*image.size, config)
+def _resize(image: Image.Image, name: str, config: ImageConfig) -> Image.Image:
+    try:
+        place = fit(*image.size, config)
+    except ImageError as error:
+        raise ImageError(f"{name}: {error}") from error
     left, top, right, bottom = place.inner
     size, box = (right - left, bottom - top), place.box
     if image.height > 64 * image.width:  # Pillow scales the width first, which would blow up a tall sliver

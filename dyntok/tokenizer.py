@@ -14,15 +14,25 @@ from PIL import Image
 from torch import Tensor
 from typing_extensions import Unpack
 
-from dyntok.chunks import Chunk, Failures, join_images, join_margins, load_chunks, split_chunks, without_failures
+from dyntok.chunks import (
+    Chunk,
+    Failures,
+    Originals,
+    join_images,
+    join_margins,
+    load_chunks,
+    split_chunks,
+    without_failures,
+)
 from dyntok.config import MAX_PATCHES, ImageConfig
 from dyntok.encoding import Encoding, unchecked
 from dyntok.errors import CodeError, ConfigError, FingerprintError, ImageError
 from dyntok.features import Features
-from dyntok.image import DEFAULT_MAX_PIXELS, ImageSource, resize, to_image
+from dyntok.image import DEFAULT_MAX_PIXELS, ImageSource, resize, restore, to_image
 from dyntok.layout import MAX_SIDE
 from dyntok.model.decoder import Decoder
 from dyntok.network import Choice, Merge, TokenizerNetwork
+from dyntok.original import Original
 from dyntok.policy import KeepOptions, KeepPolicy
 
 IntegerRows: TypeAlias = Iterable[Tensor | Sequence[int]]  # one row of integers per image
@@ -83,15 +93,16 @@ class DynamicVisualTokenizer(TokenizerNetwork):
         Raises `ImageError` on the first bad image unless they are skipped, and `ConfigError` on contradictory options.
         """
         keep = KeepPolicy.of(policy, options)
-        failures = self._failures(errors)
+        failures, originals = self._failures(errors), Originals()
         chunks = load_chunks(
             images,
             self.image_config(fit=fit, max_patches=max_patches, size=size),
             self._at_once(batch_size),
             max_pixels=max_pixels,
             failures=failures,
+            originals=originals,
         )
-        return self._encode_chunks(chunks, keep, self.merger, failures, margins=margins)
+        return self._encode_chunks(chunks, keep, self.merger, failures, originals, margins=margins)
 
     def __call__(self, images: ImageSource | Iterable[ImageSource], **options) -> Encoding:
         """Returns the codes of one image or many; the same as `encode`."""
@@ -103,7 +114,7 @@ class DynamicVisualTokenizer(TokenizerNetwork):
         *,
         positions: IntegerRows | None = None,
         grid: tuple[int, int] | None = None,
-        size: Size | None = None,
+        size: Size | Literal["original"] | None = None,
     ) -> list[Image.Image]:
         """Returns one image for each row of codes.
 
@@ -112,6 +123,8 @@ class DynamicVisualTokenizer(TokenizerNetwork):
             decoder guesses. A decoder with placement "rank" does not use the positions of an `Encoding`.
         grid: (rows, columns) of patches, where it is not the tokenizer's own.
         size: (height, width) of the images in pixels, or both as one number; by default that of their grids.
+            "original": the size and shape that each had before `encode`; what was cut off is gray, and padding is cut
+            off again.
 
         Codes alone are read as a lattice where the tokenizer keeps canonical masks: exact for codes that were encoded
         with `places="lattice"`. Codes of other masks need their positions, and look wrong without.
@@ -122,11 +135,14 @@ class DynamicVisualTokenizer(TokenizerNetwork):
         """
         encoding = self._as_encoding(codes, positions, grid)
         self._require_pixel_head()
-        height_width = None if size is None else pair(size)
+        originals = self._originals(encoding) if size == "original" else None
+        height_width = None if size is None or size == "original" else pair(size)
         images: dict[int, Image.Image] = {}
         for rows in _rows_by_grid(encoding, BATCH_SIZE):
             for row, pixels in zip(rows, self.decode_to_pixels(encoding[rows]), strict=True):
                 image = to_image(pixels, self.config.image)
+                if originals is not None:
+                    image = restore(image, originals[row], self.config.image)
                 images[row] = image if height_width is None else resize(image, height_width)
         return [images[row] for row in range(len(encoding))]
 
@@ -261,6 +277,7 @@ class DynamicVisualTokenizer(TokenizerNetwork):
         choice: Choice,
         merge: Merge,
         failures: Failures | None,
+        originals: Originals | None = None,
         *,
         margins: bool = False,
     ) -> Encoding:
@@ -279,6 +296,7 @@ class DynamicVisualTokenizer(TokenizerNetwork):
             failures=failed,
             source_index=index,
             margins=join_margins(done, self.device) if margins else None,
+            originals=None if originals is None else tuple(originals[index] for index in source),
         )
 
     def _merge_chunks(self, chunks: Iterable[Chunk], choice: Choice, merge: Merge, width: int) -> Features:
@@ -286,6 +304,21 @@ class DynamicVisualTokenizer(TokenizerNetwork):
         done = list(without_failures(rows, self.dtype))
         _, *packed = join_images(done, torch.empty(0, width, device=self.device, dtype=self.dtype))
         return Features(*packed)
+
+    def _originals(self, encoding: Encoding) -> tuple[Original, ...]:
+        """Returns the originals of an encoding. Raises `CodeError` where they are unknown or too large to paint."""
+        if encoding.originals is None:
+            raise CodeError(
+                "size is 'original', but these codes do not say how large their pictures were; "
+                "give size=(height, width), or encode the pictures again"
+            )
+        for i, (height, width) in enumerate(original.size for original in encoding.originals):
+            if height * width > DEFAULT_MAX_PIXELS:
+                raise CodeError(
+                    f"the original of image {i} has {width} x {height} pixels, the limit is {DEFAULT_MAX_PIXELS:,}; "
+                    "give a smaller size=(height, width)"
+                )
+        return encoding.originals
 
     def _check_pixels(self, pixels: Tensor) -> None:
         shape, limits = f"3, {self.image_size}, {self.image_size}", ""

@@ -48,13 +48,14 @@ def contact_sheet(
         for panel, again in zip(panels, tokenizer.decode(encoding), strict=True):
             panel.append(again)
     panels = [[_enlarged(picture, side) for picture in panel] for panel in panels]
-    width = max(len(panel) * (panel[0].width + _GAP) for panel in panels) + _GAP
+    columns = min(columns, len(panels))
+    widths = [max(len(p) * (p[0].width + _GAP) for p in panels[i::columns]) + _GAP for i in range(columns)]
     rows = [panels[i : i + columns] for i in range(0, len(panels), columns)]
     heights = [max(panel[0].height for panel in row) + _CAPTION + _GAP for row in rows]
-    sheet = Image.new("RGB", (width * min(columns, len(panels)), sum(heights) + _GAP), "white")
+    sheet = Image.new("RGB", (sum(widths), sum(heights) + _GAP), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for i, (panel, part) in enumerate(zip(panels, encoding, strict=True)):
-        left, top = width * (i % columns) + _GAP, sum(heights[: i // columns]) + _GAP
+        left, top = sum(widths[: i % columns]) + _GAP, sum(heights[: i // columns]) + _GAP
         for j, picture in enumerate(panel):
             sheet.paste(picture, (left + j * (picture.width + _GAP), top))
         patches = int(part.grids[0].prod())

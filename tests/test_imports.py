@@ -27,7 +27,7 @@ LEVELS = [
     {"checkpoint", "chunks"},
     {"device", "policy", "precision", "image"},
     {"imaging", "fitting", "margins", "model", "encoding", "features", "ids", "target"},
-    {"config", "ragged", "validation"},
+    {"config", "original", "ragged", "validation"},
     {"texts"},
     {"structure", "layout"},
     {"errors"},

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from support.any_grid import any_grid_tokenizer
 
 from dyntok import CodeError, DynamicVisualTokenizer
 from dyntok.image import to_image, to_pixels
@@ -46,3 +47,14 @@ def test_codes_must_be_those_of_the_images(tokenizer, photos):
             contact_sheet(tokenizer, images, codes)
     with pytest.raises(CodeError, match="needs positions"):
         contact_sheet(tokenizer, photos[:2], dataclasses.replace(encoding, packed_positions=None))
+
+
+def test_panels_of_many_shapes_take_the_room_that_they_need(small_config, photos):
+    tokenizer = any_grid_tokenizer(small_config)
+    images = [photos[0][:40, :160], photos[1][:150, :40], photos[2][:40, :160], photos[3][:100, :100]]
+    encoding = tokenizer.encode(images)
+    sheet = contact_sheet(tokenizer, images, encoding, side=1, columns=2)
+    (h0, w0), (h1, w1), (h2, w2), (h3, w3) = (8 * encoding.grids).tolist()
+    assert w0 > 2 * h0 and h1 > 2 * w1
+    assert sheet.width == 3 * (max(w0, w2) + GAP) + GAP + 3 * (max(w1, w3) + GAP) + GAP
+    assert sheet.height == max(h0, h1) + max(h2, h3) + 2 * (CAPTION + GAP) + GAP

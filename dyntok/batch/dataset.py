@@ -17,6 +17,8 @@ from dyntok.batch.shard_reader import CodesImage, CodesRow, read_block
 from dyntok.batch.storage import Output
 from dyntok.encoding import Encoding
 from dyntok.errors import CodeError, ConfigError, DataError
+from dyntok.original import Original
+from dyntok.tokenizer import Fit
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ class CodesDataset(IterableDataset):
 
     def _batch(self, rows: Sequence[CodesRow]) -> Batch:
         images = [image for row in rows for image in row.images]
-        encoding = packed(images, self.fingerprint)
+        encoding = packed(images, self.fingerprint, self.description["options"].get("fit"))
         sizes = _table([(image.height, image.width) for image in images], 2)
         boxes = [image.crop_box for image in images if image.crop_box is not None]
         crop_boxes = _table(boxes, 4) if len(boxes) == len(images) else None
@@ -229,10 +231,17 @@ def _worker() -> tuple[int, int]:
     return (info.id, info.num_workers) if info else (0, 1)
 
 
-def packed(images: Sequence[CodesImage], fingerprint: str) -> Encoding:
-    """Returns images of an output as an `Encoding`."""
+def packed(images: Sequence[CodesImage], fingerprint: str, fit: Fit | None = None) -> Encoding:
+    """Returns images of an output as an `Encoding`. fit: as the run was told."""
     codes, positions = ([getattr(image, name) for image in images] for name in ("codes", "positions"))
-    return Encoding.pack(_long(codes), _long(positions), _table([image.grid for image in images], 2), fingerprint)
+    originals = [
+        Original((image.height, image.width), tuple(map(int, image.crop_box)), fit)  # type: ignore[arg-type]  # of four
+        for image in images
+        if image.crop_box is not None
+    ]
+    grids = _table([image.grid for image in images], 2)
+    known = originals if len(originals) == len(images) else None
+    return Encoding.pack(_long(codes), _long(positions), grids, fingerprint, originals=known)
 
 
 def _long(rows: Sequence[np.ndarray]) -> list[Tensor]:

@@ -35,6 +35,7 @@ class BatchOptions:
     budget: int | float | None = None
     threshold: float | None = None
     max_tokens: int | None = None
+    psnr: float | None = None  # of the reconstruction, in dB, as in `KeepPolicy`; slower, because it decodes
     places: Literal["free", "map", "lattice"] | None = None  # which keep masks are allowed, as in `KeepPolicy`
     fit: Literal["keep", "crop", "squash", "pad"] | None = None  # how a picture meets its grid, as in `encode`
     max_patches: int | None = None  # of a picture, 64 to 4,096, as in `encode`
@@ -62,7 +63,7 @@ class BatchOptions:
                 f"keep_columns is {', '.join(self.keep_columns)}; "
                 f"expected different names, and none that the output has itself {taken}"
             )
-        KeepPolicy(self.budget, self.threshold, max_tokens=self.max_tokens, places=self.places)
+        KeepPolicy(self.budget, self.threshold, max_tokens=self.max_tokens, psnr=self.psnr, places=self.places)
         if (self.format == "megatron") != (self.vocab_size is not None):
             raise ConfigError(
                 "vocab_size belongs to the format megatron, which needs it: how many entries the LLM's vocabulary has"
@@ -92,10 +93,10 @@ class BatchOptions:
             raise ConfigError("interleaved rows are written as parquet or megatron, not as webdataset")
 
     @property
-    def policy(self) -> dict[str, Any]:
-        """Arguments of `encode_tensor`."""
+    def policy(self) -> KeepPolicy:
+        """Which patches of a picture are kept."""
         places = self.places or (self.layout if self.layout in ("map", "lattice") else None)
-        return {"budget": self.budget, "threshold": self.threshold, "max_tokens": self.max_tokens, "places": places}
+        return KeepPolicy(self.budget, self.threshold, max_tokens=self.max_tokens, psnr=self.psnr, places=places)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain JSON types only."""

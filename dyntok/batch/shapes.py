@@ -31,6 +31,8 @@ def check_shapes(tokenizer: DynamicVisualTokenizer, options: BatchOptions) -> No
     patches = most_patches(tokenizer, options)
     if isinstance(options.budget, int) and options.budget > patches:
         raise ConfigError(f"budget is {options.budget} tokens, but a picture has at most {patches} patches")
+    if options.psnr is not None and tokenizer.pixel_head is None:
+        raise ConfigError(f"psnr is {options.psnr} dB, but this tokenizer makes no pictures; leave it out")
 
 
 def code_type(tokenizer: DynamicVisualTokenizer) -> np.dtype:

@@ -64,7 +64,7 @@ def add_policy_options(parser: argparse.ArgumentParser, *, sample: bool = True) 
         rule.add_argument(
             "--sample", type=whole(0, 2**63 - 1), metavar="SEED", help="draw patches by their keep probability"
         )
-        rule.add_argument("--psnr", type=float, metavar="DB", help="as few tokens as reach this quality; slower")
+    rule.add_argument("--psnr", type=float, metavar="DB", help="as few tokens as reach this quality; slower")
     group.add_argument("--max-tokens", type=whole(1, LARGEST), metavar="N", help="at most N tokens per image")
     group.add_argument(
         "--places", choices=["map", "lattice", "free"], help="allowed keep masks (default: the tokenizer's own)"
@@ -87,6 +87,11 @@ def size(text: str) -> tuple[int, int]:
     if len(sides) > 2 or not all(side.isdecimal() and 0 < int(side) <= LARGEST for side in sides):
         raise argparse.ArgumentTypeError(f"{text!r} is no size such as 256x384, height first")
     return int(sides[0]), int(sides[-1])
+
+
+def size_or_original(text: str) -> "tuple[int, int] | str":
+    """Read a size as `size` does, or the word original."""
+    return text if text == "original" else size(text)
 
 
 def shape_options(options: argparse.Namespace) -> "dict[str, Any]":

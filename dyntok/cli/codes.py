@@ -21,6 +21,7 @@ from dyntok.cli.arguments import (
     print_json,
     report,
     shape_options,
+    size_or_original,
 )
 from dyntok.cli.files import guard_write, image_sources, read_codes, save_picture
 from dyntok.errors import CodeError, ConfigError
@@ -65,6 +66,12 @@ def add_decode(commands: "Commands") -> None:
     add_model_option(add)
     add_device_option(add)
     add_json_option(add)
+    add.add_argument(
+        "--size",
+        type=size_or_original,
+        metavar="HxW",
+        help="height and width of the pictures, such as 256x384; original: those before `encode` (default: the grid's)",
+    )
     add.add_argument("codes", metavar="CODES", help="JSON from `dyntok encode`, or lists of codes; - is stdin")
     add.add_argument(
         "-o", "--output", required=True, metavar="OUT", help="a .png for one image, a folder for several; - is stdout"
@@ -124,7 +131,8 @@ def _decode(options: argparse.Namespace) -> int:
             f"can't write pictures as {target.suffix}; "
             "name a .png for one image, or a folder (one with a dot in its name must exist)"
         )
-    images = load(options.model, device=options.device).decode(read_codes(options.codes))
+    tokenizer, chosen = load(options.model, device=options.device), {"size": options.size} if options.size else {}
+    images = tokenizer.decode(read_codes(options.codes), **chosen)
     if options.output == "-" or (target.suffix.lower() in formats and not target.is_dir()):
         if len(images) != 1:
             raise CodeError(

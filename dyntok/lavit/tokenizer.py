@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from dyntok.checkpoint.hub import Origin
-from dyntok.chunks import load_chunks
+from dyntok.chunks import Originals, load_chunks
 from dyntok.config import DecoderConfig, ImageConfig, TokenizerConfig
 from dyntok.encoding import Encoding
 from dyntok.errors import CheckpointError, CodeError, ConfigError
 from dyntok.features import Features
-from dyntok.image import DEFAULT_MAX_PIXELS, ImageSource, to_image
+from dyntok.image import DEFAULT_MAX_PIXELS, ImageSource, restore, to_image
 from dyntok.lavit.conditioning import Conditioning
 from dyntok.lavit.config import LavitConfig, LavitDecoderConfig
 from dyntok.lavit.decoder import LavitDecoder
@@ -94,10 +94,11 @@ class LavitTokenizer(DynamicVisualTokenizer):
 
         lavit_softmax: merge with the softmax formula of LaVIT's released code, which needs all patches and is slower.
         """
-        keep, failures = KeepPolicy.of(policy, options), self._failures(errors)
+        keep, failures, originals = KeepPolicy.of(policy, options), self._failures(errors), Originals()
         config = self.image_config(fit=fit, max_patches=max_patches, size=size)
-        chunks = load_chunks(images, config, self._at_once(batch_size), max_pixels=max_pixels, failures=failures)
-        return self._encode_chunks(chunks, keep, self._merge("codes", lavit_softmax), failures, margins=margins)
+        at_once, merge = self._at_once(batch_size), self._merge("codes", lavit_softmax)
+        chunks = load_chunks(images, config, at_once, max_pixels=max_pixels, failures=failures, originals=originals)
+        return self._encode_chunks(chunks, keep, merge, failures, originals, margins=margins)
 
     def features(
         self,
@@ -131,7 +132,7 @@ class LavitTokenizer(DynamicVisualTokenizer):
         positions: IntegerRows | None = None,
         grid: tuple[int, int] | None = None,
         highres: bool = False,
-        size: Size | None = None,
+        size: Size | Literal["original"] | None = None,
         steps: int | None = None,
         guidance: float | None = None,
         generator: torch.Generator | None = None,
@@ -141,14 +142,16 @@ class LavitTokenizer(DynamicVisualTokenizer):
 
         codes, positions, grid: as in `DynamicVisualTokenizer.decode`. highres: use the decoder and the model for larger
             pictures.
-        size, steps, guidance, generator, batch_size: see `DiffusionDecoder`.
+        size: (height, width) in pixels, as the diffusion model makes them; "original" scales its pictures.
+        steps, guidance, generator, batch_size: see `DiffusionDecoder`.
 
         Raises as `DynamicVisualTokenizer.decode` does, and `ConfigError` on an option that does not fit.
         """
         encoding = self._encoding_for(codes, positions, grid, highres)
         diffusion = self._diffusion_decoder(highres)
-        height_width = None if size is None else pair(size)
-        images = []
+        originals = self._originals(encoding) if size == "original" else None
+        height_width = None if size is None or size == "original" else pair(size)
+        images: list[Image.Image] = []
         for start in range(0, len(encoding), BATCH_SIZE):
             conditioning = self.decode_to_conditioning(encoding[start : start + BATCH_SIZE], highres=highres)
             pixels = diffusion(
@@ -160,7 +163,9 @@ class LavitTokenizer(DynamicVisualTokenizer):
                 batch_size=batch_size,
             )
             images += [to_image(row, _UNIT_RANGE) for row in pixels]
-        return images
+        if originals is None:
+            return images
+        return [restore(image, each, self.config.image) for image, each in zip(images, originals, strict=True)]
 
     # Tensors in, tensors out.
 

@@ -1,5 +1,6 @@
 """Data sets of pictures of many shapes: the same codes as one picture at a time, and grids, sizes and boxes kept."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -17,6 +18,7 @@ from dyntok.cli.main import main
 from dyntok.errors import BatchError, ConfigError
 
 SIZES = [(64, 64), (240, 180), (111, 166), (300, 100), (90, 300), (17, 13), (64, 64), (240, 180), (511, 509)]
+TARGET = 9.0  # dB; these weights are random
 
 
 @pytest.fixture(scope="module")
@@ -48,25 +50,27 @@ def singles(tok, folder, **options):
 
 
 @pytest.mark.parametrize(
-    "engine",
+    ("engine", "options"),
     [
-        EngineOptions(workers=0),
-        EngineOptions(workers=2, batch_size=3),
-        EngineOptions(devices=("cpu", "cpu"), workers=2),
-        EngineOptions("ray", actors=1, batch_size=4),
+        (EngineOptions(workers=0), {}),
+        (EngineOptions(workers=2, batch_size=3), {"psnr": TARGET}),
+        (EngineOptions(devices=("cpu", "cpu"), workers=2), {}),
+        (EngineOptions("ray", actors=1, batch_size=4), {"psnr": TARGET}),
     ],
     ids=["alone", "workers", "devices", "ray"],
 )
-def test_every_engine_gives_the_codes_of_single_pictures(engine, folder, model, tok, tmp_path):
+def test_every_engine_gives_the_codes_of_single_pictures(engine, options, folder, model, tok, tmp_path):
     if engine.name == "ray":
         ray = pytest.importorskip("ray")
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
     try:
-        run(folder, tmp_path / "out", model, engine=engine, shard_size=4)
+        run(folder, tmp_path / "out", model, engine=engine, shard_size=4, **options)
     finally:
         if engine.name == "ray":
             ray.shutdown()
-    assert codes(tmp_path / "out") == singles(tok, folder)
+    found = codes(tmp_path / "out")
+    assert found == singles(tok, folder, **options)
+    assert len({len(row[0]) for row in found.values()}) > 2  # the length follows the picture
     assert "90.0 to 1" in errors(tmp_path / "out")["9.png"]
     found = {row["key"]: row for row in rows(tmp_path / "out")}
     assert found["3.png"]["grid"][1] > 2 * found["3.png"]["grid"][0] and found["4.png"]["grid"][0] > 2
@@ -94,7 +98,7 @@ def test_shape_options_are_those_of_encode(options, folder, model, tok, tmp_path
 
 def test_the_command_line_and_a_resumed_run(folder, model, tok, tmp_path, capsys):
     command = ["batch", str(folder), str(tmp_path / "out"), "--model", str(model), "--shard-size", "3"]
-    shape = ["--fit", "crop", "--size", "64x128", "--places", "lattice"]
+    shape = ["--fit", "crop", "--size", "64x128", "--places", "lattice", "--psnr", str(TARGET)]
     assert main([*command, *shape]) == 0
     assert "of the originals' area was cut off" in capsys.readouterr().out
     before = files(tmp_path / "out")
@@ -103,9 +107,10 @@ def test_the_command_line_and_a_resumed_run(folder, model, tok, tmp_path, capsys
     capsys.readouterr()
     assert main([*command, "--fit", "crop", "--max-patches", "128"]) == 1
     told = capsys.readouterr().err
+    assert f"options.psnr is None, was {TARGET}" in told
     assert "options.max_patches is 128" in told and "options.size is None, was [64, 128]" in told
     found = codes(tmp_path / "out")
-    wanted = singles(tok, folder, fit="crop", size=(64, 128), places="lattice")
+    wanted = singles(tok, folder, fit="crop", size=(64, 128), places="lattice", psnr=TARGET)
     assert {key: found[key] for key in wanted} == wanted
 
 
@@ -152,9 +157,9 @@ def test_megatron_documents_say_their_grids(places, folder, model, tok, tmp_path
 
 def test_the_map_column(folder, model, tok):
     paths = [str(folder / f"{i}.png") for i in range(4)] + ["none.png"]
-    column = TokenizeColumn(str(model), max_patches=300, places="lattice")
+    column = TokenizeColumn(str(model), max_patches=300, places="lattice", psnr=TARGET)
     mapped = column({"image": paths})
-    wanted = tok.encode(paths[:4], max_patches=300, places="lattice")
+    wanted = tok.encode(paths[:4], max_patches=300, places="lattice", psnr=TARGET)
     assert [row.tolist() for row in mapped["codes"][:4]] == [row.tolist() for row in wanted.codes]
     assert [row.tolist() for row in mapped["grid"][:4]] == wanted.grids.tolist()
     assert mapped["crop_box"][1].tolist() == [0, 0, 240, 180] and mapped["crop_box"][4].tolist() == [0] * 4
@@ -162,13 +167,18 @@ def test_the_map_column(folder, model, tok):
     assert "none.png" in mapped["error"][4]
 
 
-def test_what_does_not_fit_is_refused_before_the_run(folder, model, checkpoint_folder, tmp_path):
+def test_what_does_not_fit_is_refused_before_the_run(folder, model, checkpoint_folder, small_config, tmp_path):
+    decoder = dataclasses.replace(small_config.decoder, pixels=False)
+    without_pixels = dyntok.DynamicVisualTokenizer(dataclasses.replace(small_config, decoder=decoder))
     for name, options, message in [
         (checkpoint_folder, {"max_patches": 256}, "knows the grid 8 x 8 alone"),
         (checkpoint_folder, {"budget": 65}, "a picture has at most 64 patches"),
         (model, {"size": (60, 64)}, "multiples of 8 pixels"),
         (model, {"fit": "stretch"}, "fit is 'stretch', expected one of"),
         (model, {"places": "here"}, "places is 'here'"),
+        (model, {"psnr": 200}, "psnr is 200, expected decibels"),
+        (model, {"psnr": 20.0, "budget": 5}, "budget and psnr were both given"),
+        (without_pixels, {"psnr": 20.0}, "this tokenizer makes no pictures"),
     ]:
         with pytest.raises(ConfigError, match=message):
             run(folder, tmp_path / "out", name, **options)
@@ -186,7 +196,9 @@ def test_an_output_of_an_earlier_version(folder, model, checkpoint_folder, photo
     run(source, tmp_path / "out", checkpoint_folder)
     described = tmp_path / "out" / "__run__" / "run.json"
     values = json.loads(described.read_text())
-    options = {name: values["options"][name] for name in values["options"] if name not in ("fit", "size", "places")}
+    options = {
+        name: values["options"][name] for name in values["options"] if name not in ("fit", "size", "places", "psnr")
+    }
     described.write_text(json.dumps({**values, "version": 1, "options": options}))
     path = tmp_path / "out" / "000000-000000.parquet"
     pq.write_table(pq.read_table(path).drop_columns("crop_box"), path)

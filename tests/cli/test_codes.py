@@ -6,7 +6,7 @@ import re
 import sys
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from dyntok.cli.main import main
 
@@ -53,7 +53,8 @@ def test_codes_survive_the_way_through_a_file(run, tokenizer, folder, tmp_path):
 
 def test_stdout_holds_only_json_on_request(run, folder, tmp_path):
     _, out, err = run("encode", folder / "cat.png", "--json")
-    assert set(json.loads(out)) == {"codes", "positions", "grids", "fingerprint", "failures", "source_index", "sources"}
+    known = {"codes", "positions", "grids", "fingerprint", "failures", "source_index", "originals", "sources"}
+    assert set(json.loads(out)) == known
     assert err.startswith("encoded 1 image, ")
     assert run("encode", folder / "cat.png", "-o", "-")[1] == out
     _, again, err = run("encode", folder / "cat.png", "--json", "-o", tmp_path / "codes.json")
@@ -170,3 +171,43 @@ def test_unusable_paths_of_codes_are_errors(run, bad, tmp_path):
 def test_codes_are_not_written_where_there_is_no_folder(run, folder, tmp_path):
     code, out, err = run("encode", folder / "cat.png", "-o", tmp_path / "no" / "where.json")
     assert (code, out) == (1, "") and re.fullmatch("dyntok: can't write .*where.json: .*\n", err)
+
+
+def page_of_text(size):
+    page = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(page)
+    for top in range(40, size[1] - 60, 60):
+        draw.text((40, top), "Plain paper needs few patches, print needs many.", "black", ImageFont.load_default(40))
+    return page
+
+
+def test_pictures_that_are_no_squares_come_back_whole(photos, tmp_path, capsys):
+    """A panorama, a page, a telephone's screenshot, a strip, a logo with transparency, gray; and a strip too long."""
+    photo = Image.fromarray(photos[0])
+    pictures = {
+        "panorama.jpg": photo.resize((2304, 512)),
+        "page.png": page_of_text((1240, 1754)),
+        "phone.png": page_of_text((1080, 2340)),
+        "strip.jpg": photo.resize((900, 300)),
+        "logo.png": Image.merge(
+            "RGBA", (*photo.resize((600, 400)).split(), Image.linear_gradient("L").resize((600, 400)))
+        ),
+        "gray.png": photo.convert("L"),
+    }
+    for name, picture in pictures.items():
+        picture.save(tmp_path / name)
+    assert main(["encode", *(str(tmp_path / name) for name in pictures), "-o", str(tmp_path / "codes.json")]) == 0
+    values = json.loads((tmp_path / "codes.json").read_text())
+    for (rows, columns), picture in zip(values["grids"], pictures.values(), strict=True):
+        assert 200 < rows * columns <= 256
+        assert columns / rows == pytest.approx(picture.width / picture.height, rel=0.1)
+    assert {tuple(original["crop_box"][:2]) for original in values["originals"]} == {(0, 0)}
+    decode = ["decode", str(tmp_path / "codes.json"), "-o", str(tmp_path / "again"), "--size", "original"]
+    assert main(decode) == 0
+    found = [Image.open(path).size for path in sorted((tmp_path / "again").iterdir())]
+    assert found == [picture.size for picture in pictures.values()]
+    photo.resize((900, 100)).save(tmp_path / "long.png")
+    capsys.readouterr()
+    assert main(["show", str(tmp_path / "long.png"), "-o", str(tmp_path / "sheet.png")]) == 1
+    told = capsys.readouterr().err
+    assert "long.png: 900 x 100 pixels are 9.0 to 1, expected at most 8 to 1" in told and "(--fit)" in told

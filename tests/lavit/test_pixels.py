@@ -55,6 +55,8 @@ def test_decode_gives_pictures(tokenizer, parity):
     expected = diffusion(*conditions, steps=2, generator=seeded())
     assert np.array_equal(np.asarray(images[4]), (expected[4] * 255).round().permute(1, 2, 0).numpy())
     assert len(tokenizer.decode(enc[0])) == 1  # with no other argument
+    photo = dyntok.example_image().crop((0, 0, 90, 40))
+    assert tokenizer.decode(tokenizer.encode(photo), size="original", steps=1)[0].size == (90, 40)
 
 
 def test_decode_at_six_aspect_ratios(tokenizer, parity):

@@ -29,7 +29,7 @@ from dyntok.batch.options import BatchOptions
 from dyntok.batch.shapes import code_type, image_config, position_type
 from dyntok.config import ImageConfig
 from dyntok.errors import BatchError, ImageError
-from dyntok.fitting import fit
+from dyntok.fitting import original
 from dyntok.image import ImageSource, normalized, to_array
 from dyntok.tokenizer import DynamicVisualTokenizer
 
@@ -188,8 +188,7 @@ def encode(
 def to_picture(image: ImageSource, options: DecodeOptions) -> DecodedImage:
     """Returns an image as the tokenizer sees it. Raises `ImageError`."""
     array, size = to_array(image, options.image, max_pixels=options.max_pixels)
-    left, top, right, bottom = fit(*size, options.image).box
-    return DecodedImage(array, size, (int(left), int(top), int(right), int(bottom)))
+    return DecodedImage(array, size, original(*size, options.image).crop_box)
 
 
 def tokenize_pictures(
@@ -219,7 +218,7 @@ def _tokenize_group(
         reason = f"budget is {options.budget} tokens, but the picture's grid of {rows} x {columns} has fewer patches"
         return [ImageError(reason) for _ in pictures]
     pixels = normalized(np.stack([picture.array for picture in pictures]), tokenizer.config.image)
-    encoding = tokenizer.encode_tensor(pixels, batch_size=len(pictures), errors="skip", **options.policy).to("cpu")
+    encoding = tokenizer.encode_tensor(pixels, batch_size=len(pictures), errors="skip", policy=options.policy).to("cpu")
     results: dict[int, TokenizedImage | ImageError] = {
         index: ImageError(str(error).removeprefix(f"input {index}: ")) for index, error in encoding.failures
     }
