@@ -9,6 +9,7 @@ from dyntok.llm.documents import in_drawn_order as in_drawn_order
 from dyntok.llm.documents import read_documents as read_documents
 from dyntok.llm.extend import extend_model as extend_model
 from dyntok.llm.extend import extend_tokenizer as extend_tokenizer
+from dyntok.llm.fetch import fetch_image as fetch_image
 from dyntok.llm.grammar import GrammarState as GrammarState
 from dyntok.llm.grammar import ImageGrammar as ImageGrammar
 from dyntok.llm.logits_processor import ImageLogitsProcessor as ImageLogitsProcessor

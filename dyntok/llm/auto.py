@@ -5,6 +5,7 @@
 >>> images = AutoImageProcessor.from_pretrained("checkpoint/")
 >>> model = AutoModel.from_pretrained("checkpoint/")
 >>> tokens = model.get_image_tokens(images(photos, return_tensors="pt")["pixel_values"])
+>>> processor = AutoProcessor.from_pretrained("model/")  # of VisualProcessor.save_pretrained
 
 Importing this module imports transformers and registers the classes. Not for LaVIT's tokenizer, which `dyntok.load`
 loads.
@@ -24,13 +25,14 @@ from torch import Tensor, nn
 from dyntok.config import ImageConfig
 from dyntok.errors import ConfigError, MissingDependencyError
 from dyntok.image import ImageSource, is_single, to_pixels
+from dyntok.llm.processor import VisualProcessor
 from dyntok.policy import KeepOptions
 from dyntok.structure import build
 from dyntok.tokenizer import DynamicVisualTokenizer
 from dyntok.vocab import VisualVocab
 
 try:
-    from transformers import AutoConfig, AutoImageProcessor, AutoModel, BatchFeature, PreTrainedConfig
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, BatchFeature, PreTrainedConfig
     from transformers.image_processing_utils import BaseImageProcessor
 except ModuleNotFoundError as error:
     raise MissingDependencyError.of("transformers", "transformers") from error
@@ -138,3 +140,4 @@ def add_transformers_files(folder: str | os.PathLike) -> None:
 AutoConfig.register(MODEL_TYPE, DyntokConfig, exist_ok=True)
 AutoModel.register(DyntokConfig, DyntokModel, exist_ok=True)
 AutoImageProcessor.register(DyntokConfig, image_processor_classes={"pil": DyntokImageProcessor}, exist_ok=True)
+AutoProcessor.register(DyntokConfig, VisualProcessor, exist_ok=True)

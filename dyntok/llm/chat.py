@@ -5,7 +5,7 @@ stand, and are then replaced or removed.
 """
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -17,6 +17,7 @@ from dyntok.llm.packing import IGNORED
 from dyntok.validation import counted
 
 Message = Mapping[str, Any]
+Fetch = Callable[[str], ImageSource]  # an http address to a picture
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,17 @@ class Rendered:
     turns: list[tuple[int, int]] | None
 
 
-def flatten_messages(messages: Sequence[Message], images: list[ImageSource]) -> list[dict[str, Any]]:
-    """Returns messages whose contents are lists of texts and `ImagePlace`s, and appends their pictures to `images`."""
-    return [{**message, "content": _flat(message.get("content") or [], images)} for message in messages]
+def flatten_messages(
+    messages: Sequence[Message], images: list[ImageSource], fetch: Fetch | None = None
+) -> list[dict[str, Any]]:
+    """Returns messages whose contents are lists of texts and `ImagePlace`s, and appends their pictures to `images`.
+
+    fetch: gets pictures of http addresses; None: such addresses are refused
+    """
+    return [{**message, "content": _flat(message.get("content") or [], images, fetch)} for message in messages]
 
 
-def _flat(content: Any, images: list[ImageSource]) -> list[str | ImagePlace]:
+def _flat(content: Any, images: list[ImageSource], fetch: Fetch | None) -> list[str | ImagePlace]:
     if isinstance(content, str):
         return [content]
     parts: list[str | ImagePlace] = []
@@ -48,24 +54,25 @@ def _flat(content: Any, images: list[ImageSource]) -> list[str | ImagePlace]:
         if part.get("type") == "text":
             parts.append(part["text"])
         else:
-            images.append(_picture(part))
+            images.append(_picture(part, fetch))
             parts.append(ImagePlace())
     return parts
 
 
-def _picture(part: Mapping[str, Any]) -> ImageSource:
+def _picture(part: Mapping[str, Any], fetch: Fetch | None) -> ImageSource:
     """Returns the picture of a part, in any of the forms that chats have."""
     kind = part.get("type")
     if kind == "image_url" and "image_url" in part:
         link = part["image_url"]
-        return _linked(link["url"] if isinstance(link, Mapping) else link)
+        return _linked(link["url"] if isinstance(link, Mapping) else link, fetch)
     if kind == "image":
         for name in ("image", "path"):
             if name in part:
                 source = part[name]
-                return _linked(source) if isinstance(source, str) and source.startswith("data:") else source
+                is_link = isinstance(source, str) and source.startswith(("data:", "http://", "https://"))
+                return _linked(source, fetch) if is_link else source
         if "url" in part:
-            return _linked(part["url"])
+            return _linked(part["url"], fetch)
         if "base64" in part:
             return _decoded(part["base64"])
     raise CodeError(
@@ -74,7 +81,7 @@ def _picture(part: Mapping[str, Any]) -> ImageSource:
     )
 
 
-def _linked(address: str) -> ImageSource:
+def _linked(address: str, fetch: Fetch | None) -> ImageSource:
     if address.startswith("data:"):
         head, _, data = address.partition(",")
         if not head.endswith(";base64"):
@@ -82,9 +89,14 @@ def _linked(address: str) -> ImageSource:
         return _decoded(data)
     if address.startswith("file://"):
         return unquote(address.removeprefix("file://"))
-    raise CodeError(
-        f"a picture is at {address[:60]!r}, and dyntok downloads nothing; give the picture itself, a path or a data URI"
-    )
+    if not address.startswith(("http://", "https://")):
+        raise CodeError(f"a picture is at {address[:60]!r}, expected a data URI, file://, http:// or https://")
+    if fetch is None:
+        raise CodeError(
+            f"a picture is at {address[:60]!r}, and dyntok downloads nothing by itself; make the processor with "
+            "fetch=dyntok.llm.fetch_image to allow it, or give the picture itself, a path or a data URI"
+        )
+    return fetch(address)
 
 
 def _decoded(text: str) -> bytes:

@@ -4,6 +4,7 @@
 conversation is learned (`chat.py`).
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Literal
@@ -15,8 +16,9 @@ from torch import Tensor
 from dyntok.encoding import Encoding
 from dyntok.errors import CodeError, ConfigError, FingerprintError
 from dyntok.image import ImageSource, is_single
-from dyntok.llm.chat import Message, flatten_messages, learned_labels, render
+from dyntok.llm.chat import Fetch, Message, flatten_messages, learned_labels, render
 from dyntok.llm.parsing import Segment, parse_ids
+from dyntok.llm.processor_files import load_parts, save_parts
 from dyntok.llm.row_batch import RowOptions, batch_of
 from dyntok.policy import KeepOptions
 from dyntok.tokenizer import DynamicVisualTokenizer
@@ -36,6 +38,8 @@ class VisualProcessor:
                    `DynamicVisualTokenizer.encode`
     visual_tokens  whether texts may spell pictures, such as `<|image|><|v:0001|><|/image|>`, as a model wrote them
                    before. By default such texts are refused, since a user's text could bring a picture that way.
+    fetch          gets the pictures of chats that are at http addresses, such as `fetch_image`. By default such
+                   addresses are refused.
 
     >>> processor = VisualProcessor(tokenizer, tok, VisualVocab.of(tok, after=32000), max_tokens=96)
     >>> inputs = processor(text=["A photo: <image> What is it?"], images=[photo])
@@ -57,6 +61,7 @@ class VisualProcessor:
         threshold: float | None = None,
         max_tokens: int | None = None,
         visual_tokens: bool = False,
+        fetch: Fetch | None = None,
     ) -> None:
         if vocab.size != visual.config.codebook.size:
             raise ConfigError(
@@ -73,10 +78,33 @@ class VisualProcessor:
                 f"the tokenizer has no token {missing[0]} with its id; call extend_tokenizer(tokenizer, vocab) first"
             )
         self.tokenizer, self.visual, self.vocab, self.placeholder = tokenizer, visual, vocab, placeholder
-        self.visual_tokens = visual_tokens
+        self.visual_tokens, self.fetch = visual_tokens, fetch
         self.policy: KeepOptions = {"budget": budget, "threshold": threshold, "max_tokens": max_tokens}
         if vocab.layout in ("map", "lattice"):
             self.policy["places"] = vocab.layout
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Writes the processor beside a language model: tokenizer, `dyntok.json`, options, pictures in `visual/`.
+
+        `fetch` is a function, and is not written.
+        """
+        options = {name: self.policy[name] for name in ("budget", "threshold", "max_tokens")}
+        options |= {"placeholder": self.placeholder, "visual_tokens": self.visual_tokens}
+        save_parts(folder, self.tokenizer, self.visual, self.vocab, options)
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike, **options: Any) -> "VisualProcessor":
+        """Returns the processor of a folder or a hub repository.
+
+        The tokenizer of pictures is in `visual/`, or the folder itself is its checkpoint.
+
+        options: those of the constructor, in place of what was saved; revision, token, cache_dir, local_files_only and
+            force_download of the hub; device
+
+        Raises `CheckpointError` on missing files, `ConfigError` on other options.
+        """
+        tokenizer, visual, vocab, known = load_parts(name, options)
+        return cls(tokenizer, visual, vocab, **known)
 
     def __call__(
         self,
@@ -117,8 +145,8 @@ class VisualProcessor:
 
         messages: of one conversation, or a list of such: `{"role": ..., "content": ...}`, where content is text or a
             list of `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}`. Pictures may also be
-            `"path"`, `"base64"`, `"url"` (a data URI or file://), or an `image_url`. The placeholder in a text is text
-            like any other.
+            `"path"`, `"base64"`, `"url"` (a data URI, file://, or http where `fetch` is given), or an `image_url`.
+            The placeholder in a text is text like any other.
         options: padding, truncation, max_length and return_tensors of a call, and those of the tokenizer's
             `apply_chat_template`, such as add_generation_prompt.
 
@@ -142,7 +170,7 @@ class VisualProcessor:
     def _conversation(self, messages: Sequence[Message], options: Mapping[str, Any]) -> tuple[list[int], Any]:
         """Returns the ids of a conversation, and its labels; None where they can't be found."""
         images: list[ImageSource] = []
-        plain = flatten_messages(messages, images)
+        plain = flatten_messages(messages, images, self.fetch)
         written = self._written(images, [len(images)])
         rendered = render(self.tokenizer, plain, written, options)
         ids = self._encoded(rendered.text, written, add_special_tokens=False)  # the template writes them

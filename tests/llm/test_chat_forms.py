@@ -46,8 +46,9 @@ def test_pictures_in_every_form_of_a_chat(processor, photos, tmp_path):
 @pytest.mark.parametrize(
     "part, message",
     [
-        ({"type": "image", "url": "https://example.org/cat.png"}, "dyntok downloads nothing"),
+        ({"type": "image", "url": "https://example.org/cat.png"}, "dyntok downloads nothing by itself"),
         ({"type": "image", "base64": "?"}, "no base64"),
+        ({"type": "image", "url": "ftp://example.org/cat.png"}, "expected a data URI, file://, http://"),
         ({"type": "image", "url": "data:image/png,abc"}, "a data URI begins with"),
         ({"type": "image"}, "expected text, image with image, path, url or base64"),
     ],
