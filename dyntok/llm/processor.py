@@ -88,7 +88,7 @@ class VisualProcessor:
 
         `fetch` is a function, and is not written.
         """
-        options = {name: self.policy[name] for name in ("budget", "threshold", "max_tokens")}
+        options: dict[str, Any] = {name: self.policy.get(name) for name in ("budget", "threshold", "max_tokens")}
         options |= {"placeholder": self.placeholder, "visual_tokens": self.visual_tokens}
         save_parts(folder, self.tokenizer, self.visual, self.vocab, options)
 

@@ -29,7 +29,7 @@ def save_parts(
 ) -> None:
     """Writes the parts of a processor, and its options for `AutoProcessor`, into the folder of a language model."""
     tokenizer.save_pretrained(folder)
-    vocab.save_pretrained(folder)
+    vocab.save_pretrained(Path(folder))
     visual.save_pretrained(Path(folder) / VISUAL)
     saved = {"processor_class": "VisualProcessor", **options}
     (Path(folder) / PROCESSOR_FILE).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")

@@ -14,8 +14,15 @@ SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_atte
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"cache_implementation": "static"}, {"num_beams": 3}, {"do_sample": True, "temperature": 2.0}],
-    ids=["greedy", "static cache", "beams", "sampling"],
+    [
+        {},
+        {"cache_implementation": "static"},
+        {"num_beams": 3},
+        {"do_sample": True, "temperature": 2.0},
+        {"guidance_scale": 3.0},
+        {"guidance_scale": 3.0, "num_beams": 2},
+    ],
+    ids=["greedy", "static cache", "beams", "sampling", "guidance", "guidance with beams"],
 )
 def test_prompts_of_different_lengths_each_with_its_limits(options):
     torch.manual_seed(0)
