@@ -57,11 +57,16 @@ class ImageConfig:
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     color: Literal["ignore", "srgb"] = "ignore"  # of embedded ICC profiles: ignore them, or convert to sRGB by them
+    # scaled: JPEG files are decoded at 1/2, 1/4 or 1/8, never below twice the size that they get; None: in full
+    decoding: Literal["scaled"] | None = None
 
     def __post_init__(self) -> None:
         require_whole("image.img_size", self.img_size, 1, _MAX_SIDE)
         self._require_shape()
         require(self.color in ("ignore", "srgb"), f"image.color is {brief(self.color)}, expected 'ignore' or 'srgb'")
+        require(
+            self.decoding in ("scaled", None), f"image.decoding is {brief(self.decoding)}, expected 'scaled' or null"
+        )
         for name in ("mean", "std"):
             value = getattr(self, name)
             wanted = f"image.{name} is {brief(value)}, expected three numbers, one for each of R, G, B"

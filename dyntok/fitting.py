@@ -55,6 +55,17 @@ def original(width: int, height: int, config: ImageConfig) -> Original:
     return Original((height, width), (left, top, right, bottom), config.resize)
 
 
+def smallest_decoding(width: int, height: int, place: Fitting) -> tuple[int, int]:
+    """Returns the least (width, height) at which an original of this size may be decoded before it is resized.
+
+    It is twice the size that the whole original would get.
+    """
+    left, top, right, bottom = place.box
+    across = (place.inner[2] - place.inner[0]) / (right - left)
+    down = (place.inner[3] - place.inner[1]) / (bottom - top)
+    return math.ceil(2 * width * across), math.ceil(2 * height * down)
+
+
 def target_size(config: ImageConfig) -> tuple[int, int]:
     """Returns (height, width) in pixels of the rectangle that pictures are fitted to.
 

@@ -19,11 +19,11 @@ from PIL import Image, ImageFile
 
 from dyntok.config import ImageConfig
 from dyntok.errors import ImageError
-from dyntok.fitting import fit
+from dyntok.fitting import Fitting, fit, smallest_decoding
 from dyntok.imaging import jpeg
 from dyntok.imaging.color import to_srgb
 from dyntok.imaging.container import orientation
-from dyntok.imaging.decode import Picture, decode, load
+from dyntok.imaging.decode import Picture, Smallest, decode, load
 from dyntok.imaging.formats import ACCEPTED_FORMATS as ACCEPTED_FORMATS
 from dyntok.imaging.formats import IMAGE_SUFFIXES as IMAGE_SUFFIXES
 from dyntok.imaging.formats import UNREADABLE_SUFFIXES as UNREADABLE_SUFFIXES
@@ -89,14 +89,15 @@ def load_image(
     `ImageError`.
     """
     with _failures_named(source) as name:
-        image = _load(source, name, max_pixels, color)
+        image = _upright_rgb(_load(source, name, max_pixels), name, color)
         return image.copy() if image is source else image
 
 
 def to_pixels(source: ImageSource, config: ImageConfig, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> torch.Tensor:
     """Return normalized pixels [3, H, W], float32: (value / 255 - mean) / std. Sources and errors as in `load_image`.
 
-    The picture is resized in 8 bits with Pillow's antialiased bicubic filter; `ImageConfig` says to which size.
+    The picture is resized in 8 bits with Pillow's antialiased bicubic filter; `ImageConfig` says to which size. Its
+    `decoding: scaled` concerns JPEG files (paths, bytes, file objects), not pictures that are decoded already.
     """
     return normalized(to_array(source, config, max_pixels=max_pixels)[0], config)
 
@@ -109,8 +110,14 @@ def to_array(
     This is the first half of `to_pixels`.
     """
     with _failures_named(source) as name:
-        image = _load(source, name, max_pixels, config.color)
-        return np.asarray(_resize(image, name, config)), image.size
+
+        def smallest(width: int, height: int) -> tuple[int, int]:
+            return smallest_decoding(width, height, _fitted(width, height, name, config))
+
+        picture = _load(source, name, max_pixels, smallest if config.decoding == "scaled" else None)
+        place = _fitted(*picture.upright_size, name, config)
+        image = _upright_rgb(picture, name, config.color)
+        return np.asarray(_resize(image, place, picture.reduced(place.box))), picture.upright_size
 
 
 def normalized(array: np.ndarray, config: ImageConfig) -> torch.Tensor:
@@ -174,30 +181,28 @@ def _failures_named(source: ImageSource) -> Iterator[str]:
         ) from error
 
 
-def _load(source: ImageSource, name: str, max_pixels: int, color: str) -> Image.Image:
-    """Returns the upright RGB image, which may be `source` itself."""
+def _load(source: ImageSource, name: str, max_pixels: int, smallest: Smallest | None = None) -> Picture:
+    """Returns the decoded picture, whose image may be `source` itself."""
 
     def check_size(width: int, height: int) -> None:
         _check_size(width, height, name, max_pixels)
 
     if isinstance(source, Image.Image):
         check_size(*source.size)
-        picture = _decoded(source, name)
-    elif isinstance(source, torch.Tensor):
+        return _decoded(source, name)
+    if isinstance(source, torch.Tensor):
         if source.ndim != 3 or source.shape[0] not in (1, 3):
             raise ImageError(f"{name}: expected the shape [3, H, W] or [1, H, W]; one image at a time, channels first")
         check_size(source.shape[2], source.shape[1])
-        picture = Picture(from_tensor(source, name))
-    elif isinstance(source, np.ndarray):
+        return Picture(from_tensor(source, name))
+    if isinstance(source, np.ndarray):
         if source.ndim in (2, 3):
             check_size(source.shape[1], source.shape[0])
-        picture = Picture(from_array(source, name))
-    else:
-        data = read_bytes(source, name)
-        if data is None:
-            raise ImageError(f"{name}: expected a path, bytes, a file object, a PIL image, an ndarray or a tensor")
-        picture = decode(data, name, check_size)
-    return _upright_rgb(picture, name, color)
+        return Picture(from_array(source, name))
+    data = read_bytes(source, name)
+    if data is None:
+        raise ImageError(f"{name}: expected a path, bytes, a file object, a PIL image, an ndarray or a tensor")
+    return decode(data, name, check_size, smallest)
 
 
 def _check_size(width: int, height: int, name: str, max_pixels: int) -> None:
@@ -268,13 +273,17 @@ def _rgb(image: Image.Image, name: str, white: float | None, profile: bytes | No
     return opaque
 
 
-def _resize(image: Image.Image, name: str, config: ImageConfig) -> Image.Image:
+def _fitted(width: int, height: int, name: str, config: ImageConfig) -> Fitting:
     try:
-        place = fit(*image.size, config)
+        return fit(width, height, config)
     except ImageError as error:
         raise ImageError(f"{name}: {error}") from error
+
+
+def _resize(image: Image.Image, place: Fitting, box: tuple[float, float, float, float]) -> Image.Image:
+    """Returns the fitted image. box: the used part, in pixels of this image."""
     left, top, right, bottom = place.inner
-    size, box = (right - left, bottom - top), place.box
+    size = (right - left, bottom - top)
     if image.height > 64 * image.width:  # Pillow scales the width first, which would blow up a tall sliver
         image = image.resize((image.width, size[1]), Image.Resampling.BICUBIC, box=box)
         box = (0, 0, *image.size)

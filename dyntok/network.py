@@ -12,11 +12,11 @@ from typing_extensions import Self
 
 from dyntok.checkpoint.pretrained import PretrainedModule
 from dyntok.chunks import Chunk, Rows, finite_images
-from dyntok.config import DecoderConfig, TokenizerConfig
+from dyntok.config import MAX_PATCHES, DecoderConfig, TokenizerConfig
 from dyntok.encoding import Encoding
-from dyntok.errors import CodeError, ConfigError
+from dyntok.errors import CodeError, ConfigError, ImageError
 from dyntok.fitting import target_size
-from dyntok.layout import canonical_mask
+from dyntok.layout import MAX_SIDE, canonical_mask
 from dyntok.margins import close_choices, close_codes, shares
 from dyntok.model.backbone import Backbone
 from dyntok.model.codebook import Codebook
@@ -174,6 +174,26 @@ class TokenizerNetwork(PretrainedModule):
                 "decode_to_features(codes) gives patch features"
             )
         return self.pixel_head
+
+    def _check_pixels(self, pixels: Tensor) -> None:
+        shape, limits = f"3, {self.image_size}, {self.image_size}", ""
+        sides: tuple[int, ...] = (self.image_size, self.image_size)
+        fits = isinstance(pixels, Tensor) and pixels.dim() == 4 and pixels.is_floating_point() and pixels.shape[1] == 3
+        if self.any_grid:
+            patch = self.backbone.patch_size
+            shape = "3, H, W"
+            limits = f" with sides that are multiples of {patch}, and at most {MAX_PATCHES:,} patches"
+            sides = tuple(pixels.shape[2:]) if fits else ()
+            fits = fits and all(side and side % patch == 0 and side <= MAX_SIDE * patch for side in sides)
+            fits = fits and sides[0] * sides[1] <= MAX_PATCHES * patch**2
+        if not fits or tuple(pixels.shape[2:]) != sides:
+            got = f"{pixels.dtype} {list(pixels.shape)}" if isinstance(pixels, Tensor) else type(pixels).__name__
+            raise ImageError(
+                f"pixels are {got}, expected normalized floats [B, {shape}]{limits}; encode() prepares images"
+            )
+        # on a GPU the host would wait for it; the network finds such an image a moment later
+        if pixels.device.type == "cpu" and not pixels.isfinite().all():
+            raise ImageError("pixels hold NaN or infinite values, expected finite ones")
 
     def _at_once(self, images: int) -> int:
         # matrix products round differently at different shapes, so a CPU computes every image alone

@@ -7,7 +7,7 @@ Not here: the parts and how they work together (`network.py`), files and the hub
 import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from PIL import Image
@@ -24,12 +24,11 @@ from dyntok.chunks import (
     split_chunks,
     without_failures,
 )
-from dyntok.config import MAX_PATCHES, ImageConfig
+from dyntok.config import ImageConfig
 from dyntok.encoding import Encoding, unchecked
-from dyntok.errors import CodeError, ConfigError, FingerprintError, ImageError
+from dyntok.errors import CodeError, ConfigError, FingerprintError
 from dyntok.features import Features
 from dyntok.image import DEFAULT_MAX_PIXELS, ImageSource, resize, restore, to_image
-from dyntok.layout import MAX_SIDE
 from dyntok.model.decoder import Decoder
 from dyntok.network import Choice, Merge, TokenizerNetwork
 from dyntok.original import Original
@@ -40,6 +39,7 @@ Codes: TypeAlias = Encoding | IntegerRows
 OnError: TypeAlias = Literal["raise", "skip"]
 Fit: TypeAlias = Literal["keep", "crop", "squash", "pad"]
 Size: TypeAlias = int | tuple[int, int]  # (height, width) in pixels, or both
+Decoding: TypeAlias = Literal["full", "scaled"]  # of JPEG files
 
 BATCH_SIZE = 32
 
@@ -67,6 +67,7 @@ class DynamicVisualTokenizer(TokenizerNetwork):
         fit: Fit | None = None,
         max_patches: int | None = None,
         size: Size | None = None,
+        decoding: Decoding | None = None,
         max_pixels: int = DEFAULT_MAX_PIXELS,
         batch_size: int = BATCH_SIZE,
         margins: bool = False,
@@ -85,6 +86,8 @@ class DynamicVisualTokenizer(TokenizerNetwork):
         max_patches: the most patches of a picture, 64 to 4,096. More patches show more detail and take more tokens.
         size: (height, width) in pixels, or both as one number: the rectangle that pictures are fitted to. It takes the
             place of `max_patches`.
+        decoding: "scaled" reads large JPEG files at a fraction of their size, which is faster and changes some codes;
+            "full" does not. By default as the configuration says.
         max_pixels: larger images are refused before they are decoded; `load_image` says more about limits.
         batch_size: the number of images that a GPU computes together; a CPU takes them one by one. It does not change
             the codes.
@@ -96,7 +99,7 @@ class DynamicVisualTokenizer(TokenizerNetwork):
         failures, originals = self._failures(errors), Originals()
         chunks = load_chunks(
             images,
-            self.image_config(fit=fit, max_patches=max_patches, size=size),
+            self.image_config(fit=fit, max_patches=max_patches, size=size, decoding=decoding),
             self._at_once(batch_size),
             max_pixels=max_pixels,
             failures=failures,
@@ -154,6 +157,7 @@ class DynamicVisualTokenizer(TokenizerNetwork):
         fit: Fit | None = None,
         max_patches: int | None = None,
         size: Size | None = None,
+        decoding: Decoding | None = None,
         max_pixels: int = DEFAULT_MAX_PIXELS,
         batch_size: int = BATCH_SIZE,
         **options: Unpack[KeepOptions],
@@ -163,7 +167,7 @@ class DynamicVisualTokenizer(TokenizerNetwork):
         Arguments and errors are those of `encode`.
         """
         keep = KeepPolicy.of(policy, options)
-        config = self.image_config(fit=fit, max_patches=max_patches, size=size)
+        config = self.image_config(fit=fit, max_patches=max_patches, size=size, decoding=decoding)
         chunks = load_chunks(images, config, self._at_once(batch_size), max_pixels=max_pixels)
         return self._merge_chunks(chunks, keep, self.merger, self.backbone.embed_dim)
 
@@ -225,7 +229,12 @@ class DynamicVisualTokenizer(TokenizerNetwork):
             return head(self._decode_features(encoding, self.require_decoder()), self._one_grid(encoding))
 
     def image_config(
-        self, *, fit: Fit | None = None, max_patches: int | None = None, size: Size | None = None
+        self,
+        *,
+        fit: Fit | None = None,
+        max_patches: int | None = None,
+        size: Size | None = None,
+        decoding: Decoding | None = None,
     ) -> ImageConfig:
         """Returns how pictures are prepared under these options of `encode`.
 
@@ -240,6 +249,11 @@ class DynamicVisualTokenizer(TokenizerNetwork):
             )
         if fit is not None:
             config = dataclasses.replace(config, resize=fit)
+        if decoding is not None:
+            if decoding not in ("full", "scaled"):
+                raise ConfigError(f"decoding is {decoding!r}, expected 'full' or 'scaled'")
+            stated: Any = "scaled" if decoding == "scaled" else None
+            config = dataclasses.replace(config, decoding=stated)
         if max_patches is not None:
             config = dataclasses.replace(config, max_patches=max_patches)
         return config if size is None else dataclasses.replace(config, size=pair(size))
@@ -319,26 +333,6 @@ class DynamicVisualTokenizer(TokenizerNetwork):
                     "give a smaller size=(height, width)"
                 )
         return encoding.originals
-
-    def _check_pixels(self, pixels: Tensor) -> None:
-        shape, limits = f"3, {self.image_size}, {self.image_size}", ""
-        sides: tuple[int, ...] = (self.image_size, self.image_size)
-        fits = isinstance(pixels, Tensor) and pixels.dim() == 4 and pixels.is_floating_point() and pixels.shape[1] == 3
-        if self.any_grid:
-            patch = self.backbone.patch_size
-            shape = "3, H, W"
-            limits = f" with sides that are multiples of {patch}, and at most {MAX_PATCHES:,} patches"
-            sides = tuple(pixels.shape[2:]) if fits else ()
-            fits = fits and all(side and side % patch == 0 and side <= MAX_SIDE * patch for side in sides)
-            fits = fits and sides[0] * sides[1] <= MAX_PATCHES * patch**2
-        if not fits or tuple(pixels.shape[2:]) != sides:
-            got = f"{pixels.dtype} {list(pixels.shape)}" if isinstance(pixels, Tensor) else type(pixels).__name__
-            raise ImageError(
-                f"pixels are {got}, expected normalized floats [B, {shape}]{limits}; encode() prepares images"
-            )
-        # on a GPU the host would wait for it; the network finds such an image a moment later
-        if pixels.device.type == "cpu" and not pixels.isfinite().all():
-            raise ImageError("pixels hold NaN or infinite values, expected finite ones")
 
     def _as_encoding(
         self, codes: Codes, positions: IntegerRows | None, grid: tuple[int, int] | None, decoder: Decoder | None = None

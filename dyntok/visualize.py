@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 from dyntok.encoding import Encoding
 from dyntok.errors import CodeError
 from dyntok.image import ImageSource, to_image, to_pixels
-from dyntok.tokenizer import DynamicVisualTokenizer, Fit, Size
+from dyntok.tokenizer import Decoding, DynamicVisualTokenizer, Fit, Size
 from dyntok.validation import counted
 
 _GAP = 8
@@ -25,6 +25,7 @@ def contact_sheet(
     fit: Fit | None = None,
     max_patches: int | None = None,
     size: Size | None = None,
+    decoding: Decoding | None = None,
 ) -> Image.Image:
     """Returns a contact sheet with one panel per image, every picture in its own shape.
 
@@ -34,14 +35,14 @@ def contact_sheet(
     encoding: of exactly these images, in this order, with positions.
     side: pixels along the longer side of a picture; larger pictures keep their size.
     columns: panels side by side.
-    fit, max_patches, size: what `encode` was given.
+    fit, max_patches, size, decoding: what `encode` was given.
 
     Raises `CodeError` if there is no image or the encoding does not belong to the images.
     """
     if len(encoding) != len(images) or not images:
         got = f"{counted(len(images), 'image')} and an encoding of {counted(len(encoding), 'image')}"
         raise CodeError(f"contact_sheet got {got}, expected at least one image and an encoding of the same images")
-    config = tokenizer.image_config(fit=fit, max_patches=max_patches, size=size)
+    config = tokenizer.image_config(fit=fit, max_patches=max_patches, size=size, decoding=decoding)
     originals = [to_image(to_pixels(image, config), config) for image in images]
     panels = [[original, _kept(original, part)] for original, part in zip(originals, encoding, strict=True)]
     if tokenizer.pixel_head is not None:

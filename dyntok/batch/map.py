@@ -15,7 +15,7 @@ from dyntok.batch.shapes import check_shapes, code_type, position_type
 from dyntok.errors import DataError, FingerprintError, ImageError
 from dyntok.image import DEFAULT_MAX_PIXELS
 from dyntok.loading import load
-from dyntok.tokenizer import DynamicVisualTokenizer, Fit, Size
+from dyntok.tokenizer import Decoding, DynamicVisualTokenizer, Fit, Size
 
 _IMPORTED_IN = os.getpid()
 
@@ -54,6 +54,7 @@ class TokenizeColumn:
         fit: Fit | None = None,
         max_patches: int | None = None,
         size: Size | None = None,
+        decoding: Decoding | None = None,
         max_pixels: int = DEFAULT_MAX_PIXELS,
         device: str = "cpu",
     ) -> None:
@@ -67,6 +68,7 @@ class TokenizeColumn:
             fit=fit,
             max_patches=max_patches,
             size=size,
+            decoding=decoding,
             max_pixels=max_pixels,
         )
         self._tokenizer: DynamicVisualTokenizer | None = None

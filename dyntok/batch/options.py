@@ -18,6 +18,7 @@ KINDS = ("auto", "folder", "tar", "zip", "parquet", "list")
 FORMATS = ("parquet", "webdataset", "megatron")
 DTYPES = ("fp32", "bf16", "fp16")
 FITS = ("keep", "crop", "squash", "pad")
+DECODINGS = ("full", "scaled")
 OWN_COLUMNS = {"key", "codes", "positions", "grid", "width", "height", "crop_box", "fingerprint"}  # of the output
 
 
@@ -40,6 +41,7 @@ class BatchOptions:
     fit: Literal["keep", "crop", "squash", "pad"] | None = None  # how a picture meets its grid, as in `encode`
     max_patches: int | None = None  # of a picture, 64 to 4,096, as in `encode`
     size: int | tuple[int, int] | None = None  # (height, width) in pixels, in place of max_patches
+    decoding: Literal["full", "scaled"] | None = None  # of JPEG files, as in `encode`
     max_pixels: int = DEFAULT_MAX_PIXELS  # of an image; larger ones are refused
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     vocab_size: int | None = None  # megatron: entries of the LLM's vocabulary; image start, end and codes follow them
@@ -48,7 +50,9 @@ class BatchOptions:
     text_tokenizer: str | None = None  # megatron: the LLM's tokenizer.json, with which kept columns are written as text
 
     def __post_init__(self) -> None:
-        for name, choices in (("kind", KINDS), ("format", FORMATS), ("dtype", DTYPES), ("fit", (None, *FITS))):
+        choices_of = {"kind": KINDS, "format": FORMATS, "dtype": DTYPES}
+        choices_of |= {"fit": (None, *FITS), "decoding": (None, *DECODINGS)}
+        for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(map(str, choices))}")
         for name in ("shard_size", "max_pixels"):

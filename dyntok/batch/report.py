@@ -216,6 +216,7 @@ def draw_sample_sheet(
         fit=options.fit,
         max_patches=options.max_patches,
         size=options.size,
+        decoding=options.decoding,
     )
 
 

@@ -13,7 +13,9 @@ def image_config(tokenizer: DynamicVisualTokenizer, options: BatchOptions) -> Im
 
     Raises `ConfigError` on values out of range, and where the tokenizer knows one grid alone.
     """
-    return tokenizer.image_config(fit=options.fit, max_patches=options.max_patches, size=options.size)
+    return tokenizer.image_config(
+        fit=options.fit, max_patches=options.max_patches, size=options.size, decoding=options.decoding
+    )
 
 
 def most_patches(tokenizer: DynamicVisualTokenizer, options: BatchOptions) -> int:

@@ -79,6 +79,11 @@ def add_shape_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--size", type=size, metavar="HxW", help="height and width of the rectangle to fit, in pixels, such as 256x384"
     )
+    group.add_argument(
+        "--decoding",
+        choices=["full", "scaled"],
+        help="scaled: read large JPEG files at a fraction of their size; other codes (default: the tokenizer's own)",
+    )
 
 
 def size(text: str) -> tuple[int, int]:
@@ -96,7 +101,7 @@ def size_or_original(text: str) -> "tuple[int, int] | str":
 
 def shape_options(options: argparse.Namespace) -> "dict[str, Any]":
     """Returns the options of `add_shape_options` as `encode` takes them."""
-    return {"fit": options.fit, "max_patches": options.max_patches, "size": options.size}
+    return {name: getattr(options, name) for name in ("fit", "max_patches", "size", "decoding")}
 
 
 def budget(text: str) -> int | float:

@@ -32,7 +32,10 @@ from dyntok.imaging.formats import ACCEPTED_FORMATS, BY_NAME, sniff
 from dyntok.imaging.samples import rgb_8bit, scaled, unpacked
 
 CheckSize = Callable[[int, int], None]  # (width, height): raises `ImageError` for a picture that is too large
+Smallest = Callable[[int, int], tuple[int, int]]  # (width, height), upright: the least size that is enough
 
+SIDEWAYS = (5, 6, 7, 8)  # orientations whose sides change places
+_FAR_EDGE_LEFT, _FAR_EDGE_TOP = (2, 3, 6, 7), (3, 4, 7, 8)  # where the right or bottom edge gets when it is turned
 _STRICT = "dyntok_strict"
 _BLOCK = 65536  # bytes that a decoder gets at a time
 logging.getLogger("PIL").addHandler(
@@ -42,16 +45,43 @@ logging.getLogger("PIL").addHandler(
 
 @dataclass(frozen=True)
 class Picture:
-    """A decoded image and what its file says about it."""
+    """A decoded image and what its file says about it.
+
+    full_size: (width, height) of the picture in the file. reduction: how many of its pixels are one pixel of the image,
+    along each side.
+    """
 
     image: Image.Image
     orientation: int = 1
     profile: bytes | None = None  # ICC
     white: float | None = None
+    full_size: tuple[int, int] | None = None  # None: the size of the image
+    reduction: int = 1
+
+    @property
+    def upright_size(self) -> tuple[int, int]:
+        """Returns (width, height) of the whole picture after it was turned upright."""
+        width, height = self.full_size or self.image.size
+        return (height, width) if self.orientation in SIDEWAYS else (width, height)
+
+    def reduced(self, box: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
+        """Returns a box of the whole upright picture (left, top, right, bottom) in pixels of the upright image.
+
+        The last column and row of the image may be covered in part; turning may bring them to the left or the top.
+        """
+        sides = self.image.size[::-1] if self.orientation in SIDEWAYS else self.image.size
+        wide, high = (side - full / self.reduction for side, full in zip(sides, self.upright_size, strict=True))
+        x = wide if self.orientation in _FAR_EDGE_LEFT else 0.0
+        y = high if self.orientation in _FAR_EDGE_TOP else 0.0
+        left, top, right, bottom = (edge / self.reduction for edge in box)
+        return left + x, top + y, right + x, bottom + y
 
 
-def decode(data: bytes, name: str, check_size: CheckSize) -> Picture:
-    """Returns the first picture of a file, decoded. Raises `ImageError`, and the errors of Pillow on broken files."""
+def decode(data: bytes, name: str, check_size: CheckSize, smallest: Smallest | None = None) -> Picture:
+    """Returns the first picture of a file, decoded. Raises `ImageError`, and the errors of Pillow on broken files.
+
+    smallest: JPEG files may be decoded at a fraction of their size, if that is not below what this function returns.
+    """
     format = sniff(data)
     if format is None:
         raise ImageError(f"{name}: not a readable image; expected one of {', '.join(ACCEPTED_FORMATS)}, intact")
@@ -70,13 +100,28 @@ def decode(data: bytes, name: str, check_size: CheckSize) -> Picture:
         container = replace(container, orientation=orientation(image.info.get("exif"), None))
     elif format == "PPM" and image.mode == "I":
         container = replace(container, white=65535)
-    rawmode = _rawmode(image)
+    rawmode, full_size, reduction = _rawmode(image), image.size, 1
+    if format == "JPEG" and smallest is not None:
+        reduction = _reduce(image, container.orientation, smallest)
     load(image)
     picture: Image.Image = image
     if format == "PNG" and container.white:
         picture = _by_significant_bits(image, container, rawmode)
     profile = container.profile or picture.info.get("icc_profile")
-    return Picture(picture, container.orientation, profile, container.white)
+    return Picture(picture, container.orientation, profile, container.white, full_size, reduction)
+
+
+def _reduce(image: ImageFile.ImageFile, turned: int, smallest: Smallest) -> int:
+    """Makes a JPEG decode at 1/2, 1/4 or 1/8 of its size where that is enough. Returns the divisor."""
+    width, height = image.size
+    if turned in SIDEWAYS:
+        least_height, least_width = smallest(height, width)
+    else:
+        least_width, least_height = smallest(width, height)
+    divisor = next(n for n in (8, 4, 2, 1) if n == 1 or width >= n * least_width and height >= n * least_height)
+    if divisor > 1:
+        image.draft(None, (width // divisor, height // divisor))
+    return divisor
 
 
 def _container(data: bytes, format: str, name: str) -> Container:

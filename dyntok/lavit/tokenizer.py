@@ -30,7 +30,7 @@ from dyntok.lavit.diffusion import FILES, DiffusionDecoder
 from dyntok.lavit.understanding import Understanding
 from dyntok.network import Merge
 from dyntok.policy import KeepOptions, KeepPolicy
-from dyntok.tokenizer import BATCH_SIZE, Codes, DynamicVisualTokenizer, Fit, IntegerRows, OnError, Size, pair
+from dyntok.tokenizer import BATCH_SIZE, Codes, Decoding, DynamicVisualTokenizer, Fit, IntegerRows, OnError, Size, pair
 
 Part = Literal["decoder", "highres_decoder", "understanding"]
 FeaturePath = Literal["codes", "understanding"]
@@ -84,6 +84,7 @@ class LavitTokenizer(DynamicVisualTokenizer):
         fit: Fit | None = None,
         max_patches: int | None = None,
         size: Size | None = None,
+        decoding: Decoding | None = None,
         max_pixels: int = DEFAULT_MAX_PIXELS,
         batch_size: int = BATCH_SIZE,
         margins: bool = False,
@@ -95,7 +96,7 @@ class LavitTokenizer(DynamicVisualTokenizer):
         lavit_softmax: merge with the softmax formula of LaVIT's released code, which needs all patches and is slower.
         """
         keep, failures, originals = KeepPolicy.of(policy, options), self._failures(errors), Originals()
-        config = self.image_config(fit=fit, max_patches=max_patches, size=size)
+        config = self.image_config(fit=fit, max_patches=max_patches, size=size, decoding=decoding)
         at_once, merge = self._at_once(batch_size), self._merge("codes", lavit_softmax)
         chunks = load_chunks(images, config, at_once, max_pixels=max_pixels, failures=failures, originals=originals)
         return self._encode_chunks(chunks, keep, merge, failures, originals, margins=margins)
@@ -109,6 +110,7 @@ class LavitTokenizer(DynamicVisualTokenizer):
         fit: Fit | None = None,
         max_patches: int | None = None,
         size: Size | None = None,
+        decoding: Decoding | None = None,
         max_pixels: int = DEFAULT_MAX_PIXELS,
         batch_size: int = BATCH_SIZE,
         lavit_softmax: bool = False,
@@ -121,7 +123,7 @@ class LavitTokenizer(DynamicVisualTokenizer):
             where the tokenizer has no such path.
         """
         keep, merge = KeepPolicy.of(policy, options), self._merge(path, lavit_softmax)
-        config = self.image_config(fit=fit, max_patches=max_patches, size=size)
+        config = self.image_config(fit=fit, max_patches=max_patches, size=size, decoding=decoding)
         chunks = load_chunks(images, config, self._at_once(batch_size), max_pixels=max_pixels)
         return self._merge_chunks(chunks, keep, merge, self._width(path))
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dyntok.errors import ConfigError, DataError
 from dyntok.model.codebook import perplexity
 from dyntok.policy import KeepPolicy
-from dyntok.tokenizer import DynamicVisualTokenizer, Fit, Size
+from dyntok.tokenizer import Decoding, DynamicVisualTokenizer, Fit, Size
 from dyntok.training import metrics
 from dyntok.training.classifier import Classifier
 from dyntok.training.encoded_batches import EncodedBatch, Failure, SampleEncoder, Selection, to_visible
@@ -40,6 +40,7 @@ def evaluate(
     fit: Fit | None = None,
     max_patches: int | None = None,
     size: Size | None = None,
+    decoding: Decoding | None = None,
     batch_size: int = 16,
     limit: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -51,7 +52,7 @@ def evaluate(
         its own seed and the image's key.
     positions: whether to decode with positions, or from the codes alone.
     selection: which patches to keep. "random" and "even" keep the same number per image as `policy`, but others.
-    fit, max_patches, size: how pictures are prepared, as in `encode`.
+    fit, max_patches, size, decoding: how pictures are prepared, as in `encode`.
     teacher: a timm network with its classifier (see `load_classifier`) that compares originals and reconstructions.
     probe_samples: labeled images, none of `samples`, to search for nearest neighbors. Without them the search is among
     the
@@ -69,7 +70,8 @@ def evaluate(
     labeled = LabeledVectors(probe_prefix)
     neighbors = None if probe_samples is None else LabeledVectors(probe_prefix)
     probed = [] if neighbors is None else _choose_probe_samples(probe_samples, neighbors, chosen)
-    image, total = tokenizer.image_config(fit=fit, max_patches=max_patches, size=size), len(chosen) + len(probed)
+    image = tokenizer.image_config(fit=fit, max_patches=max_patches, size=size, decoding=decoding)
+    total = len(chosen) + len(probed)
     encoder = SampleEncoder(tokenizer, policy, selection, batch_size, total, image, progress)
     # the classes are those of all samples, so that a limit does not make the task easier
     classifier = Classifier(teacher, [sample.label for sample in samples]) if teacher is not None else None
