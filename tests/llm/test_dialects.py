@@ -60,6 +60,26 @@ def test_engines_over_text_allow_the_same_at_every_step(engine, vocab, data):
         walk(grammar, engine, 14, data.draw(st.randoms(use_true_random=False)))
 
 
+@pytest.mark.parametrize("engine", [XGrammar, LLGuidance, Spelled])
+def test_requests_side_by_side(engine):
+    """Three requests take turns, each with its own limits."""
+    pytest.importorskip(PACKAGES[engine])
+    vocab = VisualVocab.after(4, size=2, layout="map", grid=(3, 2))
+    asked = [(6, 6, 1), (2, 2, 3), (4, 1, 2)]
+    rules = [ImageGrammar(vocab, most, least, count, count, False, EOS) for most, least, count in asked]
+    requests = [[grammar, engine(grammar), grammar.start()] for grammar in rules]
+    draw = random.Random(0)
+    for _ in range(12):
+        for request in requests:
+            grammar, other, state = request
+            expected = [id for low, high in grammar.allowed(state) for id in range(low, high)]
+            assert other.allowed() == sorted(expected)
+            if choices := [id for id in expected if id != EOS]:
+                id = draw.choice(choices)
+                other.step(id)
+                request[2] = grammar.step(state, id)
+
+
 @pytest.mark.parametrize("engine", [pytest.param(XGrammar, marks=pytest.mark.slow), LLGuidance])
 @pytest.mark.parametrize("name", LARGE)
 @pytest.mark.parametrize("limits", [{"max_tokens": 60}, {"max_tokens": (64, 5), "min_tokens": (64, 5)}], ids=str)

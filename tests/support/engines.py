@@ -30,8 +30,11 @@ class XGrammar:
         )
         self.mask = xgrammar.allocate_token_bitmask(1, len(words))
 
-    def allowed(self) -> list[int]:
+    def fill(self) -> None:
         self.matcher.fill_next_token_bitmask(self.mask)
+
+    def allowed(self) -> list[int]:
+        self.fill()
         bits = (self.mask[0][:, None] >> torch.arange(32)) & 1
         return bits.flatten().nonzero()[:, 0].tolist()
 
@@ -61,8 +64,11 @@ class LLGuidance:
         tokenizer = LLTokenizer(TokenizerWrapper(Words()), n_vocab=grammar.vocab_size + 2)
         self.size, self.matcher = grammar.vocab_size + 2, LLMatcher(tokenizer, grammar.to_lark())
 
+    def fill(self) -> bytes:
+        return self.matcher.compute_bitmask()
+
     def allowed(self) -> list[int]:
-        bits = np.unpackbits(np.frombuffer(self.matcher.compute_bitmask(), np.uint8), bitorder="little")
+        bits = np.unpackbits(np.frombuffer(self.fill(), np.uint8), bitorder="little")
         assert not self.matcher.is_error(), self.matcher.get_error()
         return bits[: self.size].nonzero()[0].tolist()
 
@@ -77,8 +83,11 @@ class Outlines:
         words = {word: [id] for id, word in enumerate(spelling(grammar)[: grammar.vocab_size]) if id != EOS}
         self.guide = Guide(Index(grammar.to_regex(), Vocabulary(EOS, words)))
 
+    def fill(self) -> list[int]:
+        return self.guide.get_tokens()
+
     def allowed(self) -> list[int]:
-        return sorted(self.guide.get_tokens())
+        return sorted(self.fill())
 
     def step(self, id: int) -> None:
         self.guide.advance(id, return_tokens=False)
