@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Two processes, a test file at a time
+PARALLEL := -n 2 --dist loadfile
+test: export OMP_NUM_THREADS ?= 1  # more threads than cores would wait for one another
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all lint docs kernels bench
@@ -22,7 +25,7 @@ demo: $(VENV)/.installed  ## encodes and decodes a photograph; writes demo.png
 	$(BIN)/dyntok demo -o demo.png
 
 test: $(VENV)/.developed  ## runs the ordinary tests; at least 90 % of the lines must run
-	$(BIN)/python -m pytest -m "not slow" --cov
+	$(BIN)/python -m pytest -m "not slow" --cov $(PARALLEL)
 
 test-all: $(VENV)/.developed  ## runs all tests, the slow ones too
 	$(BIN)/python -m pytest

@@ -190,22 +190,22 @@ class Encoding:
 
     @property
     def num_tokens(self) -> int:
-        """The number of tokens of all images together, T."""
+        """Returns the number of tokens of all images together, T."""
         return len(self.packed_codes)
 
     @property
     def lengths(self) -> Tensor:
-        """The number of tokens of each image, int64 [B]."""
+        """Returns the number of tokens of each image, int64 [B]."""
         return self.cu_seqlens.diff().long()
 
     @property
     def codes(self) -> list[Tensor]:
-        """The codes of each image, int64 [T_i]; views, not copies."""
+        """Returns the codes of each image, int64 [T_i]; views, not copies."""
         return split_rows(self.packed_codes, self.cu_seqlens)
 
     @property
     def positions(self) -> list[Tensor] | None:
-        """The positions of each image, int64 [T_i]; views, not copies. None if the positions are unknown."""
+        """Returns the positions of each image, int64 [T_i]; views, not copies. None if the positions are unknown."""
         return None if self.packed_positions is None else split_rows(self.packed_positions, self.cu_seqlens)
 
     def __len__(self) -> int:

@@ -24,7 +24,7 @@ class Features:
 
     @property
     def lengths(self) -> Tensor:
-        """The number of tokens of each image, int64 [B]."""
+        """Returns the number of tokens of each image, int64 [B]."""
         return self.cu_seqlens.diff().long()
 
     def __len__(self) -> int:

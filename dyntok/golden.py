@@ -32,7 +32,7 @@ class Comparison:
 
     @property
     def explained(self) -> bool:
-        """Whether all differences may come from rounding."""
+        """Returns whether all differences may come from rounding."""
         return not self.differing or self.close_codes + self.close_choices > 0
 
 

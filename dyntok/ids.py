@@ -141,7 +141,7 @@ class IdRanges:
 
     @property
     def max_tokens(self) -> int | None:
-        """The most codes that an image may have; None where the grid is not known."""
+        """Returns the most codes that an image may have; None where the grid is not known."""
         if self.grid is not None:
             return self.grid[0] * self.grid[1]
         return self.sides**2 or self.patches or None
@@ -156,7 +156,7 @@ class IdRanges:
 
     @property
     def dtype(self) -> str:
-        """The narrowest of uint16 and uint32 that holds every id (names as in NumPy)."""
+        """Returns the narrowest of uint16 and uint32 that holds every id (names as in NumPy)."""
         return "uint16" if self.vocab_size - 1 <= _LARGEST["uint16"] else "uint32"
 
     def check_dtype(self, dtype: str) -> None:

@@ -57,7 +57,7 @@ class TokenizerNetwork(PretrainedModule):
 
     @property
     def vocab_size(self) -> int:
-        """The number of codes, K; the same as `len(tok)`."""
+        """Returns the number of codes, K; the same as `len(tok)`."""
         return len(self.codebook.embedding)
 
     def __len__(self) -> int:
@@ -65,17 +65,17 @@ class TokenizerNetwork(PretrainedModule):
 
     @property
     def max_tokens(self) -> int:
-        """The largest number of codes of an image, which is the number of its patches."""
+        """Returns the largest number of codes of an image, which is the number of its patches."""
         return self.config.image.max_patches or self.grid[0] * self.grid[1]
 
     @property
     def any_grid(self) -> bool:
-        """Whether images have grids of their own; otherwise every image has the same."""
+        """Returns whether images have grids of their own; otherwise every image has the same."""
         return self.config.image.max_patches is not None
 
     @property
     def image_size(self) -> int:
-        """The side in pixels of the square that images are fitted to, unless they keep their shape."""
+        """Returns the side in pixels of the square that images are fitted to, unless they keep their shape."""
         return target_size(self.config.image)[0]
 
     @property
@@ -88,17 +88,17 @@ class TokenizerNetwork(PretrainedModule):
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]  # accelerate and timm expect the same
-        """The device of the weights."""
+        """Returns the device of the weights."""
         return self.codebook.embedding.device
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
-        """The dtype of most weights; see `in_precision`."""
+        """Returns the dtype of most weights; see `in_precision`."""
         return next(self.backbone.parameters()).dtype
 
     @property
     def name(self) -> str:
-        """The name or folder that it was loaded from, or "untrained"."""
+        """Returns the name or folder that it was loaded from, or "untrained"."""
         return "untrained" if self.origin is None else self.origin.name
 
     def __repr__(self) -> str:

@@ -162,7 +162,7 @@ class KeepPolicy:
 
     @property
     def seed(self) -> int | None:
-        """The seed of `sample`; None without it."""
+        """Returns the seed of `sample`; None without it."""
         return self.sample.initial_seed() if isinstance(self.sample, torch.Generator) else self.sample
 
     def _check_budget(self) -> None:

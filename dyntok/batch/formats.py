@@ -64,7 +64,10 @@ class Parquet:
     """
 
     def __init__(self, interleaved: bool, types: Mapping[str, np.dtype], metadata: Mapping[str, Any]) -> None:
-        """types: of codes and positions. metadata: of the schema."""
+        """Prepare the schema of the tables.
+
+        types: of codes and positions. metadata: of the schema.
+        """
         columns: dict[str, pa.DataType] = {name: pa.list_(pa.from_numpy_dtype(kind)) for name, kind in types.items()}
         columns |= {"grid": pa.list_(pa.uint16(), 2), "width": pa.uint32(), "height": pa.uint32()}
         columns["crop_box"] = pa.list_(pa.uint32(), 4)

@@ -48,7 +48,7 @@ class Origin:
 
     @property
     def name(self) -> str:
-        """The last part of the folder's path, or the repository `org/name`."""
+        """Returns the last part of the folder's path, or the repository `org/name`."""
         return str(self.name_or_path) if self.path is None else self.path.name
 
     def __getstate__(self) -> dict[str, Any]:

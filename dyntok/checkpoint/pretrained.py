@@ -52,7 +52,7 @@ class PretrainedModule(nn.Module):
 
     @property
     def config(self) -> TokenizerConfig:
-        """The configuration. It cannot be replaced, because codes and weights belong to it."""
+        """Returns the configuration. It cannot be replaced, because codes and weights belong to it."""
         return self._config
 
     @config.setter

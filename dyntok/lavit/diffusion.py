@@ -123,12 +123,12 @@ class DiffusionDecoder:
 
     @property
     def wants_pooled(self) -> bool:
-        """Whether this is the 1024 px style: with a pooled embedding, as SDXL."""
+        """Returns whether this is the 1024 px style: with a pooled embedding, as SDXL."""
         return self.unet.config.addition_embed_type == "text_time"
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
-        """The possible (height, width) of pictures, the default first.
+        """Returns the possible (height, width) of pictures, the default first.
 
         With a pooled embedding: LaVIT's six sizes, scaled from 1024 to the U-Net's own size and rounded to whole latent
         pixels (of small U-Nets some may coincide; each is listed once). Without: the U-Net's own size, square.

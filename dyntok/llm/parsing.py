@@ -50,7 +50,7 @@ class Segment:
 
     @property
     def encoding(self) -> Encoding:
-        """The image for `tok.decode`.
+        """Returns the image for `tok.decode`.
 
         Raises `CodeError` if it has no codes, more codes than patches, or no known grid.
         """

@@ -175,7 +175,10 @@ class DecoderBlock(nn.Module):
         cu_tokens: Tensor,
         cu_queries: Tensor | None,
     ) -> Tensor:
-        """x: [B, N, D]; rotation: [N, 2 d] of the self-attention; tokens: [T, D] for the cross-attention."""
+        """Returns x after one block.
+
+        x: [B, N, D]; rotation: [N, 2 d] of the self-attention; tokens: [T, D] for the cross-attention.
+        """
         qkv = self.self_qkv(self.self_norm(x)).unflatten(-1, (3, self.num_heads, -1))  # [B, N, 3, H, d]
         q, k, v = qkv.unbind(2)
         q, k = rotate(q, rotation), rotate(k, rotation)

@@ -123,7 +123,10 @@ class MergerBlock(nn.Module):
         scale_branches(config.init_scale, self.self_proj, self.cross_proj, self.mlp[-1])
 
     def forward(self, x: Tensor, key: Tensor, value: Tensor, attention: "_Attention") -> Tensor:
-        """x: [T, D] packed or [B, N, D] dense; key, value: of the context, [..., H, d]."""
+        """Returns the kept patches after one block.
+
+        x: [T, D] packed or [B, N, D] dense; key, value: of the context, [..., H, d].
+        """
         q, k, v = self.self_qkv(self.self_norm(x)).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
         x = x + self.self_proj(attention.among_kept(q, k, v).flatten(-2))
         q = self.cross_query(self.cross_norm(x)).unflatten(-1, (self.num_heads, -1))
@@ -197,11 +200,11 @@ class _GatedAttention:
         return context
 
     def _padded(self, x: Tensor) -> Tensor:
-        """[T, H, d] -> [B, H, Tmax, d]"""
+        """Returns the rows [T, H, d] as [B, H, Tmax, d]."""
         return x[self.token].transpose(1, 2)
 
     def _packed(self, x: Tensor) -> Tensor:
-        """[B, H, Tmax, d] -> [T, H, d]"""
+        """Returns [B, H, Tmax, d] as the rows [T, H, d]."""
         return x.transpose(1, 2).flatten(0, 1)[self.filled]
 
     def among_kept(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

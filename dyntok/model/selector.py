@@ -75,7 +75,7 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def straight_through(log_probs: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """The training choice: hard Gumbel-softmax with a straight-through gradient (paper section 3.1).
+    """Returns the choice of training: hard Gumbel-softmax with a straight-through gradient (paper section 3.1).
 
     log_probs [B, N, 2] -> (keep mask bool [B, N], gate float [B, N]: 1.0 where kept, 0.0 where dropped, its gradient
     that of the relaxed choice).

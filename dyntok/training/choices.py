@@ -26,7 +26,7 @@ class Choice:
 
     @property
     def measures(self) -> bool:
-        """Whether the mask ignores the scores, so that the error it leaves tells where scores should be higher."""
+        """Returns whether the mask ignores the scores: the error it leaves then tells where scores should be higher."""
         return self.kind in ("random", "lattice")
 
 

@@ -65,12 +65,12 @@ class TrainingImages(torch.utils.data.Dataset):
 
     @property
     def keys(self) -> list[str]:
-        """What identifies the images."""
+        """Returns what identifies the images."""
         return [sample.key for sample in self.samples]
 
     @property
     def extent(self) -> str:
-        """The number of images, for people."""
+        """Returns the number of images, for people."""
         return f"{len(self.samples):,} pictures"
 
     @property

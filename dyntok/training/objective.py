@@ -156,7 +156,10 @@ class Objective(nn.Module):
         return tok.projection(tok.merger(features, mask.keep, mask.gate, grid=grid)).float()
 
     def forward(self, pixels: Tensor, draw: Draw | None = None) -> StepResult:
-        """pixels: [B, 3, H, W]. draw: the same on all ranks. Draws the rest from the global random generator."""
+        """Returns the loss and the measures of one step. Draws from the global random generator.
+
+        pixels: [B, 3, H, W]. draw: the same on all ranks; drawn here without it.
+        """
         stage, tok = self._current_stage, self.tokenizer
         weights, draw = stage.weights, draw or self.draw()
         features, grid = tok.backbone(pixels), tok.backbone.grid_of(pixels)
@@ -253,8 +256,9 @@ class Objective(nn.Module):
     def _selector_losses(
         self, log_probs: Tensor, grid: tuple[int, int], error: Tensor | None, known: Tensor, metrics: dict[str, Tensor]
     ) -> Tensor:
-        """error: [B', N] of the first images, as a mask without regard to the scores left it; None after other masks.
+        """Returns the sum of the losses that only the selector learns from.
 
+        error: [B', N] of the first images, as a mask without regard to the scores left it; None after other masks.
         known: [B'], which of these images were decoded with positions.
         """
         stage = self.stage

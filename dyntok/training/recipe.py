@@ -106,7 +106,7 @@ class Recipe:
 
     @property
     def config(self) -> TokenizerConfig:
-        """The tokenizer's configuration in full."""
+        """Returns the tokenizer's configuration in full."""
         sections = dict(self.tokenizer)
         base = TokenizerConfig.preset(str(sections.pop("preset"))).to_dict() if "preset" in sections else {}
         for name, values in sections.items():

@@ -77,17 +77,17 @@ class StreamedImages:
 
     @property
     def keys(self) -> list[str]:
-        """What identifies the shards."""
+        """Returns what identifies the shards."""
         return [shard.name for shard in self.shards]
 
     @property
     def extent(self) -> str:
-        """The number of shards, for people."""
+        """Returns the number of shards, for people."""
         return f"{len(self.shards):,} tars"
 
     @property
     def unreadable(self) -> list[int]:
-        """A number for each image that was drawn and could not be read."""
+        """Returns a number for each image that was drawn and could not be read."""
         return [self.crops.rank + self.crops.world * i for i in range(int(self._failed))]
 
     def order(self) -> Iterator[ImageSample]:

@@ -174,7 +174,14 @@ def test_the_map_of_datasets(images, checkpoint_folder, tmp_path):
 
 def test_the_map_of_ray(images, checkpoint_folder, tmp_path):
     ray = pytest.importorskip("ray")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error", ignore_reinit_error=True)
+    ray.init(
+        "local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="error",
+        ignore_reinit_error=True,
+    )
     encoding = dyntok.load(checkpoint_folder).encode(list(images.values()))
     table = pa.table({"key": list(images), "image": pa.array(list(images.values()), pa.binary())})
     mapped = ray.data.from_arrow(table).map_batches(

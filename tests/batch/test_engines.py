@@ -107,7 +107,7 @@ def test_engines_that_do_not_fit():
 def ray():
     """One cluster for all of these tests, where there is Ray."""
     ray = pytest.importorskip("ray")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
     yield ray
     ray.shutdown()
 

@@ -62,7 +62,7 @@ def singles(tok, folder, **options):
 def test_every_engine_gives_the_codes_of_single_pictures(engine, options, folder, model, tok, tmp_path):
     if engine.name == "ray":
         ray = pytest.importorskip("ray")
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
     try:
         run(folder, tmp_path / "out", model, engine=engine, shard_size=4, **options)
     finally:

@@ -83,12 +83,12 @@ class Row(Generic[ImageT]):
 
     @property
     def present(self) -> list[ImageT]:
-        """The images without the gaps."""
+        """Returns the images without the gaps."""
         return [image for image in self.images if image is not None]
 
     @property
     def failed(self) -> bool:
-        """Whether every image failed, so that only the errors table has the row."""
+        """Returns whether every image failed, so that only the errors table has the row."""
         return bool(self.images) and len(self.failures) == len(self.images)
 
 

@@ -89,7 +89,10 @@ def _list_remote(fs: fsspec.AbstractFileSystem, folder: str, below: str, left_ou
 def _list_local(
     folder: str, below: str, left_out: LeftOut, parents: tuple[tuple[int, int], ...], links: int
 ) -> Iterator[ListedFile]:
-    """parents: device and inode of the folders above; links: how many of them are links."""
+    """Yields the files of a folder and of those below it.
+
+    parents: device and inode of the folders above; links: how many of them are links.
+    """
     status = os.stat(folder)
     parents += ((status.st_dev, status.st_ino),)
     with ExitStack() as stack:

@@ -67,12 +67,12 @@ class ShardReader(Protocol):
 
     @property
     def types(self) -> dict[str, pa.DataType]:
-        """The types of the extra columns."""
+        """Returns the types of the extra columns."""
         ...
 
     @property
     def left_out(self) -> Mapping[str, int]:
-        """The files after the last sample, counted by suffix. Complete once the iterator is exhausted."""
+        """Returns the files after the last sample, counted by suffix. Complete once the iterator is exhausted."""
         ...
 
     def __iter__(self) -> Iterator[InputSample]: ...
@@ -83,7 +83,7 @@ class Input(Protocol):
 
     @property
     def kind(self) -> str:
-        """The name of the kind, as `BatchOptions.kind` has it."""
+        """Returns the name of the kind, as `BatchOptions.kind` has it."""
         ...
 
     def shards(self) -> Iterator[Shard]:

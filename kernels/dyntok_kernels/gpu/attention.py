@@ -71,7 +71,9 @@ def forward_kernel(
     q_row, k_row, v_row, out_row,
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """scale: of the logits, times log2(e), because exp2 is used.
+    """Write attention and the logarithm of each row's sum.
+
+    scale: of the logits, times log2(e), because exp2 is used.
     lse: base 2, of the scaled logits; -inf for a row without keys.
     """
     head = tl.program_id(1)
@@ -111,7 +113,9 @@ def query_gradient_kernel(
     q_row, k_row, v_row, grad_row, out_row,
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """delta: [H, Tq], the sums of out * grad over each row."""
+    """Write the gradient of the queries.
+
+    delta: [H, Tq], the sums of out * grad over each row."""
     head = tl.program_id(1)
     image, first, start_q, end_q = find_block(cu_q, images, tl.program_id(0), BLOCK_M)
     if first >= end_q:

@@ -7,9 +7,7 @@ from torch import Tensor
 
 from dyntok_kernels.gpu.tiles import FLOATS, Blocks, Variant, cast, check, dot, find_block, kernel, slots
 
-
-def blocks_for(dtype: torch.dtype) -> Blocks:
-    return Blocks(32, 32, warps=4) if dtype == torch.float32 else Blocks(32, 32, warps=4)
+BLOCKS = Blocks(32, 32, warps=4)
 
 
 @kernel("images")
@@ -17,7 +15,7 @@ def assign_kernel(
     x, scale, kept, cu_kept, dropped, cu_dropped, owner, images, WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """owner[patch] = the kept row of greatest cosine, numbered over the batch; the lowest of equal ones.
+    """Write owner[patch] = the kept row of greatest cosine, numbered over the batch; the lowest of equal ones.
 
     scale: 1 / norm of each patch.
     """
@@ -53,7 +51,7 @@ def average_kernel(
     x, weights, owner, kept, cu_kept, dropped, cu_dropped, merged, sizes, images, WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """merged[t] = the weighted mean of the patches that row t owns; sizes[t] = the sum of their weights."""
+    """Write merged[t] = the weighted mean of the patches that row t owns; sizes[t] = the sum of their weights."""
     image, first, start, end = find_block(cu_kept, images, tl.program_id(0), BLOCK_M)
     if first >= end:
         return
@@ -89,19 +87,19 @@ def merge_similar(
     owner = torch.empty(len(x), dtype=torch.int32, device=x.device)
     owner[kept.long()] = torch.arange(len(kept), dtype=torch.int32, device=x.device)
     scale = 1 / x.float().norm(dim=-1).clamp(min=1e-12)
-    images, blocks = len(cu_kept) - 1, blocks_for(x.dtype)
-    launch = {**_constants(width, blocks), "num_warps": blocks.warps, "num_stages": blocks.stages}
+    images = len(cu_kept) - 1
+    launch = {**_constants(width), "num_warps": BLOCKS.warps, "num_stages": BLOCKS.stages}
     if len(dropped):
-        grid = (slots(len(dropped), images, blocks.m),)
+        grid = (slots(len(dropped), images, BLOCKS.m),)
         assign_kernel[grid](x, scale, kept, cu_kept, dropped, cu_dropped, owner, images, **launch)
     if len(kept):
-        grid = slots(len(kept), images, blocks.m), triton.cdiv(width, launch["BLOCK_D"])
+        grid = slots(len(kept), images, BLOCKS.m), triton.cdiv(width, launch["BLOCK_D"])
         average_kernel[grid](x, weights, owner, kept, cu_kept, dropped, cu_dropped, merged, sizes, images, **launch)
     return merged, sizes, owner
 
 
-def _constants(width: int, blocks: Blocks) -> dict[str, int]:
-    return {"WIDTH": width, "BLOCK_M": blocks.m, "BLOCK_N": blocks.n, "BLOCK_D": 32}
+def _constants(width: int) -> dict[str, int]:
+    return {"WIDTH": width, "BLOCK_M": BLOCKS.m, "BLOCK_N": BLOCKS.n, "BLOCK_D": 32}
 
 
 def variants() -> list[Variant]:
@@ -109,11 +107,10 @@ def variants() -> list[Variant]:
     lists = {"kept": torch.int32, "cu_kept": torch.int32, "dropped": torch.int32, "cu_dropped": torch.int32}
     for dtype in FLOATS:
         for width in (192, 1408):
-            blocks = blocks_for(dtype)
-            constants = _constants(width, blocks)
+            constants = _constants(width)
             types = {"x": dtype, "scale": torch.float32, **lists, "owner": torch.int32, "images": "i32"}
-            found.append(Variant(f"merge_similar.assign d={width}", dtype, assign_kernel, types, constants, blocks))
+            found.append(Variant(f"merge_similar.assign d={width}", dtype, assign_kernel, types, constants, BLOCKS))
             types = {"x": dtype, "weights": torch.float32, "owner": torch.int32, **lists}
             types |= {"merged": dtype, "sizes": torch.float32, "images": "i32"}
-            found.append(Variant(f"merge_similar.average d={width}", dtype, average_kernel, types, constants, blocks))
+            found.append(Variant(f"merge_similar.average d={width}", dtype, average_kernel, types, constants, BLOCKS))
     return found

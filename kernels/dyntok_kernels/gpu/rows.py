@@ -37,7 +37,7 @@ def gather_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """out[t] = x[index[t]] (+ embed[index[t] % patches]); zeros where the index is -1."""
+    """Write out[t] = x[index[t]] (+ embed[index[t] % patches]); zeros where the index is -1."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     source = tl.load(index + row, mask=row < rows, other=-1).to(tl.int64)
@@ -64,7 +64,7 @@ def scatter_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """out[m] = rows[inverse[m]], or zeros where that is -1 (+ base[m % patches])."""
+    """Write out[m] = rows[inverse[m]], or zeros where that is -1 (+ base[m % patches])."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     source = tl.load(inverse + row, mask=row < total, other=-1).to(tl.int64)
