@@ -23,6 +23,7 @@ from dyntok.errors import BatchError, ConfigError, DyntokError
 from dyntok.tokenizer import DynamicVisualTokenizer
 
 _ENOUGH = 100  # rows, before a rate of errors means something
+_END_SECONDS = 10.0  # that a run waits for its counting thread; one that hangs is not waited for
 
 
 def tokenize(
@@ -76,15 +77,15 @@ def _run(
     writer = make_writer(task.options, task.tokenizer, task.description)
     work = manifest.failed_work(task.source) if retry_errors else manifest.unfinished_work(task.source)
     summary, open_ranges = Summary(output=redact(task.output.address)), _OpenRanges()
-    if progress is not None and not retry_errors:
-        threading.Thread(target=_count_shards, args=(task.source, summary), daemon=True).start()
     chunks: Any = _engine(engine)(work, task.source, task.options, engine, task.tokenizer)
 
     def commit(completed: Iterable[tuple[RangeEnd, list[TokenizedRow]]]) -> None:
         for end, rows in completed:
             summary.add_shard(end, manifest.commit(end, rows, writer))
 
-    with contextlib.closing(chunks):  # else its processes would live on until an exception is forgotten
+    shown = progress is not None and not retry_errors
+    counting = _counted_shards(task.source, summary) if shown else contextlib.nullcontext()
+    with counting, contextlib.closing(chunks):  # else its processes would live on until an exception is forgotten
         for chunk in chunks:
             commit(open_ranges.expect(chunk.ends))
             for row in chunk.rows:
@@ -156,9 +157,27 @@ class _OpenRanges:
             yield self._ends.pop(span), sorted(self._rows.pop(span, []), key=lambda row: row.place)
 
 
-def _count_shards(source: Input, summary: Summary) -> None:
-    with contextlib.suppress(DyntokError):  # reading them will raise it, too
-        summary.input_shards_in_all = sum(1 for _ in source.shards())
+@contextlib.contextmanager
+def _counted_shards(source: Input, summary: Summary) -> Iterator[None]:
+    """Counts the input shards in a thread, which ends with the run."""
+    ended = threading.Event()
+
+    def count() -> None:
+        shards = 0
+        with contextlib.suppress(DyntokError):  # reading them will raise it, too
+            for _ in source.shards():
+                shards += 1
+                if ended.is_set():
+                    return
+            summary.input_shards_in_all = shards
+
+    thread = threading.Thread(target=count, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(_END_SECONDS)
 
 
 def _update(summary: Summary, manifest: Manifest, begin: float) -> None:

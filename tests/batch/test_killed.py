@@ -1,11 +1,13 @@
 """Runs that are killed, interrupted, or out of disk space resume without loss."""
 
+import errno
 import multiprocessing
 import os
 import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -108,6 +110,25 @@ def test_a_full_disk(many, checkpoint_folder, tmp_path):
     assert not list(output.glob("*.parquet")) and not (output / "__run__" / "tmp").exists()
     run(many, output, checkpoint_folder, shard_size=100)
     assert len(codes(output)) == 600
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_no_thread_outlives_a_run_that_fails(workers, many, checkpoint_folder, tmp_path, monkeypatch):
+    """A thread that computes while the interpreter exits would abort the process after the message."""
+    before, held = set(threading.enumerate()), []
+
+    def refuse(*arguments, **options):
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr("dyntok.batch.formats.pq.write_table", refuse)
+    try:
+        run(
+            many, tmp_path / "out", checkpoint_folder, shard_size=8, progress=lambda summary: None,
+            engine=EngineOptions(workers=workers, batch_size=8),
+        )  # fmt: skip
+    except BatchError as error:
+        held.append(error)  # as a program does that prints the error and ends
+    assert "File too large" in str(held[0]) and set(threading.enumerate()) == before
 
 
 def test_a_decoding_process_that_dies_is_told(many, checkpoint_folder, tmp_path):

@@ -6,8 +6,9 @@ becomes a failure of its row, and the rest of its chunk is decoded again.
 
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from queue import SimpleQueue
 
@@ -37,14 +38,15 @@ class DecodeJob:
 
 def decode_chunks(
     chunks: Iterable[RowChunk[SourceRow]], job: DecodeJob, processes: int
-) -> Iterator[RowChunk[Row[DecodedImage]]]:
+) -> Generator[RowChunk[Row[DecodedImage]], None, None]:
     """Yields the decoded chunks in their order; without processes they are decoded here, without a time limit.
 
     Raises what reading raises, and `BatchError` where a process dies of something other than an image.
     """
     if not processes:
-        for chunk in Prefetch(chunks):
-            yield decode(chunk, job.source, job.options)
+        with closing(iter(Prefetch(chunks))) as read_ahead:
+            for chunk in read_ahead:
+                yield decode(chunk, job.source, job.options)
         return
     decoders = [DecodingProcess(job) for _ in range(processes)]
     idle: SimpleQueue[DecodingProcess] = SimpleQueue()
@@ -61,12 +63,13 @@ def decode_chunks(
     threads = ThreadPoolExecutor(processes)
     futures: Iterator[Future] = (threads.submit(decode_one, chunk) for chunk in chunks)
     try:
-        for future in Prefetch(futures, _CHUNKS_PER_PROCESS * processes):
-            yield future.result()
+        with closing(iter(Prefetch(futures, _CHUNKS_PER_PROCESS * processes))) as ahead:
+            for future in ahead:
+                yield future.result()
     finally:
         for decoder in decoders:
             decoder.close()
-        threads.shutdown(wait=False, cancel_futures=True)
+        threads.shutdown(cancel_futures=True)
 
 
 class DecodingProcess:

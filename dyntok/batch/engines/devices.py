@@ -19,6 +19,7 @@ from dyntok.errors import BatchError, DyntokError
 
 _RESULTS_PER_DEVICE = 4  # chunks that wait for the writer
 _POLL_SECONDS = 0.2
+_END_SECONDS = 10.0  # for a thread that lists input when the run stops; one that hangs is not waited for
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,12 @@ def encode_on_devices(
     """Yields encoded rows, in order for each device. Raises what a process raised, `BatchError` where one died."""
     pool = _Pool(work, len(devices))
     children = [FreshChild(_serve) for _ in devices]
-    for child, device in zip(children, devices, strict=True):
-        threading.Thread(target=pool.drive, args=(child, _DeviceJob(job, device, threads)), daemon=True).start()
+    drivers = [
+        threading.Thread(target=pool.drive, args=(child, _DeviceJob(job, device, threads)), daemon=True)
+        for child, device in zip(children, devices, strict=True)
+    ]
+    for driver in drivers:
+        driver.start()
     running = len(devices)
     try:
         while running:
@@ -65,6 +70,8 @@ def encode_on_devices(
             child.kill()
         for child in children:
             child.wait()
+        for driver in drivers:
+            driver.join(_END_SECONDS)
 
 
 class _Pool:

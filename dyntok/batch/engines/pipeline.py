@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 from dyntok.batch.engines.decoding import DecodeJob, decode_chunks
@@ -31,8 +31,9 @@ def encode_work(work: Iterable[Work], job: ModelJob, device: str) -> Iterator[Ro
     decode_job = DecodeJob(job.source, DecodeOptions.of(tokenizer, job.options), job.engine.time_limit)
     with _garbage_frozen():
         chunks = decode_chunks(chunked(rows, job.engine.batch_size), decode_job, job.decoding_processes)
-        for chunk in chunks:
-            yield encode(chunk, tokenizer, job.options)
+        with closing(chunks):
+            for chunk in chunks:
+                yield encode(chunk, tokenizer, job.options)
 
 
 @contextmanager

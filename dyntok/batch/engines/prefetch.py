@@ -1,13 +1,17 @@
-"""An iterator that a thread runs a few items ahead of its reader."""
+"""An iterator that a thread runs a few items ahead of its reader.
+
+The thread ends before its reader goes on: one that is still in C++ code when the interpreter exits would abort it.
+"""
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
 _POLL_SECONDS = 0.2
+_END_SECONDS = 10.0  # for an item that is being made when the reader stops; one that hangs is not waited for
 _END = object()
 
 
@@ -19,8 +23,9 @@ class Prefetch(Generic[T]):
         self._queue: queue.Queue = queue.Queue(limit)
         self._closed = threading.Event()
 
-    def __iter__(self) -> Iterator[T]:
-        threading.Thread(target=self._fill, daemon=True).start()
+    def __iter__(self) -> Generator[T, None, None]:
+        thread = threading.Thread(target=self._fill, daemon=True)
+        thread.start()
         try:
             while True:
                 item, error = self._queue.get()
@@ -31,6 +36,7 @@ class Prefetch(Generic[T]):
                 yield item
         finally:
             self._closed.set()
+            thread.join(_END_SECONDS)
 
     def _fill(self) -> None:
         try:
