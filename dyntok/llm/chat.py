@@ -5,6 +5,7 @@ stand, and are then replaced or removed.
 """
 
 import base64
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -18,6 +19,9 @@ from dyntok.validation import counted
 
 Message = Mapping[str, Any]
 Fetch = Callable[[str], ImageSource]  # an http address to a picture
+_REASONING = "reasoning_content"  # where messages have their thoughts apart from the content
+_OPENING, _CLOSING = re.compile(r"<think>\n*"), re.compile(r"</think>\n*")
+_OPENING_AT_END = re.compile(r"<think>\n*\Z")
 
 
 @dataclass(frozen=True)
@@ -116,48 +120,86 @@ def render(
     Raises `CodeError` where the template does not write every picture once.
     """
     texts = [str(part) for message in messages for part in message["content"]]
-    picture, begin, end = marks = _marks([*texts, str(options)])
-    assistants = sum(message["role"] == "assistant" for message in messages)
+    marks = _Marks.unlike([*texts, str(options), str([message.get(_REASONING) for message in messages])])
 
-    def write(first: str, last: str, strip: bool) -> str:
+    def write(mark: Callable[[str], str]) -> str:
         plain = []
         for message in messages:
-            content = "".join(picture if isinstance(part, ImagePlace) else part for part in message["content"])
-            if message["role"] == "assistant":
-                content = first + (content.strip() if strip else content) + last
+            content = "".join(marks.picture if isinstance(part, ImagePlace) else part for part in message["content"])
             plain.append({**message, "content": content})
+            if message["role"] == "assistant":
+                plain[-1]["content"] = mark(content)
+                if message.get(_REASONING) and mark is not str:
+                    plain[-1][_REASONING] = marks.thought + message[_REASONING]
         return tokenizer.apply_chat_template(plain, **{**options, "tokenize": False})
 
-    text = write("", "", strip=False)
-    if text.count(picture) != len(pictures):
+    text = write(str)
+    if text.count(marks.picture) != len(pictures):
         raise CodeError(
-            f"the chat template wrote {text.count(picture)} of {counted(len(pictures), 'picture')}; use another one"
+            f"the chat template wrote {text.count(marks.picture)} of {counted(len(pictures), 'picture')}; "
+            "use another one"
         )
-    for strip in (False, True):  # some templates strip contents, and marks would keep them from it
-        marked = write(begin, end, strip)
-        whole = marked.replace(begin, "").replace(end, "") == text
-        if whole and marked.count(begin) == marked.count(end) == assistants:
-            return _located(marked, marks, pictures)
+    assistants = sum(message["role"] == "assistant" for message in messages)
+    for content_of in (str, str.strip):  # some templates strip contents, and marks would keep them from it
+        marked = write(lambda content, of=content_of: marks.around(of(content)))  # type: ignore[misc]
+        found = _located(marked, marks, pictures)
+        if marks.removed(marked) == text and len(found.turns or []) == marked.count(marks.end) == assistants:
+            return found
     return Rendered(_located(text, marks, pictures).text, None)
 
 
-def _marks(texts: Sequence[str]) -> tuple[str, str, str]:
-    """Returns three marks that none of the texts contains."""
-    stem = next(stem for stem in (f"<mark{n}:" for n in count()) if not any(stem in text for text in texts))
-    return f"{stem}picture>", f"{stem}begin>", f"{stem}end>"
+@dataclass(frozen=True)
+class _Marks:
+    """Texts that a conversation does not contain."""
+
+    picture: str
+    begin: str
+    thought: str  # after the tag that opens a thought
+    end: str
+
+    @classmethod
+    def unlike(cls, texts: Sequence[str]) -> "_Marks":
+        """Returns marks that none of the texts contains."""
+        stem = next(stem for stem in (f"<mark{n}:" for n in count()) if not any(stem in text for text in texts))
+        return cls(*(f"{stem}{name}>" for name in ("picture", "begin", "thought", "end")))
+
+    def around(self, content: str) -> str:
+        """Returns a content with marks. Templates may move its thought or drop it, so there are marks in it, too."""
+        thinking = _OPENING.search(content)
+        answer = [match.end() for match in _CLOSING.finditer(content)][-1:]
+        places = [(0, self.begin), *((place, self.begin) for place in answer)]
+        if thinking is not None:
+            places.append((thinking.end(), self.thought))
+        for place, mark in sorted(places, reverse=True):
+            content = content[:place] + mark + content[place:]
+        return content + self.end
+
+    def removed(self, marked: str) -> str:
+        """Returns a text without the marks of turns."""
+        for mark in (self.begin, self.thought, self.end):
+            marked = marked.replace(mark, "")
+        return marked
 
 
-def _located(marked: str, marks: tuple[str, str, str], pictures: Sequence[str]) -> Rendered:
-    picture, begin, end = marks
+def _located(marked: str, marks: _Marks, pictures: Sequence[str]) -> Rendered:
+    """Returns the text with its pictures; each turn begins at the first mark that the template left of it."""
+    names = "|".join(map(re.escape, (marks.picture, marks.begin, marks.thought, marks.end)))
     left, text, turns = iter(pictures), "", []
-    for i, turn in enumerate(marked.split(begin)):
-        own, *rest = turn.split(end)
-        for j, piece in enumerate([own, "".join(rest)]):
-            first, *others = piece.split(picture)
-            start = len(text)
-            text += first + "".join(next(left) + other for other in others)
-            if i and not j:
+    start: int | None = None
+    for piece in re.split(f"({names})", marked):
+        if piece == marks.picture:
+            text += next(left)
+        elif piece == marks.begin:
+            start = len(text) if start is None else start
+        elif piece == marks.thought:
+            opening = _OPENING_AT_END.search(text)
+            start = (opening.start() if opening else len(text)) if start is None else start
+        elif piece == marks.end:
+            if start is not None:
                 turns.append((start, len(text)))
+            start = None
+        else:
+            text += piece
     return Rendered(text, turns)
 
 

@@ -157,6 +157,46 @@ def test_only_the_turns_of_the_assistant_are_learned(template, tokenizer, photos
     assert "labels" not in processor.apply_chat_template(messages[:1] + messages[3:])
 
 
+QWEN3 = """
+{%- for m in messages %}
+    {%- if m.role == "assistant" %}
+        {%- set thought, answer = m.reasoning_content or "", m.content %}
+        {%- if "</think>" in answer %}
+            {%- set thought = answer.split("</think>")[0].rstrip("\\n").split("<think>")[-1].lstrip("\\n") %}
+            {%- set answer = answer.split("</think>")[-1].lstrip("\\n") %}
+        {%- endif %}
+        {{- "<|im_start|>assistant\\n" }}
+        {%- if loop.last %}{{- "<think>\\n" + thought.strip("\\n") + "\\n</think>\\n\\n" }}{%- endif %}
+        {{- answer + "<|im_end|>\\n" }}
+    {%- else %}
+        {{- "<|im_start|>" + m.role + "\\n" + m.content + "<|im_end|>\\n" }}
+    {%- endif %}
+{%- endfor %}"""
+
+
+@pytest.mark.parametrize(
+    "turn, learned",
+    [
+        ({"content": "a cat"}, "a cat"),
+        ({"content": "<think>\nfur\n</think>\n\na cat"}, "<think>\nfur\n</think>\n\na cat"),
+        ({"content": "a cat", "reasoning_content": "fur"}, "<think>\nfur\n</think>\n\na cat"),
+    ],
+    ids=["without a thought", "thought in the content", "thought apart"],
+)
+def test_thoughts_that_a_template_moves_or_drops(turn, learned, tokenizer, photos):
+    """As in Qwen3: earlier thoughts are dropped, and the last turn gets an empty one where it has none."""
+    processor = made(tokenizer, budget=4)
+    processor.tokenizer.chat_template = QWEN3
+    content = [{"type": "image", "image": photos[0]}, {"type": "text", "text": "what is it?"}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", **turn}]
+    for before in ([], messages):
+        inputs = processor.apply_chat_template([*before, *messages])
+        ids, labels = inputs["input_ids"][0], inputs["labels"][0]
+        expected = (["a cat"] if before else []) + [learned]
+        written = processor.tokenizer.decode(ids[labels != -100])
+        assert written == "".join(f"{text}<" for text in expected)  # "<" begins the end of a turn here
+
+
 def test_a_text_brings_no_picture(tokenizer, photos):
     """Neither the placeholder nor visual tokens in what a user types, unless the program asks for it."""
     processor = made(tokenizer, budget=4)
