@@ -65,7 +65,7 @@ def test_processes_and_batch_sizes(kind, engine, inputs, wanted, checkpoint_fold
     assert files(tmp_path / "out") == wanted[kind]
 
 
-@pytest.mark.parametrize("devices", [2, 3])
+@pytest.mark.parametrize("devices", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_several_model_processes(devices, inputs, wanted, checkpoint_folder, tmp_path):
     run(
         inputs["tar"],
