@@ -111,6 +111,13 @@ def test_broken_png_chunks_do_not_matter(extra):
         assert np.array_equal(np.asarray(load_image(content)), PHOTO)
 
 
+def test_transparency_of_more_colors_than_a_palette_has_is_ignored():
+    content = encoded(Image.fromarray(PHOTO).convert("P"), "PNG")
+    place = content.index(b"IDAT") - 4
+    broken = content[:place] + chunk(b"tRNS", b"\xff" * 300) + content[place:]
+    assert np.array_equal(np.asarray(load_image(broken)), np.asarray(load_image(content)))
+
+
 @pytest.mark.parametrize(
     "marker, content",
     [

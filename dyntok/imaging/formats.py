@@ -33,7 +33,7 @@ _JXL = _advice_unless_installed("pillow_jxl", "pillow-jxl-plugin", "JPEG XL")
 # None of the formats without advice starts another program, as EPS does with Ghostscript. The first match of `magic`
 # counts.
 FORMATS = (
-    Format("JPEG", (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"), r"\xff\xd8\xff"),
+    Format("JPEG", (".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".pjpeg", ".pjp", ".mpo"), r"\xff\xd8\xff"),
     Format("PNG", (".png", ".apng"), r"\x89PNG\r\n\x1a\n"),
     Format("WEBP", (".webp",), r"RIFF....WEBP"),
     Format("GIF", (".gif",), r"GIF8[79]a"),
@@ -45,7 +45,7 @@ FORMATS = (
         "JPEG2000", (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"), r"\x00\x00\x00\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51"
     ),
     Format("PPM", (".ppm", ".pgm", ".pbm", ".pnm"), r"P[1-6][\s#]"),
-    Format("HEIC", (".heic", ".heif", ".hif"), r"....ftyp(hei[cxms]|hev[cxms]|mif1|msf1)", _HEIC),
+    Format("HEIC", (".heic", ".heif", ".heics", ".heifs", ".hif"), r"....ftyp(hei[cxms]|hev[cxms]|mif1|msf1)", _HEIC),
     Format("JPEG XL", (".jxl",), r"\xff\x0a|\x00\x00\x00\x0cJXL \r\n\x87\n", _JXL),
     Format("PSD", (".psd", ".psb"), r"8BPS", _CONVERT),
     Format("EPS", (".eps",), r"%!PS|\xc5\xd0\xd3\xc6", _CONVERT),
@@ -66,10 +66,26 @@ FORMATS = (
     Format("DICOM", (".dcm",), r".{128}DICM", _CONVERT),
     Format("DjVu", (".djvu",), r"AT&TFORM", _CONVERT),
     Format("SVG", (".svg",), r"(\xef\xbb\xbf)?\s*<(svg|(\?xml|!--|!DOCTYPE svg).*<svg)[\s>]", _CONVERT),
+    Format("JPEG XR", (".jxr", ".wdp", ".hdp"), r"II\xbc[\x00\x01]", _CONVERT),
     Format("PDF", (), r"%PDF-", _CONVERT),
     Format(
         "camera raw",
-        (".dng", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pef"),
+        (
+            ".dng",
+            ".nef",
+            ".nrw",
+            ".arw",
+            ".sr2",
+            ".srw",
+            ".raf",
+            ".orf",
+            ".rw2",
+            ".pef",
+            ".x3f",
+            ".kdc",
+            ".iiq",
+            ".3fr",
+        ),
         r"FUJIFILMCCD-RAW|IIU\x00|IIR[OS]",
         _CONVERT,
     ),

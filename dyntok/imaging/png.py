@@ -11,7 +11,8 @@ _SIGNATURE = 8  # bytes
 _PALETTE = 3  # color type
 _ANCILLARY = 0x20  # a lower-case first letter
 _CHANNELS = {0: 1, 2: 3, 4: 1, 6: 3}  # of color, by color type
-_TRANSPARENCY_BYTES = {0: 2, 2: 6}  # by color type
+_TRANSPARENCY_BYTES = {0: 2, 2: 6}  # at least, by color type
+_PALETTE_SIZE = 256  # colors, with a byte of transparency for each
 
 
 def read(data: bytes) -> Container:
@@ -25,7 +26,7 @@ def read(data: bytes) -> Container:
             kept.append(chunk)
         elif struct.unpack(">I", chunk[-4:])[0] == zlib.crc32(chunk[4:-4]):
             content = chunk[8:-4]
-            if kind == b"tRNS" and len(content) >= _TRANSPARENCY_BYTES.get(color_type, 1):
+            if kind == b"tRNS" and _TRANSPARENCY_BYTES.get(color_type, 1) <= len(content) <= _PALETTE_SIZE:
                 kept.append(chunk)
             elif kind in (b"iCCP", b"eXIf", b"sBIT"):
                 found.setdefault(kind, bytes(content))

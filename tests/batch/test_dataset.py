@@ -83,6 +83,23 @@ def test_ranks_and_workers_share_the_rows(shuffle, workers, outputs, wanted):
     assert found == wanted
 
 
+@pytest.mark.parametrize("remainder, rows", [("repeat", 8), ("drop", 7)])
+def test_ranks_have_equally_many_batches(remainder, rows, outputs, wanted):
+    """60 rows among 8 ranks, as plain dicts for `DataLoader`, in batches that it collates itself, too."""
+    counts, seen = [], []
+    for rank in range(8):
+        data = CodesDataset(outputs["parquet"], batch_size=4, rank=rank, world=8, remainder=remainder, pad_to=64)
+        batches = list(DataLoader(data, batch_size=None))
+        assert len(batches) == len(data) and type(batches[0]) is dict
+        counts.append([len(batch["codes"]) for batch in batches])
+        seen += [row[:length].tolist() for b in batches for row, length in zip(b["codes"], b["lengths"], strict=True)]
+    assert counts == [[4, rows - 4]] * 8
+    expected = [codes for codes, _ in wanted.values()]
+    assert all(row in seen for row in expected) if remainder == "repeat" else all(row in expected for row in seen)
+    singles = CodesDataset(outputs["parquet"], batch_size=1, pad_to=64)
+    assert next(iter(DataLoader(singles, batch_size=5)))["codes"].shape == (5, 1, 64)
+
+
 def test_shuffling_follows_from_seed_and_epoch(outputs, wanted):
     def order(seed, epoch):
         data = CodesDataset(outputs["parquet"], shuffle=True, seed=seed)

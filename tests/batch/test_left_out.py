@@ -98,6 +98,18 @@ def test_what_is_left_out_is_counted(images, checkpoint_folder, tmp_path, capsys
     assert "left out: 2 .mp4, 2 hidden, 1 .txt" in capsys.readouterr().out
 
 
+def test_less_common_suffixes_of_pictures(images, checkpoint_folder, tmp_path):
+    """Readable ones are read; those of other formats are errors with a reason, whatever is in the file."""
+    (tmp_path / "in").mkdir()
+    for suffix in ("jpe", "JFIF", "jfi", "pjpeg", "pjp"):
+        (tmp_path / "in" / f"0.{suffix}").write_bytes(images[0])
+    for suffix in ("jxr", "wdp", "srw", "x3f", "iiq"):
+        (tmp_path / "in" / f"1.{suffix}").write_bytes(b"II\xbc\x01" + bytes(40))
+    summary = run(tmp_path / "in", tmp_path / "out", checkpoint_folder)
+    assert (summary.images, summary.errors, dict(summary.left_out)) == (5, 5, {})
+    assert all("convert it to PNG or JPEG" in reason for reason in errors(tmp_path / "out").values())
+
+
 def test_linked_folders_are_followed(images, checkpoint_folder, tmp_path):
     (tmp_path / "in" / "a").mkdir(parents=True)
     (tmp_path / "else").mkdir()
