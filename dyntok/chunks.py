@@ -126,7 +126,7 @@ def join_margins(parts: Sequence[Rows], device: torch.device) -> Tensor:
     """Returns the margins of all parts, float32 [B, 2], images in input order."""
     margins = [part.margins for part in parts if part.margins is not None]
     indices = [index for part in parts for index in part.input_indices]
-    order = torch.tensor(indices, dtype=torch.long).argsort().to(device)
+    order = torch.tensor(indices, dtype=torch.long, device="cpu").argsort().to(device)
     return torch.cat([torch.empty(0, 2, device=device), *margins])[order]
 
 

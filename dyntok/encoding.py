@@ -227,7 +227,7 @@ class Encoding:
             tokens: Any = slice(int(starts[0]), int(ends[-1]))
         else:
             pieces = zip(starts.tolist(), ends.tolist(), strict=True)
-            tokens = join_rows([torch.arange(start, end) for start, end in pieces], self.device)
+            tokens = join_rows([torch.arange(start, end, device="cpu") for start, end in pieces], self.device)
         return unchecked(
             packed_codes=self.packed_codes[tokens],
             packed_positions=None if self.packed_positions is None else self.packed_positions[tokens],

@@ -296,4 +296,4 @@ def _resize(image: Image.Image, place: Fitting, box: tuple[float, float, float, 
 
 
 def _per_channel(values: tuple[float, float, float]) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float32).view(3, 1, 1)
+    return torch.tensor(values, dtype=torch.float32, device="cpu").view(3, 1, 1)

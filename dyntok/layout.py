@@ -165,7 +165,7 @@ def map_to_counts(values: Tensor, grid: tuple[int, int]) -> Tensor:
 @_table
 def map_digits() -> Tensor:
     """Returns the four counts of every map value, int64 [625, 4]."""
-    return torch.arange(MAP_VALUES)[:, None] // torch.tensor(_PLACE_VALUES) % 5
+    return torch.arange(MAP_VALUES, device="cpu")[:, None] // torch.tensor(_PLACE_VALUES, device="cpu") % 5
 
 
 @_table
@@ -197,8 +197,8 @@ def _slots(grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     A missing cell has the number `cells`.
     """
     rows, columns = -(-grid[0] // 2), -(-grid[1] // 2)
-    numbers = torch.full((-(-rows // 2) * 2, -(-columns // 2) * 2), rows * columns)
-    numbers[:rows, :columns] = torch.arange(rows * columns).view(rows, columns)
+    numbers = torch.full((-(-rows // 2) * 2, -(-columns // 2) * 2), rows * columns, device="cpu")
+    numbers[:rows, :columns] = torch.arange(rows * columns, device="cpu").view(rows, columns)
     slot = numbers.unflatten(0, (-1, 2)).unflatten(2, (-1, 2)).transpose(1, 2).reshape(-1, 4)
     return slot, slot.flatten().argsort()[: rows * columns]
 

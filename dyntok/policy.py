@@ -197,6 +197,6 @@ def _gumbel_difference(seed: int, input_index: int, num_patches: int) -> Tensor:
     `score + difference > 0` keeps a patch with its keep probability.
     """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + input_index) % 2**63)
-    uniform = torch.rand(num_patches, 2, generator=generator, dtype=torch.float64).clamp(1e-12)
+    uniform = torch.rand(num_patches, 2, generator=generator, dtype=torch.float64, device="cpu").clamp(1e-12)
     gumbel = -(-uniform.log()).log()
     return (gumbel[:, 0] - gumbel[:, 1]).float()

@@ -32,7 +32,7 @@ def refuse(bad: Tensor, message: Callable[[int], str]) -> None:
 def integers(values: Tensor | Sequence[int], what: str) -> Tensor:
     """Returns a list, array or tensor of integers as int64 [T]. Floats and bools are refused."""
     try:
-        tensor = values if isinstance(values, Tensor) else torch.as_tensor(values)
+        tensor = values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise CodeError(f"{what}: expected a list or tensor of integers, got {brief(values)} ({error})") from error
     if tensor.dim() != 1:
@@ -68,7 +68,7 @@ def grid_pairs(grids: Any, images: int) -> Tensor:
     for i, row in enumerate(rows):
         if len(row) != 2:
             raise CodeError(f"grid of image {i} has {counted(len(row), 'number')}, expected rows and columns")
-    return torch.stack(rows) if rows else torch.empty(0, 2, dtype=torch.long)
+    return torch.stack(rows) if rows else torch.empty(0, 2, dtype=torch.long, device="cpu")
 
 
 def _is_one_pair(grids: Any) -> bool:

@@ -241,7 +241,7 @@ class VisualVocab(IdRanges):
         if any(image.grid is None for image in images):
             raise CodeError("the vocabulary does not say the grid of its images; give grid=(rows, columns)")
         positions = None if self.layout == "none" else [image.positions for image in images]
-        grids = torch.tensor([image.grid for image in images], dtype=torch.long).view(-1, 2)
+        grids = torch.tensor([image.grid for image in images], dtype=torch.long, device="cpu").view(-1, 2)
         return Encoding.pack([image.codes for image in images], positions, grids, self.fingerprint)
 
     def to_codes(self, ids: _Integers) -> Tensor:
@@ -284,7 +284,7 @@ class VisualVocab(IdRanges):
         positions = None
         if self.layout == "map":
             values = _numbers(row[: num_blocks(grid)], self.map, num_blocks(grid))
-            mask = counts_to_mask(map_to_counts(torch.tensor(values), grid), grid)
+            mask = counts_to_mask(map_to_counts(torch.tensor(values, device="cpu"), grid), grid)
             positions, row = mask.nonzero()[:, 0].to(row.device), row[num_blocks(grid) :]
         elif self.layout == "positions":
             if len(row) % 2:

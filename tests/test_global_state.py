@@ -138,3 +138,19 @@ def test_scikit_learn_works_after_encode(loaded):
     ensemble = pytest.importorskip("sklearn.ensemble")
     loaded.encode(dyntok.example_image())
     ensemble.RandomForestClassifier(2, n_jobs=1).fit(np.eye(4), [0, 1, 0, 1])
+
+
+def test_the_default_device_of_a_program_does_not_matter():
+    """A tokenizer stays on its own device; `meta` stands in for a GPU."""
+    tokenizer, image = dyntok.load("tiny"), dyntok.example_image()
+    wanted = tokenizer.encode(image)
+    torch.set_default_device("meta")
+    try:
+        for policy in ({}, {"budget": 9}, {"sample": 3}):
+            assert tokenizer.encode(image, **policy).codes[0].device.type == "cpu"
+        found = tokenizer.encode(image)
+        assert found.codes[0].tolist() == wanted.codes[0].tolist()
+        assert [picture.size for picture in tokenizer.decode([[1, 2, 3]])] == [(128, 128)]
+        assert tokenizer.features(image).lengths.tolist() == wanted.lengths.tolist()
+    finally:
+        torch.set_default_device(None)

@@ -64,7 +64,7 @@ class Selector(nn.Module):
             x = F.gelu(_linear(self.hidden2, F.gelu(_linear(self.hidden1, x))))
             logits = _linear(self.head, x)
             if self.dither:
-                bias = torch.as_tensor(self.bias(grid)).to(dtype) / 2
+                bias = torch.as_tensor(self.bias(grid), device=x.device).to(dtype) / 2
                 logits = logits + torch.stack([bias, -bias], dim=-1)
             return F.log_softmax(logits, dim=-1)
 
