@@ -189,6 +189,24 @@ def test_the_map_of_datasets(images, checkpoint_folder, tmp_path):
     assert [row["codes"] for row in mapped] == [row.tolist() for row in encoding.codes]
 
 
+def test_the_cache_of_datasets_knows_the_weights(images, checkpoint_folder, tmp_path):
+    """A folder whose tokenizer was trained further gives new codes."""
+    datasets = pytest.importorskip("datasets")
+    model, tokenizer = tmp_path / "model", dyntok.load(checkpoint_folder)
+    cells = [{"bytes": content, "path": None} for content in list(images.values())[:3]]
+    datasets.Dataset.from_dict({"image": cells}).save_to_disk(tmp_path / "data")
+    found = []
+    for _ in range(2):
+        tokenizer.save_pretrained(model)
+        data = datasets.load_from_disk(tmp_path / "data")
+        mapped = data.map(TokenizeColumn(str(model)), batched=True, remove_columns="image")
+        wanted = [row.tolist() for row in tokenizer.encode(list(images.values())[:3]).codes]
+        assert [row["codes"] for row in mapped] == wanted
+        found.append(wanted)
+        tokenizer.codebook.embedding.copy_(tokenizer.codebook.embedding.flip(0))
+    assert found[0] != found[1]
+
+
 def test_the_map_of_ray(images, checkpoint_folder, tmp_path):
     ray = pytest.importorskip("ray")
     ray.init(

@@ -61,6 +61,16 @@ def test_a_summary_for_people(tar, checkpoint_folder, tmp_path):
     assert done.returncode == 3 and "20 images" in done.stdout and "1 images failed" in done.stdout, done.stderr
 
 
+def test_a_log_gets_lines_and_the_summary_says_why_and_where(tar, checkpoint_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("dyntok.cli.batch_progress._WAIT", 0.0)
+    output = tmp_path / "out"
+    assert main(["batch", tar, str(output), "--model", str(checkpoint_folder), "--workers", "0"]) == 3
+    told = capsys.readouterr()
+    assert "batch: " in told.err and "images/s, " in told.err and "left" in told.err
+    assert f"written to {output}: 1 output shards" in told.out and "1 images failed:\n" in told.out
+    assert "1  not a readable image" in told.out and f"next: dyntok inspect {output}" in told.out
+
+
 def test_dry_run_writes_nothing(tar, photos, checkpoint_folder, tmp_path, capsys):
     model = ["--model", str(checkpoint_folder)]
     table = write_table(tmp_path / "in.parquet", pictures(photos))
