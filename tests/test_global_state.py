@@ -142,10 +142,15 @@ def test_scikit_learn_works_after_encode(loaded):
 
 def test_the_default_device_of_a_program_does_not_matter():
     """A tokenizer stays on its own device; `meta` stands in for a GPU."""
-    tokenizer, image = dyntok.load("tiny"), dyntok.example_image()
+    image, loaded = dyntok.example_image(), {name: dyntok.load(name) for name in ("tiny", "flex")}
+    tokenizer = loaded["tiny"]
     wanted = tokenizer.encode(image)
     torch.set_default_device("meta")
     try:
+        for name, before in loaded.items():
+            again = dyntok.load(name)
+            assert again.fingerprint == before.fingerprint
+            assert all(torch.equal(*pair) for pair in zip(again.buffers(), before.buffers(), strict=True))
         for policy in ({}, {"budget": 9}, {"sample": 3}):
             assert tokenizer.encode(image, **policy).codes[0].device.type == "cpu"
         found = tokenizer.encode(image)

@@ -141,7 +141,8 @@ def _on_meta_or_not(make: Callable[[], M], state: Mapping[str, Tensor] | None) -
 
 
 def _with_values(make: Callable[[], M]) -> M:
-    with torch.random.fork_rng(devices=[]):  # initial values that will be replaced must not change the caller's numbers
+    # Initial values must not change the caller's random numbers, nor computed ones depend on the caller's device.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         return make()
 
 
