@@ -9,17 +9,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from dyntok.ahead import in_order
 from dyntok.config import ImageConfig
 from dyntok.errors import ImageError
 from dyntok.fitting import original
-from dyntok.image import ImageSource, is_single, normalized, to_array
+from dyntok.image import ImageSource, is_single, to_array
 from dyntok.original import Original
 from dyntok.ragged import cu_seqlens_from_lengths
 
 _MAX_WAITING = 256  # images of different shapes
+_CHECKED_TOGETHER = 32  # chunks: an error is raised so much later, at most
 Failures = list[tuple[int, ImageError]]  # input index and error
 Originals = dict[int, Original]  # by input index
 
@@ -28,7 +31,8 @@ Originals = dict[int, Original]  # by input index
 class Chunk:
     """Images that go through the network together.
 
-    input_indices: the index of each among all inputs of the call. pixels: normalized, float [B, 3, H, W].
+    input_indices: the index of each among all inputs of the call. pixels: normalized, float [B, 3, H, W], or uint8 of
+    that shape, which the network normalizes on its device.
     """
 
     input_indices: Sequence[int]
@@ -61,30 +65,39 @@ def load_chunks(
     max_pixels: int,
     failures: Failures | None = None,
     originals: Originals | None = None,
+    workers: int = 0,
 ) -> Iterator[Chunk]:
-    """Yields chunks of at most `size` readable images of one shape. Images of one shape stay in order.
+    """Yields chunks of at most `size` readable images of one shape, uint8. Images of one shape stay in order.
 
     What was read is added to `originals`. Errors are added to `failures`, or raised where that is None.
+    workers: threads that decode ahead.
     """
     single = is_single(images)
 
-    def readable() -> Iterator[tuple[int, Tensor]]:
-        sources: Iterable[Any] = [images] if single else images  # type: ignore[assignment]  # see is_single
-        for index, image in enumerate(sources):
-            try:
-                array, (width, height) = to_array(image, config, max_pixels=max_pixels)
-                if originals is not None:
-                    originals[index] = original(width, height, config)
-                yield index, normalized(array, config)
-            except ImageError as error:
-                if failures is not None:
-                    failures.append((index, error))
-                elif single or isinstance(image, str | os.PathLike):  # the message names the file already
-                    raise
-                else:
-                    raise ImageError(f"input {index}: {error}") from error
+    def read(index: int, image: Any) -> tuple[np.ndarray, Original]:
+        try:
+            array, (width, height) = to_array(image, config, max_pixels=max_pixels)
+            return array, original(width, height, config)
+        except ImageError as error:
+            if failures is not None or single or isinstance(image, str | os.PathLike):  # it names the file already
+                raise
+            raise ImageError(f"input {index}: {error}") from error
 
-    waiting: dict[torch.Size, list[tuple[int, Tensor]]] = {}  # by shape, fewer than `size` of each
+    def readable() -> Iterator[tuple[int, np.ndarray]]:
+        sources: Iterable[Any] = [images] if single else images  # type: ignore[assignment]  # see is_single
+        for index, result in enumerate(in_order(sources, read, workers, size + 2 * workers)):
+            try:
+                array, known = result()
+            except ImageError as error:
+                if failures is None:
+                    raise
+                failures.append((index, error))
+                continue
+            if originals is not None:
+                originals[index] = known
+            yield index, array
+
+    waiting: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}  # by shape, fewer than `size` of each
     for index, pixels in readable():
         group = waiting.setdefault(pixels.shape, [])
         group.append((index, pixels))
@@ -95,9 +108,9 @@ def load_chunks(
         yield _stack(group)
 
 
-def _stack(group: Sequence[tuple[int, Tensor]]) -> Chunk:
-    indices, pixels = zip(*group, strict=True)
-    return Chunk(indices, torch.stack(pixels))
+def _stack(group: Sequence[tuple[int, np.ndarray]]) -> Chunk:
+    indices, arrays = zip(*group, strict=True)
+    return Chunk(indices, torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2))
 
 
 def join_images(parts: Sequence[Rows], nothing: Tensor) -> tuple[list[int], Tensor, Tensor, Tensor, Tensor]:
@@ -131,7 +144,7 @@ def join_margins(parts: Sequence[Rows], device: torch.device) -> Tensor:
 
 
 def split_chunks(pixels: Tensor, size: int) -> Iterator[Chunk]:
-    """Yields chunks of at most `size` images of normalized pixels [B, 3, H, W]."""
+    """Yields chunks of at most `size` images of pixels [B, 3, H, W]."""
     for start in range(0, len(pixels), size):
         part = pixels[start : start + size]
         # a copy with one layout and alignment: both may change how a kernel rounds
@@ -155,19 +168,15 @@ def without_failures(rows: Iterable[Rows], dtype: torch.dtype, failures: Failure
 
     The other images are added to `failures`, or raised where that is None.
 
-    Reads the result of a chunk after the next one was given to the device, so that the device never waits for the host.
+    The host reads the results of many chunks at once, so that the device seldom waits for it.
     """
-    previous = None
-    for current in rows:
-        if previous is not None:
-            yield _checked(previous, dtype, failures)
-        previous = current
-    if previous is not None:
-        yield _checked(previous, dtype, failures)
+    for chunks in batched(rows, _CHECKED_TOGETHER):
+        finite = iter(torch.cat([chunk.finite for chunk in chunks]).tolist())
+        for chunk in chunks:
+            yield _checked(chunk, list(itertools.islice(finite, len(chunk.finite))), dtype, failures)
 
 
-def _checked(rows: Rows, dtype: torch.dtype, failures: Failures | None) -> Rows:
-    finite = rows.finite.tolist()
+def _checked(rows: Rows, finite: list[bool], dtype: torch.dtype, failures: Failures | None) -> Rows:
     if all(finite):
         return rows
     for index, fine in zip(rows.input_indices, finite, strict=True):

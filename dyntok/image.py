@@ -8,6 +8,7 @@ frame.
 """
 
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -124,9 +125,26 @@ def normalized(array: np.ndarray, config: ImageConfig) -> torch.Tensor:
     """Return float32 [..., 3, H, W] for uint8 [..., H, W, 3]: the second half of `to_pixels`."""
     pixels = np.moveaxis(array, -1, -3).astype(np.float32, order="C")  # NumPy, since torch would start threads
     pixels /= 255
-    pixels -= _per_channel(config.mean).numpy()
-    pixels /= _per_channel(config.std).numpy()
+    pixels -= np.array(config.mean, np.float32).reshape(3, 1, 1)
+    pixels /= np.array(config.std, np.float32).reshape(3, 1, 1)
     return torch.from_numpy(pixels)
+
+
+def normalize(pixels: torch.Tensor, config: ImageConfig) -> torch.Tensor:
+    """Return float32 [B, 3, H, W] for uint8 [B, 3, H, W], on its device: the values of `to_pixels`, bit by bit.
+
+    They come from a table of all 8-bit values, so that no device computes them in its own way.
+    """
+    table, first = _table(config, pixels.device)
+    return table[pixels.contiguous().int() + first]
+
+
+@functools.lru_cache(maxsize=16)
+def _table(config: ImageConfig, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the normalized values of the three channels, one after another, and where each channel begins."""
+    gray = np.repeat(np.arange(256, dtype=np.uint8)[:, None, None], 3, axis=2)  # [256, 1, 3]
+    first = torch.arange(0, 768, 256, dtype=torch.int32, device=device).view(3, 1, 1)
+    return normalized(gray, config).flatten().to(device), first
 
 
 def to_image(pixels: torch.Tensor, config: ImageConfig) -> Image.Image:

@@ -3,6 +3,8 @@
 Not here: the methods that users call (`tokenizer.py`), and what a part computes (`model/`).
 """
 
+import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -16,6 +18,7 @@ from dyntok.config import MAX_PATCHES, DecoderConfig, TokenizerConfig
 from dyntok.encoding import Encoding
 from dyntok.errors import CodeError, ConfigError, ImageError
 from dyntok.fitting import target_size
+from dyntok.image import normalize
 from dyntok.layout import MAX_SIDE, canonical_mask
 from dyntok.margins import close_choices, close_codes, shares
 from dyntok.model.backbone import Backbone
@@ -31,6 +34,7 @@ from dyntok_kernels import compact
 from dyntok_kernels.limits import HEAD_DIMS, HEAD_DIMS_IN_WORDS, MAX_CODE_DIM
 
 Choice: TypeAlias = Callable[[Tensor, Sequence[int]], Tensor]  # log-probabilities [B, N, 2], input indices -> keep mask
+_MAX_THREADS = 16  # that decode pictures for a GPU, by default
 Merge: TypeAlias = Callable[..., Tensor]  # features [B, N, D], keep mask [B, N], total=T, grid= -> tokens [T, D]
 
 
@@ -178,7 +182,8 @@ class TokenizerNetwork(PretrainedModule):
     def _check_pixels(self, pixels: Tensor) -> None:
         shape, limits = f"3, {self.image_size}, {self.image_size}", ""
         sides: tuple[int, ...] = (self.image_size, self.image_size)
-        fits = isinstance(pixels, Tensor) and pixels.dim() == 4 and pixels.is_floating_point() and pixels.shape[1] == 3
+        fits = isinstance(pixels, Tensor) and (pixels.is_floating_point() or pixels.dtype == torch.uint8)
+        fits = fits and pixels.dim() == 4 and pixels.shape[1] == 3
         if self.any_grid:
             patch = self.backbone.patch_size
             shape = "3, H, W"
@@ -189,10 +194,10 @@ class TokenizerNetwork(PretrainedModule):
         if not fits or tuple(pixels.shape[2:]) != sides:
             got = f"{pixels.dtype} {list(pixels.shape)}" if isinstance(pixels, Tensor) else type(pixels).__name__
             raise ImageError(
-                f"pixels are {got}, expected normalized floats [B, {shape}]{limits}; encode() prepares images"
+                f"pixels are {got}, expected normalized floats [B, {shape}]{limits}, or uint8; encode() prepares images"
             )
         # on a GPU the host would wait for it; the network finds such an image a moment later
-        if pixels.device.type == "cpu" and not pixels.isfinite().all():
+        if pixels.device.type == "cpu" and pixels.is_floating_point() and not pixels.isfinite().all():
             raise ImageError("pixels hold NaN or infinite values, expected finite ones")
 
     def _at_once(self, images: int) -> int:
@@ -201,14 +206,31 @@ class TokenizerNetwork(PretrainedModule):
             raise ConfigError(f"batch_size is {images!r}, expected an int of at least 1")
         return 1 if self.device.type == "cpu" else images
 
+    def _decoding_threads(self, workers: int | None) -> int:
+        if workers is None:
+            return 0 if self.device.type == "cpu" else min(_MAX_THREADS, os.cpu_count() or 1)
+        if type(workers) is not int or workers < 0:
+            raise ConfigError(f"workers is {workers!r}, expected an int of 0 or more")
+        return workers
+
+    def _on_device(self, chunk: Chunk) -> Chunk:
+        """Returns the chunk with normalized pixels on the device. What is sent there is not waited for."""
+        pixels, to_gpu = chunk.pixels, self.device.type == "cuda"
+        if to_gpu and pixels.device.type == "cpu":
+            pixels = pixels.pin_memory()
+        pixels = pixels.to(self.device, non_blocking=to_gpu)
+        if pixels.dtype == torch.uint8:
+            pixels = normalize(pixels, self.config.image)
+        return dataclasses.replace(chunk, pixels=pixels)
+
     def _run(self, chunk: Chunk, choice: Choice, merge: Merge, *, quantize: bool, margins: bool = False) -> Rows:
         """Returns the codes, or else the merged tokens, of a chunk.
 
         The host reads one result of the device, the lengths, and none where the budget is exact.
         """
-        grid = self.backbone.grid_of(chunk.pixels)
+        chunk, grid = self._on_device(chunk), self.backbone.grid_of(chunk.pixels)
         with self.inference():
-            features = self.backbone(chunk.pixels.to(self.device, self.dtype))
+            features = self.backbone(chunk.pixels.to(self.dtype))
             log_probs = self.selector(features, grid)
             if isinstance(choice, KeepPolicy):
                 keep = self._keep(choice, chunk, features, log_probs, merge)
@@ -247,8 +269,9 @@ class TokenizerNetwork(PretrainedModule):
             positions = None if decoder.placement == "rank" else keep.nonzero()[:, 1]
             return head(decoder(vectors, cu_seqlens_from_mask(keep), positions, grid=grid), grid)
 
-        pixels = chunk.pixels.to(self.device)
-        mask = shortest_mask(ranks(log_probs), pixels, policy.psnr, self.config.image, policy.max_tokens, reconstruct)
+        mask = shortest_mask(
+            ranks(log_probs), chunk.pixels, policy.psnr, self.config.image, policy.max_tokens, reconstruct
+        )
         return canonical_mask(mask, grid, places)
 
     def _decode_features(self, encoding: Encoding, decoder: Decoder) -> Tensor:

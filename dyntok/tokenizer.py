@@ -70,6 +70,7 @@ class DynamicVisualTokenizer(TokenizerNetwork):
         decoding: Decoding | None = None,
         max_pixels: int = DEFAULT_MAX_PIXELS,
         batch_size: int = BATCH_SIZE,
+        workers: int | None = None,
         margins: bool = False,
         **options: Unpack[KeepOptions],
     ) -> Encoding:
@@ -89,8 +90,9 @@ class DynamicVisualTokenizer(TokenizerNetwork):
         decoding: "scaled" reads large JPEG files at a fraction of their size, which is faster and changes some codes;
             "full" does not. By default as the configuration says.
         max_pixels: larger images are refused before they are decoded; `load_image` says more about limits.
-        batch_size: the number of images that a GPU computes together; a CPU takes them one by one. It does not change
-            the codes.
+        batch_size: the number of images that a GPU computes together; a CPU takes them one by one. With 1
+            the codes of an image never depend on the others, on a GPU, too.
+        workers: threads that decode paths and bytes ahead; by default one per core for a GPU, and none for a CPU.
         margins: also report how many decisions were close; see `Encoding.margins`.
 
         Raises `ImageError` on the first bad image unless they are skipped, and `ConfigError` on contradictory options.
@@ -104,6 +106,7 @@ class DynamicVisualTokenizer(TokenizerNetwork):
             max_pixels=max_pixels,
             failures=failures,
             originals=originals,
+            workers=self._decoding_threads(workers),
         )
         return self._encode_chunks(chunks, keep, self.merger, failures, originals, margins=margins)
 
@@ -160,6 +163,7 @@ class DynamicVisualTokenizer(TokenizerNetwork):
         decoding: Decoding | None = None,
         max_pixels: int = DEFAULT_MAX_PIXELS,
         batch_size: int = BATCH_SIZE,
+        workers: int | None = None,
         **options: Unpack[KeepOptions],
     ) -> Features:
         """Returns the merged tokens that `encode` would quantize, for LLMs that read embeddings.
@@ -168,7 +172,8 @@ class DynamicVisualTokenizer(TokenizerNetwork):
         """
         keep = KeepPolicy.of(policy, options)
         config = self.image_config(fit=fit, max_patches=max_patches, size=size, decoding=decoding)
-        chunks = load_chunks(images, config, self._at_once(batch_size), max_pixels=max_pixels)
+        threads = self._decoding_threads(workers)
+        chunks = load_chunks(images, config, self._at_once(batch_size), max_pixels=max_pixels, workers=threads)
         return self._merge_chunks(chunks, keep, self.merger, self.backbone.embed_dim)
 
     # Tensors in, tensors out.
@@ -186,6 +191,7 @@ class DynamicVisualTokenizer(TokenizerNetwork):
     ) -> Encoding:
         """Returns the codes of normalized pixels, float [B, 3, H, W]; other arguments are those of `encode`.
 
+        uint8 pixels are normalized on the device of the weights.
         keep_mask: bool [B, N], the patches to keep, at least one per image. It replaces every other choice,
             `max_tokens` included.
         errors: "skip" leaves out images for which the network computes NaN or infinite values.

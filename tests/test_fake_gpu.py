@@ -76,6 +76,19 @@ def test_encoding_with_an_exact_budget_reads_nothing(on_gpu, quantize):
     assert list(rows.lengths) == [BUDGET] * 3 and rows.positions.dtype == torch.long and rows.finite.dtype == torch.bool
 
 
+def test_8_bit_values_go_to_the_gpu_and_are_normalized_there(on_gpu, monkeypatch):
+    sent, side = [], on_gpu.image_size
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: sent.append(tensor) or tensor)
+    chunk = Chunk(range(3), torch.zeros(3, 3, side, side, dtype=torch.uint8))
+    rows = on_gpu._run(chunk, KeepPolicy(budget=BUDGET), on_gpu.merger, quantize=True)
+    assert [(tensor.dtype, tensor.device.type) for tensor in sent] == [(torch.uint8, "cpu")]
+    assert rows.values.device == GPU
+    there = Chunk(range(3), chunk.pixels.to(GPU))
+    with _NoTensorOfTheHost():
+        pixels = on_gpu._on_device(there).pixels
+    assert pixels.dtype == torch.float32 and pixels.device == GPU
+
+
 def test_decoding_has_no_tensor_of_the_host(on_gpu):
     cu_seqlens = cu_seqlens_from_lengths(ints(3) + BUDGET)
     with _NoTensorOfTheHost(), on_gpu.inference():
@@ -154,15 +167,16 @@ def _inside_an_operation():
     ids=str,
 )
 def test_what_the_host_reads(options, reads, tokenizer):
-    """While the network runs: the lengths, unless they are known. At the end of a chunk: whether numbers are finite."""
+    """For each chunk the lengths, unless they are known. At the end of up to 32 chunks, whether numbers are finite."""
     pixels = torch.randn(1, 3, 64, 64)
     tokenizer.encode_tensor(pixels, **options)  # makes the tables, and the fingerprint
     with _HostReads() as host:
         tokenizer._run(Chunk([0], pixels), KeepPolicy(**options), tokenizer.merger, quantize=True)
     assert len(host.seen) == reads, host.seen
+    chunks = [Chunk([index], pixels) for index in range(5)]
     with _HostReads() as host:
-        encoding = tokenizer._encode_chunks([Chunk([0], pixels)], KeepPolicy(**options), tokenizer.merger, None)
-    assert len(host.seen) == reads + 1 and isinstance(encoding, dyntok.Encoding), host.seen
+        encoding = tokenizer._encode_chunks(chunks, KeepPolicy(**options), tokenizer.merger, None)
+    assert len(host.seen) == 5 * reads + 1 and len(encoding) == 5, host.seen
 
 
 def test_an_encoding_of_the_network_passes_every_check(tokenizer, photos):

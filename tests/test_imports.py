@@ -25,7 +25,7 @@ LEVELS = [
     {"tokenizer"},
     {"network"},
     {"checkpoint", "chunks"},
-    {"device", "policy", "precision", "image"},
+    {"ahead", "device", "policy", "precision", "image"},
     {"imaging", "fitting", "margins", "model", "encoding", "features", "ids", "target"},
     {"config", "original", "ragged", "validation"},
     {"texts"},

@@ -318,7 +318,7 @@ def test_the_raw_door_gives_the_same(tokenizer, photos):
         torch.zeros(3, 64, 64),
         torch.zeros(1, 3, 64, 32),
         torch.zeros(1, 1, 64, 64),
-        torch.zeros(1, 3, 64, 64).byte(),
+        torch.zeros(1, 3, 64, 64).int(),
         [[0.0]],
     ],
     ids=["no batch", "oblong", "gray", "integers", "list"],

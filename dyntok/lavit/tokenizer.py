@@ -87,6 +87,7 @@ class LavitTokenizer(DynamicVisualTokenizer):
         decoding: Decoding | None = None,
         max_pixels: int = DEFAULT_MAX_PIXELS,
         batch_size: int = BATCH_SIZE,
+        workers: int | None = None,
         margins: bool = False,
         lavit_softmax: bool = False,
         **options: Unpack[KeepOptions],
@@ -98,7 +99,15 @@ class LavitTokenizer(DynamicVisualTokenizer):
         keep, failures, originals = KeepPolicy.of(policy, options), self._failures(errors), Originals()
         config = self.image_config(fit=fit, max_patches=max_patches, size=size, decoding=decoding)
         at_once, merge = self._at_once(batch_size), self._merge("codes", lavit_softmax)
-        chunks = load_chunks(images, config, at_once, max_pixels=max_pixels, failures=failures, originals=originals)
+        chunks = load_chunks(
+            images,
+            config,
+            at_once,
+            max_pixels=max_pixels,
+            failures=failures,
+            originals=originals,
+            workers=self._decoding_threads(workers),
+        )
         return self._encode_chunks(chunks, keep, merge, failures, originals, margins=margins)
 
     def features(
@@ -113,6 +122,7 @@ class LavitTokenizer(DynamicVisualTokenizer):
         decoding: Decoding | None = None,
         max_pixels: int = DEFAULT_MAX_PIXELS,
         batch_size: int = BATCH_SIZE,
+        workers: int | None = None,
         lavit_softmax: bool = False,
         **options: Unpack[KeepOptions],
     ) -> Features:
@@ -124,7 +134,8 @@ class LavitTokenizer(DynamicVisualTokenizer):
         """
         keep, merge = KeepPolicy.of(policy, options), self._merge(path, lavit_softmax)
         config = self.image_config(fit=fit, max_patches=max_patches, size=size, decoding=decoding)
-        chunks = load_chunks(images, config, self._at_once(batch_size), max_pixels=max_pixels)
+        threads = self._decoding_threads(workers)
+        chunks = load_chunks(images, config, self._at_once(batch_size), max_pixels=max_pixels, workers=threads)
         return self._merge_chunks(chunks, keep, merge, self._width(path))
 
     def decode(

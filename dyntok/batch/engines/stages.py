@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 
 from dyntok.batch.engines.rows import (
     DecodedImage,
@@ -30,7 +31,7 @@ from dyntok.batch.shapes import code_type, image_config, position_type
 from dyntok.config import ImageConfig
 from dyntok.errors import BatchError, ImageError
 from dyntok.fitting import original
-from dyntok.image import ImageSource, normalized, to_array
+from dyntok.image import ImageSource, to_array
 from dyntok.tokenizer import DynamicVisualTokenizer
 
 Place: TypeAlias = tuple[int, int]  # row of a chunk, and image of that row
@@ -217,7 +218,7 @@ def _tokenize_group(
     if isinstance(options.budget, int) and options.budget > rows * columns:
         reason = f"budget is {options.budget} tokens, but the picture's grid of {rows} x {columns} has fewer patches"
         return [ImageError(reason) for _ in pictures]
-    pixels = normalized(np.stack([picture.array for picture in pictures]), tokenizer.config.image)
+    pixels = torch.from_numpy(np.stack([picture.array for picture in pictures])).permute(0, 3, 1, 2)
     encoding = tokenizer.encode_tensor(pixels, batch_size=len(pictures), errors="skip", policy=options.policy).to("cpu")
     results: dict[int, TokenizedImage | ImageError] = {
         index: ImageError(str(error).removeprefix(f"input {index}: ")) for index, error in encoding.failures
