@@ -83,8 +83,13 @@ class DryRun:
         ]
 
 
-def dry_run(task: Task) -> DryRun:
-    """Raises what `tokenize` raises before it writes; `DataError` where nothing is left to be done."""
+def dry_run(task: Task, device: str | None = None) -> DryRun:
+    """Measures on `device`, by default where the tokenizer is.
+
+    Raises what `tokenize` raises before it writes; `DataError` where nothing is left to be done.
+    """
+    if device is not None:
+        task.tokenizer.to(device)
     manifest, sampling = task.manifest(create=False), _Sampling(task)
     shards = extent = size = 0
     for work in manifest.unfinished_work(task.source):

@@ -56,7 +56,7 @@ def tokenize(
     engine = engine or EngineOptions()
     if not 0 <= max_error_rate <= 1:
         raise ConfigError(f"max_error_rate is {max_error_rate}, expected a share from 0 to 1")
-    engine = _with_devices(engine)
+    engine = with_devices(engine)
     task = prepare(inputs, output, model=model, options=options, storage=storage)
     if retry_errors and task.options.interleaved:
         raise ConfigError(
@@ -112,7 +112,7 @@ def _engine(engine: EngineOptions) -> Callable[..., Iterator[RowChunk[TokenizedR
     return run_ray
 
 
-def _with_devices(engine: EngineOptions) -> EngineOptions:
+def with_devices(engine: EngineOptions) -> EngineOptions:
     """Returns the options with all GPUs of this machine where none are named. Raises `ConfigError` on missing ones."""
     if engine.name == "ray":
         return engine

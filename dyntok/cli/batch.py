@@ -166,6 +166,7 @@ def _batch(options: argparse.Namespace) -> int:
     from dyntok.batch import BatchOptions, EngineOptions, tokenize
     from dyntok.batch.addresses import read_storage_options
     from dyntok.batch.dry_run import dry_run
+    from dyntok.batch.run import with_devices
     from dyntok.batch.task import prepare
     from dyntok.cli.batch_progress import Progress
 
@@ -184,7 +185,7 @@ def _batch(options: argparse.Namespace) -> int:
     storage = read_storage_options(options.storage_options)
     if options.dry_run:
         task = prepare(options.inputs, options.output, model=options.model, options=run_options, storage=storage)
-        estimate = dry_run(task)
+        estimate = dry_run(task, next(iter(with_devices(engine).devices), None))
         _print(estimate, options.json)
         return SOME_SKIPPED if estimate.all_failed else OK
     progress = Progress()

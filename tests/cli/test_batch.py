@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from support.batch_data import codes, files, pictures, run, tar_members, write_table, write_tar
 
-from dyntok import VisualVocab, load
+from dyntok import DynamicVisualTokenizer, VisualVocab, load
 from dyntok.cli.main import main
 from dyntok.llm import parse_ids
 
@@ -186,3 +186,11 @@ def test_an_extra_that_is_not_installed(missing, extra, options, tar, tmp_path):
         [sys.executable, "-c", code, "batch", tar, str(tmp_path / "out"), *options], capture_output=True, text=True
     )
     assert done.returncode == 1 and f"pip install 'dyntok[{extra}]'" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_dry_run_measures_on_the_device_of_the_run(tar, checkpoint_folder, tmp_path, capsys, monkeypatch):
+    moved, to = [], DynamicVisualTokenizer.to
+    monkeypatch.setattr(DynamicVisualTokenizer, "to", lambda self, *a, **k: moved.append(a) or to(self, *a, **k))
+    command = ["batch", "--dry-run", tar, str(tmp_path / "out"), "--model", str(checkpoint_folder), "--devices"]
+    assert main([*command, "cpu:0,cpu:0"]) == 0 and ("cpu:0",) in moved
+    assert main([*command, "cuda:7"]) == 1 and "no device 'cuda:7' here" in capsys.readouterr().err
