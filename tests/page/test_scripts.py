@@ -75,7 +75,7 @@ def test_the_same_part_of_a_picture_is_used(how):
     assert [(*p["size"], *p["box"], *p["inner"]) for p in got] == [(*p.size, *p.box, *p.inner) for p in expected]
 
 
-@pytest.mark.parametrize("shape", [(96, 130), (40, 33), (700, 6)], ids=str)
+@pytest.mark.parametrize("shape", [(96, 130), (40, 33), (700, 6), (512, 200)], ids=str)
 def test_resizing_gives_the_bytes_of_pillow(photos, shape):
     photo = np.asarray(Image.fromarray(photos[1]).resize(shape[::-1]))
     rgba = np.dstack([photo, np.full(shape, 255, np.uint8)]).flatten().tolist()

@@ -6,7 +6,7 @@ const PRECISION = 22; // bits of a weight
 export function resize(rgba, width, height, box, newWidth, newHeight) {
   const across = weights(width, box[0], box[2], newWidth);
   const down = weights(height, box[1], box[3], newHeight);
-  if (height > 64 * width) {
+  if (columnsFirst(width, height, newWidth, newHeight)) {
     const tall = vertical(rgba, width, 4, down);
     return horizontal(tall, width, newHeight, 3, 0, across);
   }
@@ -15,6 +15,12 @@ export function resize(rgba, width, height, box, newWidth, newHeight) {
   const rows = horizontal(rgba, width, last - first, 4, first, across);
   const shifted = { ...down, starts: down.starts.map((start) => start - first) };
   return vertical(rows, newWidth, 3, shifted);
+}
+
+/** As in Pillow 13, and for slivers as in `dyntok/image.py`. The order matters, since the first pass rounds to 8 bits. */
+function columnsFirst(width, height, newWidth, newHeight) {
+  const shrunk = height - newHeight;
+  return height > 64 * width || (shrunk > 0 && shrunk > 2 * (width - newWidth));
 }
 
 function bicubic(x) {
