@@ -120,3 +120,39 @@ def test_operations_are_checked_before_they_are_timed(benchmarks):
         kernels.check("a sum", torch.ones(3), torch.ones(3) * 1.1, 1e-4)
     with pytest.raises(SystemExit, match="off by"):
         kernels.check("a sum", torch.full((3,), torch.nan), torch.ones(3), 1e-4)
+
+
+def test_masks_of_a_dictionary_and_both_orders(benchmarks):
+    import layouts
+
+    masks = torch.rand(3, 256, generator=torch.Generator().manual_seed(0)) < 0.3
+    dictionary = layouts.blocks(masks[:1])[0].unique(dim=0)
+    snapped, entries = layouts.snap(masks, dictionary)
+    assert torch.equal(snapped[0], masks[0]) and torch.equal(layouts.blocks(snapped), dictionary[entries])
+    assert layouts.coverage(masks, masks[:1])["held by 64"] == 1
+    encoding = dyntok.Encoding.pack(
+        [mask.nonzero()[:, 0] for mask in snapped], [mask.nonzero()[:, 0] for mask in snapped], (16, 16)
+    )
+    first, between = (layouts.sequences(encoding, entries, 1000, order) for order in (False, True))
+    for (ids, is_code), (mixed, mixed_codes), values in zip(first, between, entries, strict=True):
+        assert ids[:16].tolist() == (values + 1000).tolist() and not is_code[:16].any() and is_code[16:].all()
+        assert sorted(mixed.tolist()) == sorted(ids.tolist()) and not mixed_codes[0]
+        counts = torch.diff(torch.cat([(~mixed_codes).nonzero()[:, 0], torch.tensor([len(mixed)])])) - 1
+        assert counts.tolist() == dictionary[values].sum(1).tolist()
+
+
+@pytest.mark.slow
+def test_the_figures_of_a_tokenizer(tmp_path):
+    if "DYNTOK_DATA" not in os.environ:
+        pytest.skip("DYNTOK_DATA names no folder of photographs")
+    output = tmp_path / "figures.jsonl"
+    command = [sys.executable, str(ROOT / "benchmarks" / "figures.py"), "--limit", "3", "--output", str(output)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    only = ["--only", "recognition", "memory", "speed", "lengths"]
+    done = subprocess.run([*command, *only], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    forms = [row["form"] for row in rows if row["figure"] == "recognition"]
+    assert forms == ["originals", *["map, with positions", "map, from ids", "lattice"] * 2, "codes alone"]
+    (memory,) = [row["peak_mb"] for row in rows if row["figure"] == "memory"]
+    assert 300 < memory < 1500

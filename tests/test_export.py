@@ -6,6 +6,7 @@ Operations' contracts.
 import numpy as np
 import pytest
 import torch
+from support.any_grid import any_grid_tokenizer
 from support.kernel_cases import bounds, similar_case
 from torch.testing import assert_close
 
@@ -154,3 +155,43 @@ def op_cases():
 @pytest.mark.parametrize("name", op_cases())
 def test_operations_keep_their_contracts(name):
     torch.library.opcheck(*op_cases()[name])
+
+
+GRIDS = pytest.mark.parametrize("grid", [(5, 13), (12, 6)], ids=lambda grid: f"{grid[0]}x{grid[1]}")
+
+
+def of_grid(grid, config, photos):
+    """A tokenizer, pixels of two photographs on this grid, their codes, and the modules for it."""
+    tokenizer = any_grid_tokenizer(config)
+    image = tokenizer.image_config(fit="squash", size=(8 * grid[0], 8 * grid[1]))
+    pixels = torch.stack([to_pixels(photo, image) for photo in photos[:2]])
+    encoding = tokenizer.encode_tensor(pixels, budget=BUDGET)
+    modules = FixedEncoder(tokenizer, BUDGET, grid), FixedDecoder(tokenizer, grid)
+    return pixels, as_rows(encoding), tokenizer.decode_to_pixels(encoding), *modules
+
+
+@GRIDS
+@torch.no_grad()
+def test_each_grid_has_its_modules(grid, small_config, photos):
+    """Sides that 4 does not divide, and a tall grid."""
+    pixels, expected, painted, encoder, decoder = of_grid(grid, small_config, photos)
+    assert all(map(torch.equal, encoder(pixels), expected))
+    assert_close(decoder(*expected), painted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+@GRIDS
+def test_each_grid_has_its_onnx_graphs(grid, small_config, photos, tmp_path):
+    """The graphs of `dyntok page` take any grid; tests/page/test_graphs.py runs them."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pixels, (codes, positions), wanted, encoder, decoder = of_grid(grid, small_config, photos)
+    to_onnx(encoder, tmp_path / "encoder.onnx", pixels)
+    session = onnxruntime.InferenceSession(tmp_path / "encoder.onnx")
+    got = session.run(None, {session.get_inputs()[0].name: pixels.numpy()})
+    assert np.array_equal(got[0], codes) and np.array_equal(got[1], positions)
+    to_onnx(decoder, tmp_path / "decoder.onnx", codes, positions)
+    session = onnxruntime.InferenceSession(tmp_path / "decoder.onnx")
+    names = [given.name for given in session.get_inputs()]
+    (painted,) = session.run(None, dict(zip(names, [codes.numpy(), positions.numpy()], strict=True)))
+    assert painted.shape == (2, 3, 8 * grid[0], 8 * grid[1])
+    assert_close(torch.from_numpy(painted), wanted, atol=1e-3, rtol=0)

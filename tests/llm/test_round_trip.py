@@ -20,6 +20,7 @@ POLICIES = {
     "threshold": lambda: {"threshold": 0.6},
     "sample": lambda: {"sample": torch.Generator().manual_seed(0)},
     "limit": lambda: {"max_tokens": 12},
+    "quality": lambda: {"psnr": 9.0},  # the weights are random
 }
 SHAPES = [(64, 64), (640, 480), (333, 500), (512, 128), (120, 700), (17, 13), (511, 509)]  # width and height
 SIZES = [(64, 64), (40, 56), (72, 24), (56, 120), (8, 64), (104, 48)]  # height and width in pixels, of whole patches
@@ -64,10 +65,19 @@ def photographs(count):
         return [tar.extractfile(member).read() for member in islice(members, count)]
 
 
-@pytest.mark.parametrize("count", [50, pytest.param(1000, marks=pytest.mark.slow)])
-def test_photographs(count, visual):
+def test_photographs(visual):
     """A share of the photographs under each layout and policy, squeezed into rectangles of several shapes."""
-    images = photographs(count)
+    images = photographs(50)
     pairs = [(layout, policy) for layout in LAYOUTS for policy in POLICIES]
     for i, (layout, policy) in enumerate(pairs):
         check(visual, images[i :: len(pairs)], layout, policy, size=SIZES[i % len(SIZES)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_thousand_photographs(policy, visual):
+    """Every photograph under every policy, a third of them in each layout, in rectangles of several shapes."""
+    images = photographs(1000)
+    pairs = [(layout, size) for layout in LAYOUTS for size in SIZES]
+    for i, (layout, size) in enumerate(pairs):
+        check(visual, images[i :: len(pairs)], layout, policy, size=size)
