@@ -349,7 +349,7 @@ class DynamicVisualTokenizer(TokenizerNetwork):
         """
         if isinstance(codes, str | os.PathLike):
             raise CodeError(
-                f"codes is the text {str(codes)[:80]!r}, expected an Encoding or one list of integers per image; "
+                f"codes is the text {str(codes)[:300]!r}, expected an Encoding or one list of integers per image; "
                 "read a file that `dyntok encode` wrote with json.load(open(path))['codes'], "
                 "or use `dyntok decode` on the command line"
             )

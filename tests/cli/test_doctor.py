@@ -16,7 +16,7 @@ def told(tmp_path_factory):
 
 
 def test_the_bundled_golden_codes_are_of_the_bundled_tokenizer(told):
-    """New weights need new ones: dyntok doctor --write-golden dyntok/pretrained/tiny/golden.json"""
+    """New weights need new ones: dyntok doctor --write-golden dyntok/pretrained/flex/golden.json"""
     assert told["fingerprint"] == dyntok.load().fingerprint
     assert list(told["pictures"]) == list(pictures()) and len(told["pictures"]) == 11
 
