@@ -1,4 +1,4 @@
-"""Checks that a device exists before anything is moved to it, and makes it the current one."""
+"""Checks that a device exists before anything is moved to it, names its kind, and makes it the current one."""
 
 import torch
 
@@ -22,6 +22,12 @@ def _available() -> str:
     gpus = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     names = [repr(name) for name, available in gpus.items() if available]
     return " or ".join(["'cpu'", *names]) if names else "'cpu', because PyTorch found no GPU"
+
+
+def device_kind(device: torch.device | str) -> str:
+    """Returns what decides how a device rounds: the name of a CUDA GPU, such as "NVIDIA L4", else "cpu" or "mps"."""
+    device = torch.device(device)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def make_current(device: torch.device | str) -> None:

@@ -53,17 +53,18 @@ def make_writer(options: BatchOptions, tokenizer: DynamicVisualTokenizer, descri
     if options.format == "webdataset":
         return WebDataset(description)
     types = {"codes": code_type(tokenizer), "positions": position_type(tokenizer, options)}
-    return Parquet(options.interleaved, types, {**description, "codebook_size": tokenizer.config.codebook.size})
+    return Parquet(options, types, {**description, "codebook_size": tokenizer.config.codebook.size})
 
 
 class Parquet:
-    """One row per image: key, codes, positions, grid (rows, columns), width, height, crop box, extra columns.
+    """One row per image: key, codes, positions, grid (rows, columns), width, height, crop box, margins on
+    request, extra columns.
 
     In interleaved data a row holds a list of each, with nulls where the input has no image or a broken one. A shard
     without rows still gets a file, so that readers find the types of its columns.
     """
 
-    def __init__(self, interleaved: bool, types: Mapping[str, np.dtype], metadata: Mapping[str, Any]) -> None:
+    def __init__(self, options: BatchOptions, types: Mapping[str, np.dtype], metadata: Mapping[str, Any]) -> None:
         """Prepare the schema of the tables.
 
         types: of codes and positions. metadata: of the schema.
@@ -71,8 +72,10 @@ class Parquet:
         columns: dict[str, pa.DataType] = {name: pa.list_(pa.from_numpy_dtype(kind)) for name, kind in types.items()}
         columns |= {"grid": pa.list_(pa.uint16(), 2), "width": pa.uint32(), "height": pa.uint32()}
         columns["crop_box"] = pa.list_(pa.uint32(), 4)
-        self.columns = {name: pa.list_(kind) for name, kind in columns.items()} if interleaved else columns
-        self.interleaved = interleaved
+        if options.margins:
+            columns["margins"] = pa.list_(pa.float32(), 2)
+        self.interleaved = options.interleaved
+        self.columns = {name: pa.list_(kind) for name, kind in columns.items()} if self.interleaved else columns
         self.metadata = {METADATA_KEY: json.dumps(metadata, ensure_ascii=False).encode()}
 
     def write(
@@ -101,6 +104,7 @@ _VALUES: dict[str, Callable[[TokenizedImage], Any]] = {
     "width": lambda image: image.size[0],
     "height": lambda image: image.size[1],
     "crop_box": lambda image: image.crop_box,
+    "margins": lambda image: image.margins,
 }
 
 

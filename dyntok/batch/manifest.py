@@ -88,6 +88,7 @@ def read_description(output: Output) -> dict[str, Any]:
         raise DataError(f"{redact(output.address)}/{RUN}/run.json is of another version of dyntok, or damaged")
     if "keep" in described["options"]:  # as dyntok 0.1 called it
         described["options"]["keep_columns"] = described["options"].pop("keep")
+    described["options"].setdefault("margins", False)  # which dyntok 0.1 did not have
     return described
 
 
@@ -156,12 +157,14 @@ class Manifest:
         if before is None and next(iter(output.names()), None) is not None:
             raise BatchError(f"{redact(output.address)} holds files that are of no run; name a new or an empty folder")
         if next(iter(output.names(f"{RUN}/done")), None) is not None:
-            found = differences({**description, "dyntok": None}, {**read_description(output), "dyntok": None})
-            if found:
+            described = read_description(output)
+            known = {"dyntok": None, "device": None}  # another version may resume; devices have a message of their own
+            if found := differences({**description, **known}, {**described, **known}):
                 raise BatchError(
                     f"{redact(output.address)} holds another run: {'; '.join(found)}; "
                     "repeat the original command, or name a new folder"
                 )
+            _check_device(output, description["device"], described.get("device"))
         elif create and before != description:  # a run without completed shards may restart with other options
             for name in [name for name in output.names() if _SHARD.fullmatch(name)]:
                 output.remove(name)
@@ -243,6 +246,16 @@ class Manifest:
     def _files_intact(self, record: Record) -> bool:
         """Returns whether the files of a record still exist with the same sizes."""
         return all(self.output.size(name) == facts["bytes"] for name, facts in record.files.items())
+
+
+def _check_device(output: Output, now: str, before: str | None) -> None:
+    """Raises `BatchError` where a run would go on with another kind of device; dyntok 0.1 did not note the kind."""
+    if before not in (None, now):
+        raise BatchError(
+            f"the run in {redact(output.address)} was begun on the device {before!r} and would go on with {now!r}; "
+            f"they round differently, and some codes would differ. Resume it on {before!r} (devices, --devices), "
+            "or name a new folder"
+        )
 
 
 class _RecordsByShard:

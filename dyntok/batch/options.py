@@ -19,7 +19,7 @@ FORMATS = ("parquet", "webdataset", "megatron")
 DTYPES = ("fp32", "bf16", "fp16")
 FITS = ("keep", "crop", "squash", "pad")
 DECODINGS = ("full", "scaled")
-OWN_COLUMNS = {"key", "codes", "positions", "grid", "width", "height", "crop_box", "fingerprint"}  # of the output
+OWN_COLUMNS = {"key", "codes", "positions", "grid", "width", "height", "crop_box", "margins", "fingerprint"}
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class BatchOptions:
     decoding: Literal["full", "scaled"] | None = None  # of JPEG files, as in `encode`
     max_pixels: int = DEFAULT_MAX_PIXELS  # of an image; larger ones are refused
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    margins: bool = False  # parquet: a column that says how close decisions were; see `Encoding.margins`
     vocab_size: int | None = None  # megatron: entries of the LLM's vocabulary; image start, end and codes follow them
     eod: int | None = None  # megatron: an id of the LLM's vocabulary that ends every document
     layout: Layout | None = None  # megatron: how ids say the places of codes; None: as the tokenizer's masks need it
@@ -68,6 +69,8 @@ class BatchOptions:
                 f"expected different names, and none that the output has itself {taken}"
             )
         KeepPolicy(self.budget, self.threshold, max_tokens=self.max_tokens, psnr=self.psnr, places=self.places)
+        if self.margins and self.format != "parquet":
+            raise ConfigError(f"margins are a column of parquet, and format is {self.format!r}; leave margins out")
         if (self.format == "megatron") != (self.vocab_size is not None):
             raise ConfigError(
                 "vocab_size belongs to the format megatron, which needs it: how many entries the LLM's vocabulary has"

@@ -57,7 +57,7 @@ def tokenize(
     if not 0 <= max_error_rate <= 1:
         raise ConfigError(f"max_error_rate is {max_error_rate}, expected a share from 0 to 1")
     engine = with_devices(engine)
-    task = prepare(inputs, output, model=model, options=options, storage=storage)
+    task = prepare(inputs, output, model=model, options=options, engine=engine, storage=storage)
     if retry_errors and task.options.interleaved:
         raise ConfigError(
             "retry_errors works on rows of one image; interleaved rows are already written, with gaps for their errors"

@@ -10,9 +10,10 @@ from dyntok.batch.addresses import StorageOptions, locate, redact
 from dyntok.batch.inputs.open import open_input
 from dyntok.batch.inputs.samples import Input
 from dyntok.batch.manifest import Manifest, describe_run
-from dyntok.batch.options import BatchOptions
+from dyntok.batch.options import BatchOptions, EngineOptions
 from dyntok.batch.shapes import check_shapes
 from dyntok.batch.storage import Output
+from dyntok.device import device_kind
 from dyntok.errors import ConfigError
 from dyntok.loading import load
 from dyntok.tokenizer import DynamicVisualTokenizer
@@ -39,9 +40,13 @@ def prepare(
     *,
     model: str | os.PathLike | DynamicVisualTokenizer | None = None,
     options: BatchOptions | None = None,
+    engine: EngineOptions,
     storage: StorageOptions | None = None,
 ) -> Task:
-    """Opens everything that a run needs; arguments and errors are those of `tokenize`."""
+    """Opens everything that a run needs; arguments and errors are those of `tokenize`.
+
+    engine: with its devices filled in, as `with_devices` does.
+    """
     options, storage = options or BatchOptions(), storage or {}
     given = [inputs] if isinstance(inputs, str | os.PathLike) else inputs
     sources = [os.fspath(source) for source in given]
@@ -56,4 +61,16 @@ def prepare(
     tokenizer = model if isinstance(model, DynamicVisualTokenizer) else load(model, dtype=options.dtype)
     check_shapes(tokenizer, options)
     description = describe_run(sources, source.kind, tokenizer.fingerprint, options, dyntok.__version__)
+    description["device"] = _device_kinds(engine, tokenizer)
     return Task(source, target, tokenizer, options, description)
+
+
+def _device_kinds(engine: EngineOptions, tokenizer: DynamicVisualTokenizer) -> str:
+    """Returns the kinds of the devices that will encode, such as "cpu"."""
+    if engine.name == "ray":
+        from dyntok.batch.engines.ray import kinds_in_cluster  # imports Ray, which only this engine needs
+
+        kinds = kinds_in_cluster(engine.address)
+    else:
+        kinds = {device_kind(device) for device in engine.devices or (str(tokenizer.device),)}
+    return " and ".join(sorted(kinds))

@@ -104,6 +104,11 @@ def _add_output_options(group: "argparse._ArgumentGroup") -> None:
         "--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="dtype of most weights (default: %(default)s)"
     )
     group.add_argument(
+        "--margins",
+        action="store_true",
+        help="parquet: a column with the shares of codes and of patches that were close",
+    )
+    group.add_argument(
         "--vocab-size",
         type=whole(1, LARGEST),
         metavar="N",
@@ -184,8 +189,11 @@ def _batch(options: argparse.Namespace) -> int:
     )
     storage = read_storage_options(options.storage_options)
     if options.dry_run:
-        task = prepare(options.inputs, options.output, model=options.model, options=run_options, storage=storage)
-        estimate = dry_run(task, next(iter(with_devices(engine).devices), None))
+        engine = with_devices(engine)
+        task = prepare(
+            options.inputs, options.output, model=options.model, options=run_options, engine=engine, storage=storage
+        )
+        estimate = dry_run(task, next(iter(engine.devices), None))
         _print(estimate, options.json)
         return SOME_SKIPPED if estimate.all_failed else OK
     progress = Progress()

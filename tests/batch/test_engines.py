@@ -1,5 +1,6 @@
 """Codes do not depend on how the work is done: processes, batch sizes, devices, Ray; and Ray's workers may die."""
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -11,6 +12,7 @@ from support.batch_data import (
     errors,
     files,
     pictures,
+    rows,
     run,
     tar_members,
     write_folder,
@@ -19,7 +21,7 @@ from support.batch_data import (
 )
 
 from dyntok.batch import EngineOptions
-from dyntok.errors import ConfigError, DataError
+from dyntok.errors import BatchError, ConfigError, DataError
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +122,13 @@ def test_ray_gives_the_same_files(kind, ray, inputs, wanted, checkpoint_folder, 
     assert run(inputs[kind], tmp_path / "out", checkpoint_folder, shard_size=9, engine=engine).rows == 0
 
 
+def test_ray_writes_the_same_margins(ray, inputs, checkpoint_folder, tmp_path):
+    for name, engine in (("ray", EngineOptions("ray", actors=1, batch_size=4)), ("local", HERE)):
+        run(inputs["tar"], tmp_path / name, checkpoint_folder, margins=True, engine=engine)
+    assert files(tmp_path / "ray") == files(tmp_path / "local")
+    assert all(len(row["margins"]) == 2 for row in rows(tmp_path / "ray"))
+
+
 def test_ray_tells_errors_of_ours(ray, inputs, checkpoint_folder, tmp_path):
     with pytest.raises(DataError, match="no column 'title'; it has key, image, txt$"):
         run(
@@ -129,6 +138,14 @@ def test_ray_tells_errors_of_ours(ray, inputs, checkpoint_folder, tmp_path):
             keep_columns=["title"],
             engine=EngineOptions("ray", actors=1),
         )
+
+
+def test_ray_does_not_go_on_with_another_kind_of_device(ray, inputs, checkpoint_folder, tmp_path):
+    run(inputs["tar"], tmp_path / "out", checkpoint_folder, shard_size=9)
+    path = tmp_path / "out" / "__run__" / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"device": "Example GPU 80GB"}))
+    with pytest.raises(BatchError, match="begun on the device 'Example GPU 80GB' and would go on with 'cpu'"):
+        run(inputs["tar"], tmp_path / "out", checkpoint_folder, shard_size=9, engine=EngineOptions("ray", actors=1))
 
 
 def test_ray_keeps_a_core_for_reading(ray, inputs, checkpoint_folder, tmp_path):

@@ -3,11 +3,13 @@
 import json
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.batch_data import codes, pictures, rows, run, tables, tar_members, write_table, write_tar
+from support.batch_data import codes, pictures, rows, run, tables, tar_members, write_folder, write_table, write_tar
 
 import dyntok
+from dyntok.batch import BatchOptions, read
 from dyntok.batch.formats import Megatron, megatron_index
 from dyntok.errors import BatchError, ConfigError, DataError
 
@@ -43,6 +45,33 @@ def test_parquet_columns_and_metadata(tar, checkpoint_folder, tokenizer, tmp_pat
     assert facts["codebook_size"] == 256 and facts["options"]["keep_columns"] == ["txt"]
     for row in table.to_pylist():
         assert row["positions"] == sorted(set(row["positions"])) and len(row["positions"]) == len(row["codes"]) > 0
+
+
+def test_margins_are_a_column_on_request(images, checkpoint_folder, tmp_path):
+    folder = write_folder(tmp_path / "in", images)
+    run(folder, tmp_path / "out", checkpoint_folder, margins=True, dtype="bf16")  # in which many decisions are close
+    (table,) = tables(tmp_path / "out")
+    assert str(table.schema.field("margins").type) == "fixed_size_list<element: float>[2]"
+    assert json.loads(table.schema.metadata[b"dyntok"])["options"]["margins"] is True
+    (part,) = read(tmp_path / "out", columns=["margins"])
+    tokenizer = dyntok.load(checkpoint_folder, dtype="bf16")
+    wanted = tokenizer.encode([f"{folder}/{key}" for key in part.keys], margins=True)
+    assert part.columns["margins"] == wanted.margins.tolist() and (wanted.margins.sum(0) > 0).all()
+    with pytest.raises(BatchError, match="options.margins is False, was True"):
+        run(folder, tmp_path / "out", checkpoint_folder, dtype="bf16")
+    for form in ({"format": "webdataset"}, {"format": "megatron", "vocab_size": 1000}):
+        with pytest.raises(ConfigError, match="margins are a column of parquet"):
+            BatchOptions(margins=True, **form)
+
+
+def test_margins_with_a_psnr_and_of_interleaved_rows(images, checkpoint_folder, tmp_path):
+    first, second, *_ = images.values()
+    column = pa.array([[first, None], [second]], pa.list_(pa.binary()))
+    pq.write_table(pa.table({"key": ["a", "b"], "image": column}), tmp_path / "in.parquet")
+    run(tmp_path / "in.parquet", tmp_path / "out", checkpoint_folder, margins=True, psnr=12.0, interleaved=True)
+    (table,) = tables(tmp_path / "out")
+    shapes = [[cell and len(cell) for cell in row] for row in table["margins"].to_pylist()]
+    assert shapes == [[2, None], [2]]
 
 
 def test_the_bundled_tokenizer_needs_two_bytes_per_code(tar, tmp_path):
@@ -208,8 +237,6 @@ def test_megatron_index_byte_for_byte():
 
 
 def test_megatron_documents_of_several_images(images, checkpoint_folder, tmp_path):
-    import pyarrow as pa
-
     content = list(images.values())
     cells = pa.array([[content[0], None, content[1]], [content[2]], []], pa.list_(pa.binary()))
     pq.write_table(pa.table({"key": ["a", "b", "c"], "images": cells}), tmp_path / "in.parquet")

@@ -31,6 +31,7 @@ from dyntok.batch.addresses import read_storage_options
 from dyntok.batch.engines.stages import Range
 from dyntok.batch.manifest import Record, read_records
 from dyntok.batch.storage import Output
+from dyntok.cli.main import main
 from dyntok.errors import BatchError, ConfigError, DyntokError
 
 
@@ -109,6 +110,29 @@ def test_another_run_is_refused(tars, checkpoint_folder, tokenizer, tmp_path):
     with pytest.raises(BatchError, match="input.sources is "):
         run(tars[:2], output, checkpoint_folder, shard_size=6)
     assert files(output) == before
+
+
+def test_a_run_does_not_go_on_with_another_kind_of_device(images, checkpoint_folder, tmp_path, monkeypatch, capsys):
+    source, output = write_folder(tmp_path / "in", images), tmp_path / "out"
+    command = ["batch", source, str(output), "--model", str(checkpoint_folder), "--shard-size", "6", "--workers", "0"]
+    assert main(command) == 0
+    path = output / "__run__" / "run.json"
+    described = json.loads(path.read_text())
+    assert described["device"] == "cpu" and described["options"]["dtype"] == "fp32"
+    next(output.glob("*.parquet")).unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("dyntok.batch.task.device_kind", lambda device: "Example GPU 80GB")
+        for more in ([], ["--dry-run"], ["--retry-errors"]):
+            assert main([*command, *more]) == 1
+            told = capsys.readouterr().err
+            assert "begun on the device 'cpu' and would go on with 'Example GPU 80GB'" in told
+            assert "Resume it on 'cpu' (devices, --devices), or name a new folder" in told
+        assert main([*command[:2], str(tmp_path / "other"), *command[3:]]) == 0
+        assert json.loads((tmp_path / "other/__run__/run.json").read_text())["device"] == "Example GPU 80GB"
+        del described["device"], described["options"]["margins"]
+        path.write_text(json.dumps(described))
+        assert main(command) == 0  # of dyntok 0.1
+    assert len(codes(output)) == 20
 
 
 def test_changed_input_is_refused(images, checkpoint_folder, tmp_path):

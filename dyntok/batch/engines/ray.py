@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from dyntok.batch.engines.decoding import DecodeJob, DecodingProcess
 from dyntok.batch.engines.process import CAN_FORK
 from dyntok.batch.engines.rows import Row, RowChunk, TokenizedImage, Work
@@ -17,12 +19,14 @@ from dyntok.batch.engines.stages import DecodeOptions, chunked, decode, encode, 
 from dyntok.batch.inputs.samples import Input
 from dyntok.batch.options import BatchOptions, EngineOptions
 from dyntok.chunks import batched
+from dyntok.device import device_kind
 from dyntok.errors import BatchError, ConfigError, DyntokError, MissingDependencyError
 from dyntok.tokenizer import DynamicVisualTokenizer
 
 try:
     import ray
     import ray.data
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 except ModuleNotFoundError as error:
     raise MissingDependencyError.of("ray", "ray") from error
 
@@ -58,6 +62,24 @@ def run_ray(
                     yield pickle.loads(row[_COLUMN])
             except (ray.exceptions.RayError, ray.exceptions.RayTaskError) as error:
                 raise _own_error(error) from error
+
+
+def kinds_in_cluster(address: str | None) -> set[str]:
+    """Returns the kinds of the devices on which actors will encode; each machine with GPUs is asked for its own.
+
+    Raises `BatchError` where no cluster answers, or a machine of it does not.
+    """
+    if address is None and not ray.is_initialized():  # it will be started on this machine
+        return {device_kind("cuda" if torch.cuda.is_available() else "cpu")}
+    with _cluster(address):
+        nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
+        places = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
+        ask = ray.remote(device_kind)
+        names = [ask.options(num_gpus=1, scheduling_strategy=place).remote("cuda") for place in places]
+        try:
+            return set(ray.get(names)) or {"cpu"}
+        except (ray.exceptions.RayError, ray.exceptions.RayTaskError) as error:
+            raise _own_error(error) from error
 
 
 @contextmanager

@@ -133,6 +133,7 @@ class TokenizedImage:
     grid: tuple[int, int]
     size: tuple[int, int]
     crop_box: tuple[int, ...]
+    margins: tuple[float, ...] | None = None  # shares of close codes and keep decisions, where a run asks for them
 
     @property
     def used(self) -> float:

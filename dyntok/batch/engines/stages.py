@@ -219,14 +219,17 @@ def _tokenize_group(
         reason = f"budget is {options.budget} tokens, but the picture's grid of {rows} x {columns} has fewer patches"
         return [ImageError(reason) for _ in pictures]
     pixels = torch.from_numpy(np.stack([picture.array for picture in pictures])).permute(0, 3, 1, 2)
-    encoding = tokenizer.encode_tensor(pixels, batch_size=len(pictures), errors="skip", policy=options.policy).to("cpu")
+    encoding = tokenizer.encode_tensor(
+        pixels, batch_size=len(pictures), errors="skip", policy=options.policy, margins=options.margins
+    ).to("cpu")
     results: dict[int, TokenizedImage | ImageError] = {
         index: ImageError(str(error).removeprefix(f"input {index}: ")) for index, error in encoding.failures
     }
     types = code_type(tokenizer), position_type(tokenizer, options)
-    for index, codes, positions in zip(
-        encoding.source_index.tolist(), encoding.codes, encoding.positions or (), strict=True
-    ):
+    for place, index in enumerate(encoding.source_index.tolist()):
+        codes, positions = encoding.codes[place], (encoding.positions or ())[place]
+        margins = None if encoding.margins is None else tuple(encoding.margins[place].tolist())
         values = codes.numpy().astype(types[0]), positions.numpy().astype(types[1])
-        results[index] = TokenizedImage(*values, (rows, columns), pictures[index].size, pictures[index].crop_box)
+        picture = pictures[index]
+        results[index] = TokenizedImage(*values, (rows, columns), picture.size, picture.crop_box, margins)
     return [results[index] for index in range(len(pictures))]
