@@ -44,6 +44,13 @@ def contact_sheet(
         raise CodeError(f"contact_sheet got {got}, expected at least one image and an encoding of the same images")
     config = tokenizer.image_config(fit=fit, max_patches=max_patches, size=size, decoding=decoding)
     originals = [to_image(to_pixels(image, config), config) for image in images]
+    for original, (rows, cols) in zip(originals, encoding.grids.tolist(), strict=True):
+        patch = tokenizer.backbone.patch_size
+        if original.size != (cols * patch, rows * patch):
+            raise CodeError(
+                f"the encoding has a grid of {rows} x {cols} patches, but its image is fitted to {original.width} x "
+                f"{original.height} pixels; give contact_sheet the fit, max_patches and size that encode was given"
+            )
     panels = [[original, _kept(original, part)] for original, part in zip(originals, encoding, strict=True)]
     if tokenizer.pixel_head is not None:
         for panel, again in zip(panels, tokenizer.decode(encoding), strict=True):
@@ -51,8 +58,8 @@ def contact_sheet(
     panels = [[_enlarged(picture, side) for picture in panel] for panel in panels]
     columns = min(columns, len(panels))
     widths = [max(len(p) * (p[0].width + _GAP) for p in panels[i::columns]) + _GAP for i in range(columns)]
-    rows = [panels[i : i + columns] for i in range(0, len(panels), columns)]
-    heights = [max(panel[0].height for panel in row) + _CAPTION + _GAP for row in rows]
+    lines = [panels[i : i + columns] for i in range(0, len(panels), columns)]
+    heights = [max(panel[0].height for panel in line) + _CAPTION + _GAP for line in lines]
     sheet = Image.new("RGB", (sum(widths), sum(heights) + _GAP), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for i, (panel, part) in enumerate(zip(panels, encoding, strict=True)):

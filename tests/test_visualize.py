@@ -49,6 +49,14 @@ def test_codes_must_be_those_of_the_images(tokenizer, photos):
         contact_sheet(tokenizer, photos[:2], dataclasses.replace(encoding, packed_positions=None))
 
 
+def test_options_must_be_those_of_encode(small_config, photos):
+    tokenizer = any_grid_tokenizer(small_config)
+    encoding = tokenizer.encode(photos[:1], max_patches=100)
+    with pytest.raises(CodeError, match=r"grid of 10 x 10 patches, .* give contact_sheet the fit, max_patches and size"):
+        contact_sheet(tokenizer, photos[:1], encoding)
+    contact_sheet(tokenizer, photos[:1], encoding, max_patches=100)
+
+
 def test_panels_of_many_shapes_take_the_room_that_they_need(small_config, photos):
     tokenizer = any_grid_tokenizer(small_config)
     images = [photos[0][:40, :160], photos[1][:150, :40], photos[2][:40, :160], photos[3][:100, :100]]
