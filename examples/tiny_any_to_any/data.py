@@ -49,7 +49,7 @@ def prepare(source: Path, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = dyntok.load()
     rows: dict[str, list] = {"key": [], "codes": [], "positions": [], "grid": [], "captions": []}
-    for key, image, captions in tqdm(photographs(source), desc="encode", unit=" photographs"):
+    for key, image, captions in tqdm(photographs(source), desc="encode", unit=" photographs", disable=None):
         photo = load_image(image)
         pictures = {key: photo}
         if not is_validation(key):
