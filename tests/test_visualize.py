@@ -52,7 +52,9 @@ def test_codes_must_be_those_of_the_images(tokenizer, photos):
 def test_options_must_be_those_of_encode(small_config, photos):
     tokenizer = any_grid_tokenizer(small_config)
     encoding = tokenizer.encode(photos[:1], max_patches=100)
-    with pytest.raises(CodeError, match=r"grid of 10 x 10 patches, .* give contact_sheet the fit, max_patches and size"):
+    with pytest.raises(
+        CodeError, match=r"grid of 10 x 10 patches, .* give contact_sheet the fit, max_patches and size"
+    ):
         contact_sheet(tokenizer, photos[:1], encoding)
     contact_sheet(tokenizer, photos[:1], encoding, max_patches=100)
 
