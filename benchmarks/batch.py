@@ -1,10 +1,14 @@
 """Compare `dyntok batch` with the ideal of this machine: decoding alone and encoding alone, each with all cores.
 
-    python benchmarks/batch.py TAR... [--workers 1] [--output benchmarks/results/batch.jsonl]
+    python benchmarks/batch.py TAR... [--options "--workers 1"] [--output benchmarks/results/batch.jsonl]
+    python benchmarks/batch.py --camera 24 [--output ...]    full against scaled decoding of generated camera files
 
 The ideal is 1 / (1 / decoding alone + 1 / encoding alone), both measured in this process before and after the run. The
 memory is that of the command's whole process tree without program files (Linux). A second run on the first 2,000 rows
 shows whether memory grows with the number of images.
+
+With --camera, N generated JPEG files of 4,000 x 3,000 pixels are encoded twice, with full and with scaled decoding. The
+images/s are the command's own, so they leave out starting Python and loading the model.
 """
 
 import argparse
@@ -17,7 +21,9 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from decoding import WAYS, camera_jpegs
 from timing import append, environment
 
 import dyntok
@@ -33,11 +39,38 @@ _DECODING_WORKERS = 2
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("tars", nargs="+")
+    parser.add_argument("tars", nargs="*")
+    parser.add_argument("--camera", type=int, metavar="N", help="generate N files, in place of tars")
     parser.add_argument("--rows", type=int, default=800, help="for decoding alone and encoding alone")
     parser.add_argument("--options", default="", help="of `dyntok batch`, such as '--workers 0'")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    if bool(options.tars) == bool(options.camera):
+        parser.error("name tars, or give --camera N")
+    row = camera(options.camera, options.options) if options.camera else compare(options)
+    print(json.dumps(row, indent=1))
+    append(options.output, row)
+
+
+def camera(count: int, options: str) -> dict[str, Any]:
+    """Images/s of full and of scaled decoding, and how many times faster the second one is."""
+    size = (4000, 3000)
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "in"
+        source.mkdir()
+        for number, file in enumerate(camera_jpegs(count, *size)):
+            (source / f"{number:06d}.jpg").write_bytes(file)
+        runs = {way: batch([str(source), f"{folder}/{way}"], f"--decoding {way} {options}") for way in WAYS}
+    speed = {way: run["images"] / run["seconds"] for way, run in runs.items()}
+    return {
+        **environment(), "tokenizer": dyntok.load().name, "camera": count, "size": size, "options": options,
+        "errors": [run["errors"] for run in runs.values()], "images_per_s": speed,
+        "faster": speed["scaled"] / speed["full"], "tree_peak_mib": [run["peak_mib"] for run in runs.values()],
+    }  # fmt: skip
+
+
+def compare(options: argparse.Namespace) -> dict[str, Any]:
+    """The command beside decoding alone and encoding alone."""
     tokenizer = dyntok.load()
     with tempfile.TemporaryDirectory() as folder:
         before = alone(tokenizer, options.tars, options.rows)
@@ -47,7 +80,7 @@ def main() -> None:
     decoding, encoding = ((a + b) / 2 for a, b in zip(before, after, strict=True))
     ideal = 1 / (1 / decoding + 1 / encoding)
     speed = run["images"] / run["seconds"]
-    row = {
+    return {
         **environment(), "images": run["images"], "errors": run["errors"], "options": options.options,
         "decoding_alone": [before[0], after[0]], "encoding_alone": [before[1], after[1]],
         "ideal": ideal, "batch": speed,
@@ -55,8 +88,6 @@ def main() -> None:
         "tree_peak_mib": run["peak_mib"], f"tree_peak_mib_{_FEW}": few["peak_mib"],
         "tokens": run["tokens"], "bytes": run["bytes"],
     }  # fmt: skip
-    print(json.dumps(row, indent=1))
-    append(options.output, row)
 
 
 def alone(tokenizer: dyntok.DynamicVisualTokenizer, tars: list[str], rows: int) -> tuple[float, float]:

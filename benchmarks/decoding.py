@@ -22,7 +22,7 @@ from timing import environment
 import dyntok
 from dyntok.image import to_array
 
-_WAYS = ("full", "scaled")
+WAYS = ("full", "scaled")
 
 
 def camera_jpegs(count: int, width: int, height: int) -> Iterator[bytes]:
@@ -51,22 +51,22 @@ def main() -> None:
     parser.add_argument("--height", type=int, default=3000)
     options = parser.parse_args()
     tokenizer = dyntok.load(options.model)
-    configs = {way: tokenizer.image_config(decoding=way) for way in _WAYS}
-    seconds: dict[str, list[float]] = {way: [] for way in _WAYS}
-    quality: dict[str, list[float]] = {way: [] for way in _WAYS}
+    configs = {way: tokenizer.image_config(decoding=way) for way in WAYS}
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    quality: dict[str, list[float]] = {way: [] for way in WAYS}
     equal: list[float] = []
     for file in camera_jpegs(options.photos, options.width, options.height):
         encodings = {}
-        for way in _WAYS:
+        for way in WAYS:
             began = time.perf_counter()
             to_array(file, configs[way])
             seconds[way].append(time.perf_counter() - began)
             encodings[way] = tokenizer.encode(file, decoding=way)
         original = to_array(file, configs["full"])[0]
-        for way in _WAYS:
+        for way in WAYS:
             quality[way].append(psnr(np.asarray(tokenizer.decode(encodings[way])[0]), original))
         equal.append(share_equal(*encodings.values()))
-    times = {way: statistics.median(seconds[way]) for way in _WAYS}
+    times = {way: statistics.median(seconds[way]) for way in WAYS}
     row = {
         **environment(),
         "tokenizer": tokenizer.name, "photos": options.photos, "size": [options.width, options.height],

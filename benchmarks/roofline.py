@@ -1,17 +1,34 @@
 """Predict times of the operations at LaVIT's size on GPUs: the larger of arithmetic and memory traffic. Needs no GPU.
 
-    python benchmarks/roofline.py    prints the table of kernels/README.md, predicted times in microseconds
+    python benchmarks/roofline.py               prints the table of kernels/README.md, predicted times in microseconds
+    python benchmarks/roofline.py --pipeline    prints the table of docs/scale.md: a whole run on an H100, per image
 
 Peak rates are the vendors' (dense, bf16; A100 SXM 80 GB, H100 SXM, H200 SXM). A third of 256 patches is kept. Only
 bytes that must move once are counted. Launches, partly filled blocks and cache misses are not, so these are lower
 bounds and not measurements.
+
+The pipeline of a run: CPU cores decode, pixels of 8 bits are copied over PCIe meanwhile, and the GPU runs backbone,
+merger and code search one after the other, 64 images at once. Weights are read once for these. An operation of a block
+reads its input and writes its output, which is 38 values of the network's width for each of its rows.
 """
 
+import argparse
+from collections.abc import Iterator
 from dataclasses import dataclass
+
+import torch
+
+import dyntok
 
 RATES = {"A100": (312e12, 2.04e12), "H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12)}  # flop/s, bytes/s
 N, KEPT, D, HEADS, WIDTH, K, C = 256, 85, 1408, 16, 88, 16384, 32
 BYTES = 2
+IMAGES = 64  # at once, in the pipeline
+COPY_RATE = 64e9  # bytes/s: PCIe 5 with 16 lanes
+DECODING = {"160 px": 2 / 3925, "500 px": 20 / 3925}  # core-seconds of a JPEG file, measured; see docs/scale.md
+SHARE = 0.4  # of the bound that is assumed to be reached
+_BLOCK = 38  # values of width D that a block moves for each row
+_CROSS = 11  # and its cross-attention, in the merger
 
 
 @dataclass(frozen=True)
@@ -63,7 +80,55 @@ def operations(images: int) -> dict[str, tuple[Work, Work]]:
     }
 
 
+def stages(tokenizer: dyntok.DynamicVisualTokenizer) -> dict[str, Work]:
+    """Returns the work on the GPU for one image of the largest grid, of which a third is kept."""
+    config, width, model = tokenizer.config, tokenizer.backbone.embed_dim, tokenizer.backbone.model
+    patches = config.image.max_patches or tokenizer.grid[0] * tokenizer.grid[1]
+    kept, rows, blocks = patches / 3, patches + model.num_prefix_tokens, len(model.blocks)
+    dropped, depth, codebook = patches - kept, config.merger.depth, config.codebook
+    backbone, merger, context = map(matrices, (model, tokenizer.merger, tokenizer.merger.context_kv))
+    moved = _BLOCK * blocks * rows * width + backbone / IMAGES
+    folded = (_BLOCK + _CROSS) * depth * kept * width + 4 * depth * dropped * width + merger / IMAGES
+    among = kept**2 / 2 + kept * dropped  # pairs of a causal self-attention, and of a cross-attention
+    return {
+        "backbone": Work(2 * backbone * rows + 4 * blocks * rows**2 * width, moved * BYTES),
+        "merger": Work(
+            2 * (merger - context) * kept + 2 * context * dropped + 4 * depth * among * width, folded * BYTES
+        ),
+        "search": Work(2 * kept * codebook.size * codebook.dim, (kept + codebook.size / IMAGES) * codebook.dim * BYTES),
+    }
+
+
+def matrices(module: torch.nn.Module) -> int:
+    """Returns the number of weights of linear layers and convolutions; a table of positions has three axes."""
+    return sum(weight.numel() for weight in module.parameters() if weight.ndim in (2, 4))
+
+
+def pipeline() -> Iterator[list[object]]:
+    """Yields the rows of the table: a tokenizer in bf16 on an H100."""
+    with torch.device("meta"):  # sizes alone
+        lavit = dyntok.DynamicVisualTokenizer(dyntok.TokenizerConfig.preset("lavit"))
+    for name, tokenizer in {"flex": dyntok.load("flex"), "tiny": dyntok.load("tiny"), "lavit": lavit}.items():
+        image = tokenizer.config.image
+        pixels = image.max_patches * image.patch_size**2 if image.max_patches else image.img_size**2
+        copy = 3 * pixels / COPY_RATE
+        gpu = {stage: work.seconds(RATES["H100"]) for stage, work in stages(tokenizer).items()}
+        bound = 1 / max(copy, sum(gpu.values()))
+        cores = [SHARE * bound * seconds for seconds in DECODING.values()]
+        microseconds = [f"{1e6 * seconds:,.2f}" for seconds in (copy, *gpu.values())]
+        yield [name, *microseconds, f"{bound:,.0f}", f"{SHARE * bound:,.0f}", *(f"{value:,.1f}" for value in cores)]
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pipeline", action="store_true", help="a whole run on an H100, per image")
+    if parser.parse_args().pipeline:
+        names = ["tokenizer", "copy, µs", "backbone, µs", "merger, µs", "search, µs", "bound, images/s"]
+        names += [f"{100 * SHARE:.0f} % of it, images/s", *(f"cores for pictures of {size}" for size in DECODING)]
+        print("| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
+        for row in pipeline():
+            print("| " + " | ".join(map(str, row)) + " |")
+        return
     print(
         "| operation | images | Gflop | MB | "
         + " | ".join(RATES)

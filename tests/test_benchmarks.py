@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import dyntok
 
@@ -84,6 +86,21 @@ def test_rooflines_are_known_for_some_gpus(benchmarks):
     for name in gpu.CASES:
         narrow, wide = (gpu.predicted_ms(name, 64, "NVIDIA H100 80GB HBM3", dtype) for dtype in ("bf16", "fp32"))
         assert 0 < narrow <= wide and gpu.predicted_ms(name, 64, "Example GPU", "bf16") is None
+
+
+def test_the_pipeline_counts_what_pytorch_counts(benchmarks):
+    import roofline
+
+    tokenizer = dyntok.load("tiny")
+    stages = roofline.stages(tokenizer)
+    pixels, keep = torch.rand(1, 3, 128, 128), (torch.arange(256) % 3 == 0)[None]
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
+        features = tokenizer.backbone(pixels)
+    assert stages["backbone"].flops == pytest.approx(counted.get_total_flops(), rel=0.02)
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        tokenizer.merger(features, keep)  # without the attention, which is an operation of ours
+    assert counted.get_total_flops() < stages["merger"].flops < 1.3 * counted.get_total_flops()
+    assert stages["search"].flops == pytest.approx(2 * 256 / 3 * 8192 * 16)
 
 
 @pytest.mark.slow
