@@ -2,9 +2,12 @@
 
 dyntok page -o site --runtime onnxruntime-web-1.30.0.tgz
 python benchmarks/page.py site --photos PHOTOS.tar
+
+`--screenshots docs/` makes the screenshots of the documentation instead.
 """
 
 import argparse
+import io
 import json
 import random
 import shutil
@@ -14,12 +17,15 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 from timing import environment
 
 import dyntok
 from dyntok.page.serve import address, make_server
 
+# width, height, color scheme, and which of the page's photographs
+_SCREENSHOTS = [(1280, 900, "light", 3), (1280, 900, "dark", 2), (360, 740, "light", 3), (360, 740, "dark", 2)]
 _STEP = "async (n) => { const t = performance.now(); await dyntok.setLength(n); return performance.now() - t; }"
 _ENCODE = """async (bytes) => {
   const blob = await (await fetch(`data:image/jpeg;base64,${bytes}`)).blob();
@@ -34,6 +40,7 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, help="a tar of JPEG files, to compare codes")
     parser.add_argument("--model")
     parser.add_argument("--limit", type=int, default=100)
+    parser.add_argument("--screenshots", type=Path, metavar="FOLDER", help="write screenshots and measure nothing")
     options = parser.parse_args()
     server = make_server(options.site)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -41,11 +48,31 @@ def main() -> None:
     found: dict[str, Any] = {"megabytes": sum(path.stat().st_size for path in files) / 1e6}
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        if options.screenshots:
+            screenshots(browser, address(server), options.screenshots)
+            return
         page, found["first_picture_ms"] = opened(browser, address(server))
         found["slider_step_ms"] = slider(page)
         if options.photos:
             found |= equal_codes(page, options)
     print(json.dumps(found | environment(), indent=1))
+
+
+def screenshots(browser: Browser, home: str, folder: Path) -> None:
+    """Write the page at two widths, light and dark; the wide ones with a code pointed at."""
+    for width, height, scheme, photo in _SCREENSHOTS:
+        page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+        page.goto(home)
+        page.wait_for_selector("html[data-ready]", timeout=60_000)
+        page.click(f"#examples button:nth-child({photo})")
+        page.wait_for_selector(f"#examples button:nth-child({photo})[aria-pressed=true]")
+        page.wait_for_function("!document.body.classList.contains('busy')", timeout=60_000)
+        if width > 640:
+            page.hover("#strip button:nth-child(31)")
+        page.wait_for_timeout(1000)  # for the files of JPEG and WebP
+        picture = Image.open(io.BytesIO(page.screenshot()))
+        picture.save(folder / f"page-{width}-{scheme}.webp", quality=82, method=6)
+        page.close()
 
 
 def opened(browser: Browser, home: str) -> tuple[Page, float]:

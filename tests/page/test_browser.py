@@ -1,38 +1,23 @@
 """The page in headless Chromium, with the bundled tokenizer and npm's onnxruntime-web.
 
-`DYNTOK_ORT` names the runtime: the .tgz file that `npm pack onnxruntime-web` writes. The pictures that Chromium decodes
-are PNG files, whose pixels are the same everywhere.
+The pictures that Chromium decodes are PNG files, whose pixels are the same everywhere.
 """
 
-import io
-import os
 import re
 
 import numpy as np
 import pytest
 from PIL import Image
-from support.web import CHROMIUM, browser
+from support.web import NEEDS_BROWSER, browser, png, settle
 
 import dyntok
-from dyntok.page import write_page
 
-RUNTIME = os.environ.get("DYNTOK_ORT")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed"),
-    pytest.mark.skipif(RUNTIME is None, reason="DYNTOK_ORT does not name the npm package onnxruntime-web"),
-]
+pytestmark = NEEDS_BROWSER
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    pytest.importorskip("playwright")
-    return write_page(dyntok.load(), tmp_path_factory.mktemp("site"), runtime=RUNTIME)
-
-
-@pytest.fixture(scope="module")
-def opened(site):
-    with browser(site, viewport={"width": 1280, "height": 1000}) as (page, wrong):
+def opened(bundled_site):
+    with browser(bundled_site, viewport={"width": 1280, "height": 1000}) as (page, wrong):
         yield page
     assert wrong == []  # no script failed, and no other host was asked
 
@@ -40,18 +25,6 @@ def opened(site):
 def choose(page, name, data, mime="image/png"):
     page.set_input_files("#file", {"name": name, "mimeType": mime, "buffer": data})
     settle(page)
-
-
-def settle(page):
-    """Wait until the page has nothing left to compute."""
-    page.wait_for_timeout(150)
-    page.wait_for_function("!document.body.classList.contains('busy')", timeout=60_000)
-
-
-def png(photo):
-    file = io.BytesIO()
-    Image.fromarray(photo).save(file, "PNG")
-    return file.getvalue()
 
 
 def codes(page):

@@ -1,14 +1,28 @@
-"""A page in headless Chromium, and a runtime made of empty files for tests that start no browser."""
+"""A page in headless Chromium, and a runtime made of empty files for tests that start no browser.
 
+`DYNTOK_ORT` names the runtime: the .tgz file that `npm pack onnxruntime-web` writes.
+"""
+
+import io
+import os
 import shutil
 import threading
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+from PIL import Image
+
 from dyntok.page.build import _CPU_FILES
 from dyntok.page.serve import address, make_server
 
 CHROMIUM = shutil.which("chromium")
+RUNTIME = os.environ.get("DYNTOK_ORT")
+NEEDS_BROWSER = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed"),
+    pytest.mark.skipif(RUNTIME is None, reason="DYNTOK_ORT does not name the npm package onnxruntime-web"),
+]
 
 
 def empty_runtime(folder: Path) -> Path:
@@ -50,3 +64,15 @@ def browser(folder: Path, **options):
 
 def allowed(url: str, home: str) -> bool:
     return url.startswith((home, "blob:", "data:"))
+
+
+def settle(page):
+    """Wait until the page has nothing left to compute."""
+    page.wait_for_timeout(150)
+    page.wait_for_function("!document.body.classList.contains('busy')", timeout=60_000)
+
+
+def png(photo) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(photo).save(file, "PNG")
+    return file.getvalue()
