@@ -42,23 +42,34 @@ def test_links_in_a_tar(images, checkpoint_folder, tmp_path):
     members = [("a/0.jpg", images[0]), ("1.jpg", (hard, "a/0.jpg")), ("b/2.jpg", (soft, "../a/0.jpg"))]
     members += [("3.jpg", (soft, "4.jpg")), ("4.jpg", (soft, "3.jpg")), ("5.jpg", (soft, "../../etc/passwd"))]
     members += [("6.jpg", (hard, "none.jpg")), ("7.jpg", (soft, "8.jpg")), ("8.jpg", images[1])]
+    members += [("c", (soft, "a")), ("d", (soft, "./c")), ("9.jpg", (soft, "d/0.jpg"))]
     run(write_links(tmp_path / "a.tar", members), tmp_path / "out", checkpoint_folder)
     found = codes(tmp_path / "out")
-    assert found["1"] == found["b/2"] == found["a/0"] and found["7"] == found["8"]
+    assert found["1"] == found["b/2"] == found["9"] == found["a/0"] and found["7"] == found["8"]
     reasons = errors(tmp_path / "out")
     assert set(reasons) == {"3", "4", "5", "6"}
     assert "circle" in reasons["3"] and "out of the tar" in reasons["5"] and "not in the tar" in reasons["6"]
 
 
-@pytest.mark.parametrize("order", ["0.jpg 1.jpg 0.txt 1.txt", "0.txt 1.txt 0.jpg 1.jpg"])
+@pytest.mark.parametrize(
+    "order",
+    [
+        "0.jpg 1.jpg 0.txt 1.txt",
+        "0.txt 1.txt 0.jpg 1.jpg",
+        "./0.jpg 0.txt 1.jpg ./1.txt",
+        "./1.jpg 0.jpg ./0.txt 1.txt",
+    ],
+)
 @pytest.mark.parametrize("form", ["parquet", "webdataset"])
 def test_a_tar_that_is_not_sorted_by_key(order, form, images, checkpoint_folder, tmp_path):
     content = {"0.jpg": images[0], "1.jpg": images[1], "0.txt": b"zero", "1.txt": b"one"}
-    tar = write_tar(tmp_path / "a.tar", [(name, content[name]) for name in order.split()])
+    tar = write_tar(tmp_path / "a.tar", [(name, content[name.removeprefix("./")]) for name in order.split()])
     summary = run(tar, tmp_path / "out", checkpoint_folder, keep_columns=["txt"], format=form)
     assert summary.images == 2 and not summary.left_out
     if form == "parquet":
-        assert {row["key"]: row["txt"] for row in rows(tmp_path / "out")} == {"0": "zero", "1": "one"}
+        names = [name.removesuffix(".jpg") for name in order.split() if name.endswith(".jpg")]
+        texts = {row["key"]: row["txt"] for row in rows(tmp_path / "out")}
+        assert texts == {name: {"0": "zero", "1": "one"}[name.removeprefix("./")] for name in names}
 
 
 def test_a_remote_tar_that_is_not_sorted_names_the_key(images, checkpoint_folder, tmp_path):

@@ -1,5 +1,6 @@
 """Reads file names: which kind of input they are, which are hidden, and which sample of an archive they belong to."""
 
+import posixpath
 import re
 from pathlib import PurePosixPath
 
@@ -46,6 +47,11 @@ def split_key(name: str) -> tuple[str, str]:
     folder, slash, last = name.rpartition("/")
     stem, _, extension = last.partition(".")
     return folder + slash + stem, extension
+
+
+def sample_of(key: str) -> str:
+    """Returns what the keys of one sample have in common: members may be named `./0.jpg` and `0.txt`."""
+    return posixpath.normpath(key)
 
 
 def without_surrogates(text: str) -> str:

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import IO
 
-from dyntok.batch.inputs.names import is_hidden, split_key, without_surrogates
+from dyntok.batch.inputs.names import is_hidden, sample_of, split_key, without_surrogates
 from dyntok.batch.inputs.samples import Broken
 
 _MAX_LINKS = 16  # links to links
@@ -64,24 +64,33 @@ class TarIndex:
         self._targets: dict[str, tarfile.TarInfo] = {}
         self._scattered: dict[str, list[tarfile.TarInfo]] = defaultdict(list)
         scattered = self._survey()
-        wanted = set(self._links.values())
+        wanted = {self._followed(name) for name in self._links.values()}
         if wanted or scattered:
             self._collect(wanted, scattered)
 
     def target(self, link: tarfile.TarInfo) -> tarfile.TarInfo | Broken:
         """Returns the file that a link leads to, or an error."""
-        name, followed = _target_name(link), 0
-        while name in self._links and followed <= _MAX_LINKS:
-            name, followed = self._links[name], followed + 1
-        if followed > _MAX_LINKS:
+        name = self._followed(_target_name(link))
+        if name is None:
             return Broken(f"is a link to {link.linkname}, and the links lead in a circle")
         if not name:
             return Broken(f"is a link to {link.linkname}, which leads out of the tar")
         return self._targets.get(name) or Broken(f"is a link to {link.linkname}, which is not in the tar")
 
+    def _followed(self, name: str) -> str | None:
+        """Returns the name at the end of links to files and folders; None for a circle, "" where they lead out."""
+        for _ in range(_MAX_LINKS):
+            parts = name.split("/")
+            heads = ("/".join(parts[:i]) for i in range(1, len(parts) + 1))
+            link = next((head for head in heads if head in self._links), None)
+            if link is None:
+                return name
+            name = self._links[link] and posixpath.normpath(self._links[link] + name.removeprefix(link))
+        return None
+
     def parts(self, key: str) -> list[tarfile.TarInfo]:
         """Returns the members of a key whose members are apart from each other; none for all other keys."""
-        return self._scattered.get(key, [])
+        return self._scattered.get(sample_of(key), [])
 
     def _survey(self) -> set[str]:
         """Collects the links, and returns the keys that come back after another key."""
@@ -90,7 +99,7 @@ class TarIndex:
         for member in self._members():
             if is_link(member):
                 self._links[posixpath.normpath(member.name)] = _target_name(member)
-            key = split_key(member.name)[0]
+            key = sample_of(split_key(member.name)[0])
             if key != current:
                 closed.add(hash(current))
                 if hash(key) in closed:
@@ -100,7 +109,7 @@ class TarIndex:
 
     def _collect(self, wanted: set[str], scattered: set[str]) -> None:
         for member in self._members():
-            name, key = posixpath.normpath(member.name), split_key(member.name)[0]
+            name, key = posixpath.normpath(member.name), sample_of(split_key(member.name)[0])
             if name in wanted and member.isreg():
                 self._targets[name] = member
             if key in scattered:

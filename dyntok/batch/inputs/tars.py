@@ -17,7 +17,7 @@ from dyntok.batch.addresses import locate, redact, wrap_storage_errors
 from dyntok.batch.inputs.compression import Decompressed, decompressed
 from dyntok.batch.inputs.left_out import HIDDEN, LeftOut
 from dyntok.batch.inputs.members import Group, Role, images_and_columns, is_column, role_of, too_large
-from dyntok.batch.inputs.names import is_hidden, split_key, without_surrogates
+from dyntok.batch.inputs.names import is_hidden, sample_of, split_key, without_surrogates
 from dyntok.batch.inputs.samples import Broken, FileShards, InputSample, Shard, text_types
 from dyntok.batch.inputs.tar_index import TarIndex, is_link, tar_members
 from dyntok.batch.storage import BLOCK
@@ -131,10 +131,10 @@ class _TarReader:
             for name, role, content, offset in self._members():
                 key, extension = split_key(name)
                 key = without_surrogates(key)
-                if group and (key != group.key or group.has(role, extension)):
+                if group and (sample_of(key) != sample_of(group.key) or group.has(role, extension)):
                     yield group, offset
-                    group = Group(key)
-                group.key = key
+                    group = Group("")
+                group.key = key if role is Role.IMAGE or not group else group.key
                 group.add(name, role, extension, content)
         except (tarfile.TarError, EOFError) as error:
             damage = error

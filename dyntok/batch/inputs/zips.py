@@ -13,7 +13,7 @@ import pyarrow as pa
 from dyntok.batch.addresses import locate, redact, wrap_storage_errors
 from dyntok.batch.inputs.left_out import HIDDEN, LeftOut
 from dyntok.batch.inputs.members import Group, Role, images_and_columns, role_of, too_large
-from dyntok.batch.inputs.names import is_hidden, split_key, without_surrogates
+from dyntok.batch.inputs.names import is_hidden, sample_of, split_key, without_surrogates
 from dyntok.batch.inputs.samples import Broken, FileShards, InputSample, Shard, text_types
 from dyntok.batch.storage import BLOCK
 from dyntok.image import sniff
@@ -91,11 +91,12 @@ class _ZipReader:
                 continue
             key, extension = split_key(info.filename)
             key = without_surrogates(key)
-            if key not in open_groups or extension in open_groups[key][0]:
-                open_groups[key] = set(), []
-                groups.append((key, open_groups[key][1]))
-            open_groups[key][0].add(extension)
-            open_groups[key][1].append(info)
+            sample = sample_of(key)
+            if sample not in open_groups or extension in open_groups[sample][0]:
+                open_groups[sample] = set(), []
+                groups.append((key, open_groups[sample][1]))
+            open_groups[sample][0].add(extension)
+            open_groups[sample][1].append(info)
         return groups
 
     def _read_group(self, key: str, members: list[zipfile.ZipInfo]) -> Group:
