@@ -253,7 +253,8 @@ def _decoded(image: Image.Image, name: str) -> Picture:
         image.load()
     exif = image.info.get("exif")
     state = orientation(exif if isinstance(exif, bytes) else None, None) if exif else _stated_orientation(image)
-    return Picture(image, state, image.info.get("icc_profile"))
+    profile = image.info.get("icc_profile")
+    return Picture(image, state, profile if isinstance(profile, bytes) else None)
 
 
 def _stated_orientation(image: Image.Image) -> int:
@@ -280,6 +281,8 @@ def _rgb(image: Image.Image, name: str, white: float | None, profile: bytes | No
     if image.mode[0] in "IF":
         return to_srgb(Image.fromarray(gray_8bit(image, name, white)), profile).convert("RGB")
     if not image.has_transparency_data:
+        if image.mode == "LAB":  # says itself what its colors are
+            return image.convert("RGB")
         fitting = image if image.mode in ("RGB", "L", "CMYK") else image.convert("RGB")
         return to_srgb(fitting, profile).convert("RGB")
     rgba = image if image.mode == "RGBA" else image.convert("RGBA")

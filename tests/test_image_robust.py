@@ -138,6 +138,22 @@ def test_broken_jpeg_segments_do_not_matter(marker, content):
     assert np.array_equal(np.asarray(got), np.asarray(load_image(plain)))
 
 
+def box(kind, content=b""):
+    return struct.pack(">I4s", 8 + len(content), kind) + content
+
+
+@pytest.mark.parametrize(
+    "extra", [box(b"res "), box(b"res ", box(b"resc")), box(b"colr", b"\2\0\0"), box(b"none", b"?"), box(b"uuid")]
+)
+def test_broken_boxes_of_jpeg_2000_do_not_matter(extra):
+    plain = encoded(PHOTO, "JPEG2000")
+    start = plain.index(b"jp2h") - 4
+    (length,) = struct.unpack_from(">I", plain, start)
+    header = struct.pack(">I", length + len(extra)) + plain[start + 4 : start + length] + extra
+    content = plain[:start] + header + box(b"xml ", b"<") + plain[start + length :]
+    assert np.array_equal(np.asarray(load_image(content)), PHOTO)
+
+
 @pytest.mark.parametrize("scans, readable", [(400, True), (501, False)])
 def test_scans_of_a_jpeg_are_counted(scans, readable):
     content = encoded(GRAY[:16, :16], "JPEG", progressive=True)
@@ -203,6 +219,47 @@ def test_white_of_a_png_with_significant_bits():
     assert np.array_equal(np.asarray(load_image(full))[:, :, 0], GRAY)
 
 
+def test_white_of_gray_with_alpha():
+    values = np.stack([GRAY.astype(np.uint16) * 16, np.full_like(GRAY, 255, np.uint16) * 257], axis=-1).astype(">u2")
+    lines = b"".join(b"\0" + line.tobytes() for line in values)
+    header = struct.pack(">IIBBBBB", GRAY.shape[1], GRAY.shape[0], 16, 4, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"sBIT", b"\x0c\x10")
+    png += chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    assert np.abs(np.asarray(load_image(png))[:, :, 0].astype(int) - GRAY).max() <= 1
+
+
+SIDE_BY_SIDE = {"photometric": "rgb", "planarconfig": "contig"}
+PLANES = {"photometric": "rgb", "planarconfig": "separate"}
+TILES = {"tile": (32, 48), "compression": "zlib", "predictor": True}
+
+
+@pytest.mark.parametrize("layout", [{}, {"rowsperstrip": 7}, {"tile": (32, 48)}, TILES, {"byteorder": ">"}])
+def test_layouts_of_deep_tiffs(layout):
+    """12 bits in 16, in strips and tiles, with alpha, and with every channel for itself."""
+    tifffile = pytest.importorskip("tifffile")
+
+    def written(values, white, **options):
+        stream = io.BytesIO()
+        extra = [(341, "H", values.shape[-1], (white,) * values.shape[-1], True)]
+        values = np.moveaxis(values, 2, 0).copy() if options["planarconfig"] == "separate" else values
+        tifffile.imwrite(stream, values.astype(np.uint16), extratags=extra, **layout, **options)
+        return stream.getvalue()
+
+    deep = PHOTO.astype(np.uint16) * 16
+    half = np.full((*PHOTO.shape[:2], 1), 2040)
+    gray = np.stack([GRAY, np.full_like(GRAY, 255)], axis=-1).astype(np.uint16) * 257
+    alpha, over_white = {"extrasamples": ["unassalpha"]}, PHOTO / 2 + 127.5
+    for content, expected in [
+        (written(deep, 4080, **SIDE_BY_SIDE), PHOTO),
+        (written(deep, 4080, **PLANES), PHOTO),
+        (written(np.dstack([deep, half]), 4080, **SIDE_BY_SIDE, **alpha), over_white),
+        (written(np.dstack([deep, half]), 4080, **PLANES, **alpha), over_white),
+        (written(np.dstack([deep / 2, half]), 4080, **SIDE_BY_SIDE, extrasamples=["assocalpha"]), over_white),
+        (written(gray, 65535, photometric="minisblack", planarconfig="contig", **alpha), GRAY[:, :, None]),
+    ]:
+        assert np.abs(np.asarray(load_image(content)).astype(int) - expected).max() <= 2
+
+
 # Color
 
 
@@ -232,6 +289,15 @@ def test_profiles_are_applied_on_request(format):
 def test_profiles_that_do_not_fit_are_ignored(profile):
     content = encoded(PHOTO, "PNG", icc_profile=profile)
     assert np.array_equal(np.asarray(load_image(content, color="srgb")), PHOTO)
+
+
+def test_a_lab_picture_is_not_converted_by_an_rgb_profile():
+    srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+    picture = ImageCms.applyTransform(
+        Image.fromarray(PHOTO), ImageCms.buildTransform(srgb, lab, "RGB", "LAB"), inPlace=False
+    )
+    content = encoded(picture, "TIFF", icc_profile=swapped_profile())
+    assert np.abs(np.asarray(load_image(content, color="srgb")).astype(int) - PHOTO).mean() < 2
 
 
 def test_srgb_profiles_change_no_pixel():
@@ -278,6 +344,19 @@ def test_formats_are_recognized_by_their_first_bytes():
     for format in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "PCX", "DDS"):
         assert sniff(encoded(PHOTO, format)) == format
     assert sniff(b"plain text") is None
+
+
+def test_jpeg_xl_with_its_plugin():
+    pytest.importorskip("pillow_jxl")
+    content = encoded(PHOTO, "JXL", lossless=True)
+    assert np.array_equal(np.asarray(load_image(content)), PHOTO)
+    for size, options in [((8, 8), {}), ((30, 400), {"use_container": True}), ((256, 144), {}), ((255, 1), {})]:
+        content = encoded(Image.new("RGB", size), "JXL", **options)
+        assert load_image(content).size == size
+        with pytest.raises(ImageError, match=f"{size[0]} x {size[1]}"):  # before anything is decoded
+            load_image(content, max_pixels=10)
+    with pytest.raises(ImageError):
+        load_image(content[: len(content) // 2])
 
 
 def test_heic_without_its_plugin_says_what_to_install():

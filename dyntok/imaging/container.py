@@ -20,11 +20,14 @@ class Packing:
     """How a TIFF stores samples that Pillow can't unpack: its rows are decoded as if they were 8-bit gray."""
 
     width: int
-    channels: int
+    colors: int
+    channels: int  # colors, and whatever follows them
+    alpha: Literal["", "straight", "premultiplied"]  # the channel after the colors
+    planes: bool  # every channel is stored for itself
     bits: int  # per stored sample: 16, or fewer if samples are packed without padding
     byte_order: Literal["<", ">"]
     white_is_zero: bool
-    differences: bool  # every sample is stored as its difference from the one on its left
+    differences: int  # columns in which a sample is stored as the difference from the one on its left; 0: as it is
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from PIL import (
 )
 
 from dyntok.errors import ImageError
-from dyntok.imaging import gif, jpeg, png, tiff, webp
+from dyntok.imaging import gif, jpeg, jpeg2000, jxl, png, tiff, webp
 from dyntok.imaging.container import Container, Packing, orientation
 from dyntok.imaging.formats import ACCEPTED_FORMATS, BY_NAME, sniff
 from dyntok.imaging.samples import rgb_8bit, scaled, unpacked
@@ -87,6 +87,12 @@ def decode(data: bytes, name: str, check_size: CheckSize, smallest: Smallest | N
         raise ImageError(f"{name}: not a readable image; expected one of {', '.join(ACCEPTED_FORMATS)}, intact")
     if BY_NAME[format].advice:
         raise ImageError(f"{name}: {format} can't be read; {BY_NAME[format].advice}")
+    if format == "JPEG XL":
+        check_size(*jxl.size(data))
+        held = jxl.read(data)
+        return (
+            Picture(held.image, profile=held.profile) if held.image else decode(held.jpeg, name, check_size, smallest)
+        )
     container = _container(data, format, name)
     for packing in container.packings:
         try:
@@ -136,6 +142,8 @@ def _container(data: bytes, format: str, name: str) -> Container:
             return webp.read(data)
         case "TIFF":
             return tiff.read(data, name)
+        case "JPEG2000":
+            return jpeg2000.read(data)
     return Container(data)
 
 
@@ -162,13 +170,9 @@ def _open(data: bytes, format: str) -> ImageFile.ImageFile:
             from PIL import AvifImagePlugin
 
             return AvifImagePlugin.AvifImageFile(io.BytesIO(data))
-        case "HEIC":
-            import pillow_heif
+    import pillow_heif  # only HEIC is left
 
-            return pillow_heif.HeifImageFile(io.BytesIO(data))
-    from pillow_jxl.JXLImagePlugin import JXLImageFile
-
-    return JXLImageFile(io.BytesIO(data))
+    return pillow_heif.HeifImageFile(io.BytesIO(data))
 
 
 class _ShortFirstRead(io.BytesIO):
@@ -242,25 +246,35 @@ def _rawmode(image: ImageFile.ImageFile) -> str:
 def _by_significant_bits(image: Image.Image, container: Container, rawmode: str) -> Image.Image:
     """Returns a PNG with white as 255 where its samples are as small as its sBIT chunk says."""
     white = int(container.white or 0)
-    if image.mode not in ("RGB", "RGBA", "L"):  # I;16 is scaled later; a palette holds full colors
+    if image.mode not in ("RGB", "RGBA", "L", "LA"):  # I;16 is scaled later; a palette holds full colors
         return image
-    colors = np.asarray(image)[..., :3]
+    samples, gray = np.asarray(image), rawmode.startswith("L")
+    colors = samples.reshape(*samples.shape[:2], -1)[..., : 1 if gray else 3]
     if rawmode.endswith(";16B"):
         if colors.max() > white >> 8:
             return image
-        low_bytes = _open(container.data, "PNG")
-        decoder, extents, offset, _ = low_bytes.tile[0]
-        low_bytes.tile = [type(low_bytes.tile[0])(decoder, extents, offset, rawmode[:-1] + "L")]
-        load(low_bytes)
-        bright = rgb_8bit(colors, np.asarray(low_bytes)[..., :3], white)
+        if gray:  # with alpha: four bytes
+            low = _decoded_as(container.data, "RGBA")[..., 1:2]
+        else:
+            low = _decoded_as(container.data, rawmode[:-1] + "L")[..., :3]
+        bright = rgb_8bit(colors, low, white)
     else:
         bright = scaled(colors, white) if colors.max() <= white else None
     if bright is None:
         return image
-    result = Image.fromarray(bright)
-    if image.mode == "RGBA":
+    result = Image.fromarray(bright[..., 0] if gray else bright)
+    if image.mode in ("RGBA", "LA"):
         result.putalpha(image.getchannel("A"))
     return result
+
+
+def _decoded_as(png: bytes, rawmode: str) -> np.ndarray:
+    """Returns the samples of a PNG, read by another layout of their bytes."""
+    image = _open(png, "PNG")
+    decoder, extents, offset, _ = image.tile[0]
+    image.tile = [type(image.tile[0])(decoder, extents, offset, rawmode)]
+    load(image)
+    return np.asarray(image)
 
 
 def _unpacked(container: Container, packing: Packing, check_size: CheckSize) -> Picture:
@@ -270,6 +284,11 @@ def _unpacked(container: Container, packing: Packing, check_size: CheckSize) -> 
     values = unpacked(np.asarray(image), packing)
     full = (1 << packing.bits) - 1
     stated = container.white if container.white and values.max() <= container.white else full
-    gray_or_rgb = scaled(values[:, :, 0] if packing.channels == 1 else values, stated)
-    result = Image.fromarray(255 - gray_or_rgb if packing.white_is_zero else gray_or_rgb)
+    samples = scaled(values, stated)
+    colors = samples[:, :, 0] if packing.colors == 1 else samples[:, :, :3]
+    result = Image.fromarray(255 - colors if packing.white_is_zero else colors)
+    if packing.alpha:
+        result.putalpha(Image.fromarray(samples[:, :, packing.colors]))
+    if packing.alpha == "premultiplied":
+        result = Image.frombytes("RGBa", result.size, result.convert("RGBA").tobytes()).convert("RGBA")
     return Picture(result, profile=container.profile)

@@ -1,5 +1,7 @@
 """Samples of more than 8 bits to 8-bit gray or RGB, by what the file says is white."""
 
+from dataclasses import replace
+
 import numpy as np
 from PIL import Image
 
@@ -55,7 +57,13 @@ def rgb_8bit(high: np.ndarray, low: np.ndarray, white: float) -> np.ndarray | No
 
 
 def unpacked(rows: np.ndarray, packing: Packing) -> np.ndarray:
-    """Returns the uint16 samples [H, W, C] of uint8 rows [H, bytes], as a `Packing` describes them."""
+    """Returns the uint16 samples [H, W, C] of uint8 rows [H, bytes], as a `Packing` describes them.
+
+    Where every channel is stored for itself, the rows are [H, bytes, C].
+    """
+    if packing.planes:
+        one = replace(packing, channels=1, planes=False)
+        return np.concatenate([unpacked(rows[:, :, i], one) for i in range(packing.channels)], axis=2)
     height, count = len(rows), packing.width * packing.channels
     if packing.bits == 16:
         values = np.ascontiguousarray(rows).view(packing.byte_order + "u2").astype(np.uint16)
@@ -66,4 +74,8 @@ def unpacked(rows: np.ndarray, packing: Packing) -> np.ndarray:
             values <<= 1
             values |= bits[:, :, bit]
     values = values.reshape(height, packing.width, packing.channels)
-    return np.cumsum(values, axis=1, dtype=np.uint16) if packing.differences else values
+    if packing.differences:
+        for left in range(0, packing.width, packing.differences):
+            part = values[:, left : left + packing.differences]
+            np.cumsum(part, axis=1, dtype=np.uint16, out=part)
+    return values

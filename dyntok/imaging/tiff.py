@@ -68,7 +68,8 @@ _LETTERS = {
 _LONG = 4
 _MOST_NUMBERS = 1 << 20  # of a tag that is read here: a picture has no more strips
 _SUBFILE, _SUBDIRECTORIES, _DNG = 254, 330, 50706
-_BLACK_IS_ZERO, _RGB = 1, 2
+_BLACK_IS_ZERO, _RGB, _CMYK = 1, 2, 5
+_ALPHA: dict[float, Literal["", "straight", "premultiplied"]] = {0: "", 1: "premultiplied", 2: "straight"}
 
 
 class _Entry(NamedTuple):
@@ -112,6 +113,12 @@ def read(data: bytes, name: str) -> Container:
     state = int(directory.number(_ORIENTATION, 1))
     upright = state if state in range(1, 9) and state != 1 else orientation(None, directory.content(_XMP))
     packings = _packings(directory)
+    raw_planes = directory.number(_PLANAR, 1) == 2 and directory.number(_COMPRESSION, 1) == 1
+    if raw_planes and not packings and 16 in directory.numbers(_BITS):  # Pillow would read half of every sample
+        raise ImageError(
+            f"{name}: a TIFF that stores each of its 16-bit channels for itself; expected RGB, "
+            "or channels side by side (PlanarConfiguration 1)"
+        )
     entries = {tag: entry for tag, entry in directory.entries.items() if tag in _DECODED}
     for tag in _SINGLE & set(entries):
         number = directory.number(tag, 0)
@@ -122,16 +129,19 @@ def read(data: bytes, name: str) -> Container:
 
 
 def as_bytes(data: bytes, packing: Packing) -> bytes:
-    """Returns the file of `read` changed so that each row decodes to its bytes, as 8-bit gray."""
+    """Returns the file of `read` changed so that each row decodes to its bytes: as 8-bit gray, or as 8-bit planes."""
     directory = _directory(data)
     wide = {tag: int(directory.number(tag, 0)) for tag in (_WIDTH, _TILE_WIDTH) if tag in directory.entries}
-    changed = {tag: _number(directory, -(-width * packing.channels * packing.bits // 8)) for tag, width in wide.items()}
+    together = 1 if packing.planes else packing.channels
+    changed = {tag: _number(directory, -(-width * together * packing.bits // 8)) for tag, width in wide.items()}
     entries = {
         tag: entry for tag, entry in directory.entries.items() if tag not in (_PREDICTOR, _EXTRA, _SAMPLE_FORMAT)
     }
-    entries |= changed | {
-        tag: _number(directory, value) for tag, value in ((_BITS, 8), (_SAMPLES, 1), (_PHOTOMETRIC, _BLACK_IS_ZERO))
-    }
+    entries |= changed | {_BITS: _number(directory, 8)}
+    as_read = {_PHOTOMETRIC: _BLACK_IS_ZERO, _SAMPLES: 1, _PLANAR: 1}
+    if packing.planes:
+        as_read = {_PHOTOMETRIC: _RGB if packing.channels == 3 else _CMYK}  # of four channels, none is alpha
+    entries |= {tag: _number(directory, value) for tag, value in as_read.items()}
     return _with_entries(data, directory, entries)
 
 
@@ -190,23 +200,28 @@ def _white(directory: _Directory) -> float | None:
 def _packings(directory: _Directory) -> tuple[Packing, ...]:
     """Returns the ways in which the samples may be stored; none where Pillow reads them."""
     photometric = directory.number(_PHOTOMETRIC, 0)
-    channels = int(directory.number(_SAMPLES, 1))
+    colors, channels = 3 if photometric == _RGB else 1, int(directory.number(_SAMPLES, 1))
     bits = set(directory.numbers(_BITS, (1,)))
-    unusual = len(bits) == 1 and (
-        8 < min(bits) < 16 or bits == {16} and channels == 3 and _white(directory) is not None
-    )
+    planes = channels > 1 and directory.number(_PLANAR, 1) == 2
+    if channels == 1:
+        readable = photometric != 0 or directory.order == "<"
+    else:
+        readable = channels >= 3 and _white(directory) is None and not planes
+    unusual = len(bits) == 1 and (8 < min(bits) < 16 or bits == {16} and not readable)
     plain = (
         photometric in (0, _BLACK_IS_ZERO, _RGB)
-        and channels == (3 if photometric == _RGB else 1)
+        and channels in (colors, colors + 1)
         and set(directory.numbers(_SAMPLE_FORMAT, (1,))) == {1}
-        and directory.number(_PLANAR, 1) == 1
         and directory.number(_FILL_ORDER, 1) == 1
+        and (channels >= 3 or not planes)
     )
     if not (unusual and plain):
         return ()
     width, (stored,) = int(directory.number(_WIDTH, 0)), bits
-    words = Packing(width, channels, 16, directory.order, photometric == 0, directory.number(_PREDICTOR, 1) == 2)
-    tight = replace(words, bits=stored, differences=False)
+    alpha = _ALPHA.get(directory.number(_EXTRA, 0) if channels > colors else 0, "")
+    differences = int(directory.number(_TILE_WIDTH, width)) if directory.number(_PREDICTOR, 1) == 2 else 0
+    words = Packing(width, colors, channels, alpha, planes, 16, directory.order, photometric == 0, differences)
+    tight = replace(words, bits=stored, differences=0)
     if directory.number(_COMPRESSION, 1) != 1:
         return (words, tight) if stored < 16 else (words,)
     height = directory.number(257, 0)
