@@ -54,13 +54,20 @@ class DryRun:
         """Returns whether images were sampled, and none could be read."""
         return self.errors > 0 and not self.tokens_per_image
 
+    @property
+    def found_nothing(self) -> bool:
+        """Returns whether what is left of the input holds no images, neither good nor bad ones."""
+        return not (self.sampled or self.errors)
+
     def __str__(self) -> str:
         finished = f"; {self.input_shards_finished:,} are finished" if self.input_shards_finished else ""
         lines = [
             f"would read   {self.input_shards:,} input shards ({self.kind}) of {self.input_bytes / 1e6:,.1f} MB, "
             f"about {self.rows:,} rows{finished}",
         ]
-        if self.all_failed:
+        if self.found_nothing:
+            lines.append("no images were found; a run would write nothing")
+        elif self.all_failed:
             lines.append(
                 f"every image of the sample failed ({self.errors:,} of {self.errors:,}); a run would write nothing"
             )

@@ -59,6 +59,8 @@ class BatchOptions:
         for name in ("shard_size", "max_pixels"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, expected an integer of 1 or more")
+        if isinstance(self.keep_columns, str):
+            raise ConfigError(f"keep_columns is {self.keep_columns!r}, expected a list of names, such as ['txt']")
         object.__setattr__(self, "keep_columns", tuple(self.keep_columns))
         if self.size is not None:
             object.__setattr__(self, "size", pair(tuple(self.size) if isinstance(self.size, list) else self.size))

@@ -50,6 +50,11 @@ class Summary:
         return max(self.images, round(self.images * share))
 
     @property
+    def found_nothing(self) -> bool:
+        """Returns whether the input holds no images, neither good nor bad ones."""
+        return not (self.rows or self.errors or self.finished_before)
+
+    @property
     def tokens_per_image(self) -> float:
         return self.tokens / max(self.images, 1)
 
@@ -85,6 +90,8 @@ class Summary:
             f"{self.images_per_second:.1f} images/s",
             f"written to {self.output}: {self.shards:,} output shards, {self.bytes / 1e6:.1f} MB",
         ]
+        if self.found_nothing:
+            lines.append("the input holds no images; archives inside archives are not opened")
         if self.images and self.area_used < (1 - _CUT) * self.images:
             lines.append(
                 f"{100 * (1 - self.area_used / self.images):.1f} % of the originals' area was cut off to fit the grid; "

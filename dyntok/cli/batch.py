@@ -195,7 +195,7 @@ def _batch(options: argparse.Namespace) -> int:
         )
         estimate = dry_run(task, next(iter(engine.devices), None))
         _print(estimate, options.json)
-        return SOME_SKIPPED if estimate.all_failed else OK
+        return SOME_SKIPPED if estimate.all_failed or estimate.found_nothing else OK
     progress = Progress()
     try:
         with closing(progress):
@@ -217,7 +217,7 @@ def _batch(options: argparse.Namespace) -> int:
         raise
     _print(summary, options.json)
     report(f"next: dyntok inspect {shlex.quote(options.output)}", to_stderr=options.json)
-    return SOME_SKIPPED if summary.errors else OK
+    return SOME_SKIPPED if summary.errors or summary.found_nothing else OK
 
 
 def _print(result: "Summary | DryRun", as_json: bool) -> None:

@@ -16,6 +16,7 @@ from support.batch_data import codes, errors, pictures, rows, run, write_table, 
 from dyntok.batch import storage
 from dyntok.batch.manifest import recorded_files
 from dyntok.cli.main import main
+from dyntok.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +128,9 @@ def test_linked_folders_are_followed(images, checkpoint_folder, tmp_path):
     (tmp_path / "else" / "0.jpg").write_bytes(images[0])
     (tmp_path / "in" / "link").symlink_to(tmp_path / "else")
     (tmp_path / "in" / "a" / "loop").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "self.jpg").symlink_to("self.jpg")
     summary = run(tmp_path / "in", tmp_path / "out", checkpoint_folder)
-    assert list(codes(tmp_path / "out")) == ["link/0.jpg"]
+    assert list(codes(tmp_path / "out")) == ["link/0.jpg"] and "self.jpg" in errors(tmp_path / "out")
     assert summary.left_out == {"linked folders that lead back to themselves": 1}
 
 
@@ -164,7 +166,7 @@ def test_zip_archives(images, checkpoint_folder, tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         for name in ("d/0.jpg", "d/1.jpg", "__MACOSX/d/._0.jpg"):
             archive.writestr(name, images[int(name[-5])])
-        archive.writestr("d/0.txt", "zero")
+        archive.writestr("d/0.txt", "\ufeffzero")  # with the mark that some editors write
     summary = run(tmp_path / "a.zip", tmp_path / "out", checkpoint_folder, keep_columns=["txt"], shard_size=1)
     assert {row["key"]: row["txt"] for row in rows(tmp_path / "out")} == {"d/0": "zero", "d/1": None}
     assert summary.left_out == {"hidden": 1}
@@ -200,12 +202,13 @@ def test_encodings_of_lists(encoding, images, checkpoint_folder, tmp_path):
 def test_paths_in_a_table(images, checkpoint_folder, tmp_path):
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "0.jpg").write_bytes(images[0])
-    paths = ["d/0.jpg", str(tmp_path / "d" / "0.jpg"), "d/none.jpg", "http://127.0.0.1/0.jpg"]
+    local = tmp_path / "d" / "0.jpg"
+    paths = ["d/0.jpg", str(local), f"file://{local}", "d/none.jpg", "http://127.0.0.1/0.jpg"]
     kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     cells = pa.array([{"bytes": None, "path": path} for path in paths], kind)
-    pq.write_table(pa.table({"key": list("abcd"), "image": cells}), tmp_path / "t.parquet")
+    pq.write_table(pa.table({"key": list("abcde"), "image": cells}), tmp_path / "t.parquet")
     run(tmp_path / "t.parquet", tmp_path / "out", checkpoint_folder)
-    assert set(codes(tmp_path / "out")) == {"a", "b"} and set(errors(tmp_path / "out")) == {"c", "d"}
+    assert set(codes(tmp_path / "out")) == {"a", "b", "c"} and set(errors(tmp_path / "out")) == {"d", "e"}
 
 
 @pytest.mark.parametrize("kind", ["binary_view", "large_binary", "dictionary"])
@@ -243,6 +246,27 @@ def test_files_that_no_record_names_are_not_listed(images, checkpoint_folder, tm
         ("000000-000000.parquet", 2),
         ("000001-000000.parquet", 2),
     ]
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip", "parquet"])
+def test_an_input_without_images_says_so(kind, checkpoint_folder, tmp_path, capsys):
+    source = str(tmp_path / f"a.{kind}")
+    if kind == "tar":
+        write_tar(source, [("nested.tar", b"")])
+    elif kind == "zip":
+        zipfile.ZipFile(source, "w").close()
+    else:
+        write_table(source, {})
+    for extra, told in (["--dry-run"], "no images were found"), ([], "the input holds no images"):
+        assert main(["batch", source, str(tmp_path / "out"), "--model", str(checkpoint_folder), *extra]) == 3
+        assert told in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("names", [[".txt"], ["jpg"], "json"])
+def test_names_of_columns_that_would_stay_empty_are_refused(names, images, checkpoint_folder, tmp_path):
+    tar = write_tar(tmp_path / "a.tar", [("0.jpg", images[0]), ("0.txt", b"zero")])
+    with pytest.raises(ConfigError, match="keep_columns"):
+        run(tar, tmp_path / "out", checkpoint_folder, keep_columns=names)
 
 
 def test_a_dry_run_over_images_that_all_fail(checkpoint_folder, tmp_path, capsys):

@@ -97,7 +97,7 @@ class _ImageFiles(ABC):
             fs, path = locate(address, self.storage)
             for name in dict.fromkeys((f"{_stem(path)}.{extension}", f"{_stem(path)}.{extension.upper()}")):
                 if fs.isfile(name):
-                    return _read_file(fs, name, MAX_TEXT_BYTES).decode()
+                    return _read_file(fs, name, MAX_TEXT_BYTES).decode("utf-8-sig")
         except UnicodeDecodeError:
             return Broken(f"its {extension} file is not UTF-8")
         except Exception as error:

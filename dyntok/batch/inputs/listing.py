@@ -97,7 +97,7 @@ def _list_local(
     parents += ((status.st_dev, status.st_ino),)
     with ExitStack() as stack:
         with os.scandir(folder) as entries:
-            names = _sort(((entry.name, entry.is_dir(), entry.is_symlink()) for entry in entries), stack)
+            names = _sort(((entry.name, _is_folder(entry), entry.is_symlink()) for entry in entries), stack)
         for name, is_folder, is_link in names:
             path, key = f"{folder.rstrip('/')}/{name}", below + name
             if is_folder and (_leads_back(path, parents) or links + is_link > _MAX_LINKS):
@@ -108,6 +108,13 @@ def _list_local(
                 left_out.add(HIDDEN)
             else:
                 yield ListedFile(key, path, None)
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, for example: reading it will give an error with a reason
+        return False
 
 
 def _leads_back(folder: str, parents: Sequence[tuple[int, int]]) -> bool:

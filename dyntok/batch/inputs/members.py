@@ -80,6 +80,6 @@ def images_and_columns(group: Group, options: BatchOptions) -> tuple[list[bytes 
 
 def _text(name: str, content: bytes | Broken | None) -> str | Broken | None:
     try:
-        return content.decode() if isinstance(content, bytes) else content
+        return content.decode("utf-8-sig") if isinstance(content, bytes) else content
     except UnicodeDecodeError:
         return Broken(f"its {name} is not UTF-8")

@@ -13,7 +13,7 @@ from dyntok.batch.addresses import StorageOptions, address_of, locate, redact, w
 from dyntok.batch.inputs.files import Folders, Lists
 from dyntok.batch.inputs.left_out import LeftOut
 from dyntok.batch.inputs.listing import find_unnamed_images, list_files
-from dyntok.batch.inputs.names import kind_of
+from dyntok.batch.inputs.names import is_image, kind_of
 from dyntok.batch.inputs.parquet import Tables
 from dyntok.batch.inputs.samples import Input
 from dyntok.batch.inputs.tars import Tars
@@ -41,11 +41,22 @@ def open_input(sources: Sequence[str], options: BatchOptions, storage: StorageOp
     if options.interleaved and kind in ("folder", "list"):
         first = redact(addresses[0])
         raise ConfigError(f"interleaved rows are read from parquet, tar and zip, but {first} is a {kind}")
+    if kind != "parquet":
+        _check_extensions(options.keep_columns)
     if kind in _FILE_KINDS:
         left_out = LeftOut()
         files = [file for address in addresses for file in _files_of_kind(address, kind, storage, left_out)]
         return _FILE_KINDS[kind](files, options, storage, left_out)
     return (Lists if kind == "list" else Folders)(addresses, options, storage)
+
+
+def _check_extensions(names: Sequence[str]) -> None:
+    """Raises `ConfigError` for names that no file beside an image can have as its extension."""
+    for name in names:
+        if name.startswith(".") or is_image(f".{name}"):
+            raise ConfigError(
+                f"keep_columns has {name!r}; expected the extension of a text file without the dot, such as 'txt'"
+            )
 
 
 def _expand(source: str, storage: StorageOptions) -> Iterator[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
 
 from dyntok.batch.addresses import address_of, is_remote, locate, redact, redact_message, wrap_storage_errors
 from dyntok.batch.inputs.samples import Broken, FileShards, InputSample, Shard
@@ -153,6 +154,8 @@ class _TableReader:
     def _named_image(self, path: str) -> Broken | _Path:
         """Returns the address of a file that a row names; relative paths start at the folder of the table."""
         address = self.shard.address
+        if path.startswith("file://") and isinstance(locate(address, self.tables.storage)[0], LocalFileSystem):
+            return _Path(path)
         if is_remote(path):
             return Broken(f"has no bytes, only the address {redact(path)}; embed the images, or give a list of paths")
         if is_remote(address) and (os.path.isabs(path) or ".." in path.split("/")):
