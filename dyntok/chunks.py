@@ -195,6 +195,13 @@ def _checked(rows: Rows, finite: list[bool], dtype: torch.dtype, failures: Failu
     return Rows(indices, values, positions, lengths, rows.finite[rows.finite], rows.grid, margins)
 
 
+def require_finite(decoded: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns what a decoder computed. Raises `ImageError` where a number of it is NaN or infinite."""
+    if not decoded.sum(dtype=torch.float32).isfinite():
+        raise ImageError(_not_finite(dtype))
+    return decoded
+
+
 def _not_finite(dtype: torch.dtype) -> str:
     name = str(dtype).removeprefix("torch.")
     advice = "check the weights and the pixels"

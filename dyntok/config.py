@@ -126,6 +126,8 @@ class BackboneConfig:
                 _is_plain(value),
                 f"backbone.kwargs.{option} is {brief(value)}, expected a number, bool, short text or list of numbers",
             )
+        if self.kwargs.get("num_heads") is not None:  # timm builds a network that fails later
+            require_whole("backbone.kwargs.num_heads", self.kwargs["num_heads"], 1)
         require_whole("backbone.layer", self.layer, -MAX_COUNT)
         require_bool("backbone.norm", self.norm)
         require_bool("backbone.frozen", self.frozen)

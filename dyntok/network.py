@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from dyntok.checkpoint.pretrained import PretrainedModule
-from dyntok.chunks import Chunk, Rows, finite_images
+from dyntok.chunks import Chunk, Rows, finite_images, require_finite
 from dyntok.config import MAX_PATCHES, DecoderConfig, TokenizerConfig
 from dyntok.encoding import Encoding
 from dyntok.errors import CodeError, ConfigError, ImageError
@@ -241,6 +241,8 @@ class TokenizerNetwork(PretrainedModule):
             tokens = merge(features, keep, total=sum(lengths), grid=grid)
             vectors = self.projection(tokens) if quantize else tokens
             finite = finite_images(features, log_probs, vectors, cu_seqlens_from_mask(keep))
+            if quantize:
+                finite &= self.codebook.embedding.sum(dtype=torch.float32).isfinite()
             positions = compact(keep)[0][: sum(lengths)].long() % keep.shape[1]
             values = self.codebook(vectors) if quantize else vectors
             close = self._margins(vectors, log_probs, keep, chunk, choice) if margins else None
@@ -278,7 +280,8 @@ class TokenizerNetwork(PretrainedModule):
         grid = self._one_grid(encoding)
         with self.inference():
             vectors = self.codebook.lookup(encoding.packed_codes)
-            return decoder(vectors, encoding.cu_seqlens, encoding.packed_positions, grid=grid)
+            features = decoder(vectors, encoding.cu_seqlens, encoding.packed_positions, grid=grid)
+            return require_finite(features, self.dtype)
 
     def _one_grid(self, encoding: Encoding) -> tuple[int, int]:
         grids = encoding.grids.unique(dim=0).tolist()

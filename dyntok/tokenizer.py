@@ -21,6 +21,7 @@ from dyntok.chunks import (
     join_images,
     join_margins,
     load_chunks,
+    require_finite,
     split_chunks,
     without_failures,
 )
@@ -232,7 +233,8 @@ class DynamicVisualTokenizer(TokenizerNetwork):
         """
         head, encoding = self._require_pixel_head(), self._as_encoding(codes, positions, grid)
         with self.inference():
-            return head(self._decode_features(encoding, self.require_decoder()), self._one_grid(encoding))
+            pixels = head(self._decode_features(encoding, self.require_decoder()), self._one_grid(encoding))
+            return require_finite(pixels, self.dtype)
 
     def image_config(
         self,

@@ -64,6 +64,23 @@ def test_every_stage_is_watched(tokenizer, photos, part):
         tokenizer.encode(photos[0])
 
 
+def test_a_codebook_that_is_not_finite_gives_no_codes(tokenizer, photos):
+    tokenizer.codebook.embedding[3, 0] = torch.nan
+    with pytest.raises(ImageError, match="^input 0: the network computed NaN or infinite values"):
+        tokenizer.encode(photos[0])
+
+
+@pytest.mark.parametrize("decode", ["decode", "decode_to_pixels", "decode_to_features"])
+def test_decoded_numbers_that_are_not_finite_are_errors(decode, photos):
+    tokenizer = dyntok.load("tiny", dtype="fp16")
+    encoding = tokenizer.encode(photos[0])
+    with torch.no_grad():
+        for weight in tokenizer.decoder.parameters():
+            weight.mul_(60)
+    with pytest.raises(ImageError, match="NaN or infinite values in float16, .*bf16 or fp32"):
+        getattr(tokenizer, decode)(encoding)
+
+
 def test_only_the_images_concerned_are_left_out(tokenizer, photos):
     """The selector gives NaN for one image; its neighbors keep their codes."""
     expected = tokenizer.encode(photos)

@@ -122,7 +122,7 @@ def _too_large(tensors: int, why: str = "") -> str:
 
 def _is_finite(tensor: Tensor) -> bool:
     # a sum reads the values once and needs no memory; it may overflow where the values are finite
-    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
+    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.to(torch.float32).isfinite().all())
 
 
 def _on_meta_or_not(make: Callable[[], M], state: Mapping[str, Tensor] | None) -> M:

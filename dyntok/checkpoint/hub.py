@@ -42,6 +42,8 @@ class Origin:
     path: Path | None = field(init=False, default=None)  # the folder, where it is one on this machine
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name_or_path, str | os.PathLike):
+            raise CheckpointError(f"{self.name_or_path!r} is no checkpoint; expected a folder or a name, 'org/name'")
         path = os.path.expanduser(self.name_or_path)
         if os.path.isdir(path):
             object.__setattr__(self, "path", Path(path).absolute())  # decided once: the working directory may change

@@ -75,6 +75,19 @@ def test_weights_that_are_not_finite_are_refused(folder, name, value):
         dyntok.load(folder)
 
 
+def test_weights_that_are_infinite_in_float32_are_refused(folder):
+    change_weights(folder, lambda state: state.update({"projection.bias": state["projection.bias"].double() + 1e300}))
+    with pytest.raises(CheckpointError, match="NaN or infinite values in 1 tensors: projection.bias"):
+        dyntok.load(folder)
+
+
+@pytest.mark.parametrize("heads", [-1, 0, True])
+def test_heads_that_timm_builds_but_cannot_run_are_refused(folder, heads):
+    change_config(folder, "backbone.kwargs", num_heads=heads)
+    with pytest.raises(CheckpointError, match="num_heads"):
+        dyntok.load(folder)
+
+
 def test_large_weights_are_finite(folder):
     change_weights(folder, lambda state: state["pixel_head.proj.bias"].fill_(3e38))  # their sum is infinite in float32
     assert dyntok.load(folder).pixel_head.proj.bias.isfinite().all()
