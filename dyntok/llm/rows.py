@@ -10,12 +10,14 @@ Attention must not cross the borders of documents. Three forms do that, each wit
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from itertools import islice
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from dyntok.chunks import batched
 from dyntok.errors import ConfigError
 from dyntok.llm.documents import Document
 from dyntok.llm.packing import PackedRow, Packer
@@ -76,9 +78,11 @@ def flatten_rows(rows: Sequence[RowInputs]) -> dict[str, Any]:
 class PackedDataset(IterableDataset):
     """A stream of rows for a DataLoader, as `model(**batch)` takes them.
 
-    documents: for an epoch's number, its documents. Every rank and every worker of a loader reads them all and packs
-        its own share
+    documents: for an epoch's number, its documents. Every rank and every worker of a loader reads and packs them all,
+        and gives its share of the rows
     packer: makes an empty `Packer`
+    rank, world: which part of the rows to give; every rank gets the same number
+    remainder: where the ranks can't share all rows evenly: "repeat" up to `world` - 1 rows, or "drop" as many
     mask: dtype of a float mask [1, L, L] to add to each row, that of the model's weights. A model with sliding windows
         then attends without them
 
@@ -102,12 +106,15 @@ class PackedDataset(IterableDataset):
         epoch: int = 0,
         rank: int = 0,
         world: int = 1,
+        remainder: Literal["repeat", "drop"] = "repeat",
         mask: torch.dtype | None = None,
     ) -> None:
         if not 0 <= rank < world:
             raise ConfigError(f"rank {rank} of {world}, expected 0 to {world - 1}")
+        if remainder not in ("repeat", "drop"):
+            raise ConfigError(f"remainder is {remainder!r}, expected 'repeat' or 'drop'")
         self.documents, self.packer, self.epoch, self.rank, self.world = documents, packer, epoch, rank, world
-        self.mask = mask
+        self.remainder, self.mask = remainder, mask
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch of the next iteration."""
@@ -116,7 +123,15 @@ class PackedDataset(IterableDataset):
     def __iter__(self) -> Iterator[RowInputs]:
         worker = get_worker_info()
         share, shares = (worker.id, worker.num_workers) if worker else (0, 1)
-        share, shares = self.rank * shares + share, self.world * shares
-        own = (document for i, document in enumerate(self.documents(self.epoch)) if i % shares == share)
-        for row in self.packer().pack(own):
+        for row in islice(self._rows_of_rank(), share, None, shares):
             yield RowInputs.of(row, self.mask)
+
+    def _rows_of_rank(self) -> Iterator[PackedRow]:
+        """Yields every `world`-th row, equally many on every rank."""
+        first: tuple[PackedRow, ...] = ()
+        for rows in batched(self.packer().pack(self.documents(self.epoch)), self.world):
+            first = first or rows
+            if len(rows) < self.world and self.remainder == "drop":
+                return
+            repeated = first[(self.rank - len(rows)) % len(first)]
+            yield rows[self.rank] if self.rank < len(rows) else repeated

@@ -208,7 +208,25 @@ def test_ranks_and_workers_share_a_stream(parquet):
         return sorted(s.codes for row in rows for s in parse_ids(row["input_ids"], VOCAB) if s.kind == "image")
 
     for workers in (0, 2):
-        assert images(stream(0, workers) + stream(1, workers)) == [(i, i + 1) for i in range(20)]
+        assert sorted(set(images(stream(0, workers) + stream(1, workers)))) == [(i, i + 1) for i in range(20)]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5, 50])
+def test_ranks_have_equally_many_rows(parquet, world):
+    def streams(remainder="repeat"):
+        options = {"world": world, "remainder": remainder}
+        return [
+            list(PackedDataset(lambda epoch: read_documents(parquet), packer, rank=rank, **options))
+            for rank in range(world)
+        ]
+
+    everything = list(PackedDataset(lambda epoch: read_documents(parquet), packer))
+    for remainder, expected in (("repeat", -(-len(everything) // world)), ("drop", len(everything) // world)):
+        found = streams(remainder)
+        assert [len(rows) for rows in found] == [expected] * world
+        given = {tuple(row["input_ids"].tolist()) for rows in found for row in rows}
+        whole = everything if remainder == "repeat" else everything[: expected * world]
+        assert given == {tuple(row["input_ids"].tolist()) for row in whole}
 
 
 def test_from_what_dyntok_batch_writes(photos, checkpoint_folder, tmp_path):
