@@ -29,7 +29,7 @@ LEVELS = [
     {"imaging", "fitting", "margins", "model", "encoding", "features", "ids", "target"},
     {"config", "original", "ragged", "validation"},
     {"texts"},
-    {"structure", "layout"},
+    {"structure", "layout", "tars"},
     {"errors"},
     {"dyntok_kernels"},
 ]

@@ -15,12 +15,14 @@ from typing import Literal
 
 from dyntok.errors import DataError
 from dyntok.image import IMAGE_SUFFIXES
+from dyntok.tars import is_link, tar_members
 
 Split = Literal["all", "train", "validation"]
 
 HOLDOUT = 20  # one in this number of images is for validation
 _LABELS = ("cls", "cls.txt")
 _MAX_LABEL = 1024  # bytes
+_REPEATED = "further images of a key that has one"
 
 
 @dataclass(frozen=True)
@@ -172,8 +174,8 @@ def _add_tar(path: Path, inventory: Inventory) -> None:
     labels: dict[str, str] = {}
     members: dict[str, tarfile.TarInfo] = {}
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
+        with open(path, "rb") as file:
+            for tar, member in tar_members(file, 0):
                 members[posixpath.normpath(member.name)] = member
                 folder, _, name = member.name.rpartition("/")
                 stem, _, extension = name.partition(".")
@@ -183,15 +185,13 @@ def _add_tar(path: Path, inventory: Inventory) -> None:
                 if is_hidden(name) or "__MACOSX" in folder.split("/"):
                     inventory.left_out["hidden"] += 1
                 elif f".{extension.lower()}" in IMAGE_SUFFIXES:
-                    images[key] = member
+                    if key in images:
+                        inventory.left_out[_REPEATED] += 1
+                    images.setdefault(key, member)
                 elif extension in _LABELS and member.isreg() and member.size < _MAX_LABEL:
                     labels[key] = tar.extractfile(member).read().decode(errors="replace").strip()
                 else:
                     inventory.left_out[f".{extension.lower()}" if extension else "without suffix"] += 1
-            # tarfile takes a damaged header for the end
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
-                raise tarfile.ReadError(f"damaged at byte {tar.offset:,}")
     except (tarfile.TarError, OSError, EOFError) as error:
         whole = f"{path} can't be read" if not images else f"the rest of {path}, after {len(images):,} images"
         inventory.problems.append(f"{whole}: {error}; expected an intact, uncompressed webdataset tar")
@@ -206,7 +206,7 @@ def _add_tar(path: Path, inventory: Inventory) -> None:
 def _resolve(member: tarfile.TarInfo, members: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:
     """Follows links to the member that has the bytes; None if there is none."""
     for _ in range(len(members)):
-        if not (member.islnk() or member.issym()):
+        if not is_link(member):
             return member if member.isreg() and not member.issparse() else None
         folder = posixpath.dirname(member.name) if member.issym() else ""
         member = members.get(posixpath.normpath(posixpath.join(folder, member.linkname)))

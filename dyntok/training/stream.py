@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dyntok.errors import DataError, ImageError
 from dyntok.image import IMAGE_SUFFIXES, load_image
+from dyntok.tars import tar_members
 from dyntok.training.crops import Crops
 from dyntok.training.sources import ImageSample, Split, is_hidden, is_validation
 
@@ -40,23 +41,25 @@ def find_shards(sources: Sequence[str | Path]) -> list[Path]:
 
 
 def images_of(shard: Path, split: Split) -> Iterator[ImageSample]:
-    """Yields the images of a tar as it is read. A damaged tar gives those before the damage, and a warning."""
+    """Yields the images of a tar as it is read. It warns of those that are left out: links, and what follows damage."""
+    links = 0
     try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                tar.members.clear()  # type: ignore[attr-defined]  # it would remember them all
+        with open(shard, "rb") as file:
+            for _, member in tar_members(file, 0):
                 folder, _, name = member.name.rpartition("/")
                 stem, _, extension = name.partition(".")
                 key = f"{folder}/{stem}" if folder else stem
-                if not member.isreg() or f".{extension.lower()}" not in IMAGE_SUFFIXES or is_hidden(name):
+                if f".{extension.lower()}" not in IMAGE_SUFFIXES or is_hidden(name):
+                    continue
+                if not member.isreg() or member.issparse():
+                    links += 1
                     continue
                 if split == "all" or is_validation(key) == (split == "validation"):
                     yield ImageSample(key, str(shard), member.offset_data, member.size)
-            tar.fileobj.seek(tar.offset)  # tarfile takes a damaged header for the end
-            if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
-                raise tarfile.ReadError(f"damaged at byte {tar.offset:,}")
     except (tarfile.TarError, OSError, EOFError) as error:
         _log.warning("left out the rest of %s: %s", shard, error)
+    if links:
+        _log.warning("left out %d images of %s that are links; stream: 0 resolves them", links, shard)
 
 
 class StreamedImages:

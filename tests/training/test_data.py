@@ -145,6 +145,17 @@ def test_links_in_a_tar_lead_to_the_bytes(tmp_path, photos):
     assert [sample.read() for sample in find_samples([tmp_path])] == [content, content]
 
 
+def test_tars_in_one_file_and_repeated_keys(tmp_path, photos):
+    content = jpeg(photos[0])
+    parts = [write_tar(tmp_path / f"{i}.tar", [(f"{i}.jpg", content), ("x.jpg", content)]).read_bytes() for i in (0, 1)]
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "a.tar").write_bytes(b"".join(parts))
+    inventory = take_inventory([tmp_path / "whole"])
+    assert [sample.key for sample in inventory.samples] == ["0", "x", "1"] and not inventory.problems
+    assert all(sample.read() == content for sample in inventory.samples)
+    assert inventory.report() == ["left out: 1 further images of a key that has one"]
+
+
 @pytest.mark.parametrize("name", ["missing", "notes.txt", "a.tar.gz", "nothing"])
 def test_nothing_to_work_on(tmp_path, name):
     (tmp_path / "notes.txt").write_text("no image")

@@ -1,6 +1,7 @@
 """Images streamed from tars: complete, disjoint between ranks, shuffled, the same after a restart."""
 
 import logging
+import tarfile
 from collections import Counter
 from itertools import islice
 
@@ -47,6 +48,20 @@ def test_a_pass_has_every_image_once_and_the_next_another_order(folder):
     assert set(counts) == everything and max(counts.values()) - min(counts.values()) <= 2
     shards = [key[0] for key in shuffled[:10]]
     assert len(set(shards)) > 1 and shuffled[:40] != one
+
+
+def test_two_tars_in_one_file_and_links(folder, tmp_path, caplog):
+    parts = [path.read_bytes() for path in sorted(folder.glob("*.tar"))[:2]]
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "a.tar").write_bytes(b"".join(parts))
+    found = set(keys(stream(tmp_path / "whole", buffer=1), 2 * EACH))
+    assert found == {f"{shard}-{i}" for shard in (0, 1) for i in range(EACH)}
+    link = tarfile.TarInfo("9.jpg")
+    link.type, link.linkname = tarfile.LNKTYPE, "0-0.jpg"
+    with tarfile.open(folder / "0.tar", "a") as tar:
+        tar.addfile(link)
+    keys(stream(folder, buffer=1), SHARDS * EACH)
+    assert "left out 1 images of" in caplog.text and "links" in caplog.text
 
 
 def test_ranks_are_disjoint_and_complete(folder):

@@ -1,4 +1,4 @@
-"""The headers of a tar: every member in turn, the targets of links, and samples whose parts are scattered."""
+"""The headers of a tar: the targets of links, and samples whose parts are scattered."""
 
 import posixpath
 import tarfile
@@ -8,48 +8,9 @@ from typing import IO
 
 from dyntok.batch.inputs.names import is_hidden, sample_of, split_key, without_surrogates
 from dyntok.batch.inputs.samples import Broken
+from dyntok.tars import is_link, tar_members
 
 _MAX_LINKS = 16  # links to links
-_CHUNK = 2**20
-
-
-def tar_members(file: IO[bytes], start: int) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-    """Yields every member from an offset on, with the tar that reads it. Concatenated tars count as one.
-
-    Raises `tarfile.TarError` where the file is damaged or cut off.
-    """
-    offset: int | None = start
-    while offset is not None:
-        file.seek(offset)
-        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115
-        while (member := tar.next()) is not None:
-            tar.members.clear()  # type: ignore[attr-defined]  # otherwise it keeps all of them
-            yield tar, member
-        offset = _next_tar(file, tar.offset)
-
-
-def _next_tar(file: IO[bytes], end: int) -> int | None:
-    """Returns where another tar begins after the end of one.
-
-    `tar.next` takes a damaged header and a cut for the end.
-    """
-    file.seek(end)
-    block = file.read(tarfile.BLOCKSIZE)
-    if len(block) < tarfile.BLOCKSIZE:
-        raise tarfile.ReadError(f"cut off at byte {end:,}")
-    if block.strip(b"\0"):
-        raise tarfile.ReadError(f"damaged at byte {end:,}")
-    offset = end + tarfile.BLOCKSIZE
-    while chunk := file.read(_CHUNK):
-        if rest := chunk.lstrip(b"\0"):
-            zeros = len(chunk) - len(rest)
-            return offset + zeros - zeros % tarfile.BLOCKSIZE
-        offset += len(chunk)
-    return None
-
-
-def is_link(member: tarfile.TarInfo) -> bool:
-    return member.islnk() or member.issym()
 
 
 class TarIndex:
