@@ -13,6 +13,7 @@ def parse_texts(words: Any, name: str) -> Any:
 
     Raises `DataError` on JSON of another form, which a model should not learn as text.
     """
+    words = words.removeprefix("\ufeff") if isinstance(words, str) else words  # a mark that some editors write
     if not isinstance(words, str) or words.lstrip()[:1] not in ("[", "{"):
         return words
     try:

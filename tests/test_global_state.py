@@ -15,6 +15,8 @@ from PIL import Image, ImageFile
 from torch.nn.modules import module as torch_module
 
 import dyntok
+from dyntok.export import FixedEncoder, export
+from dyntok.llm import Document, ImageCodes, Packer, parse_ids
 
 SIGNALS = [number for number in signal.valid_signals() if number not in (signal.SIGKILL, signal.SIGSTOP)]
 
@@ -76,6 +78,11 @@ def unchanged():
     assert {name for name in before if before[name] != after[name]} == set()
 
 
+def packer():
+    vocab = dyntok.VisualVocab.after(300, size=50)
+    return Packer(48, vocab, lambda text: list(text.encode()), bos=290, eos=291, pad=292)
+
+
 CALLS = {
     "load": lambda tok, path: dyntok.load(),
     "load in half precision": lambda tok, path: dyntok.load("tiny", dtype="bf16"),
@@ -92,6 +99,9 @@ CALLS = {
     "decode": lambda tok, path: tok.decode([[1, 2, 3]]),
     "decode_to_pixels": lambda tok, path: tok.decode_to_pixels([[1, 2, 3]]),
     "decode_to_features": lambda tok, path: tok.decode_to_features([[1, 2, 3]]),
+    "export": lambda tok, path: export(FixedEncoder(tok, 16), torch.zeros(1, 3, 128, 128)),
+    "packed rows": lambda tok, path: list(packer().pack([Document("a", ("a cat", ImageCodes([1, 2])))])),
+    "parsed ids": lambda tok, path: parse_ids([290, 300, 301], packer().vocab),
     "save_pretrained": lambda tok, path: tok.save_pretrained(path / "saved"),
     "fingerprint": lambda tok, path: (tok.fingerprint, repr(tok)),
     "preset": lambda tok, path: dyntok.TokenizerConfig.preset("tiny"),

@@ -104,7 +104,9 @@ def extend_model(
     if head is not None and head.weight is not embedding.weight:
         tables.append(head.weight.detach()[:old].clone())
     rows = max(vocab.vocab_size, len(embedding.weight))
-    model.resize_token_embeddings(rows, pad_to_multiple_of=pad_to_multiple_of, mean_resizing=False)
+    device = embedding.weight.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # transformers draws rows that are replaced
+        model.resize_token_embeddings(rows, pad_to_multiple_of=pad_to_multiple_of, mean_resizing=False)
     weights = [model.get_input_embeddings().weight, *[model.get_output_embeddings().weight] * (len(tables) - 1)]
     for weight, table in zip(weights, tables, strict=True):
         _fill(weight, table, vocab, new.to(weight.device), init)

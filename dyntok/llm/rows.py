@@ -113,6 +113,10 @@ class PackedDataset(IterableDataset):
             raise ConfigError(f"rank {rank} of {world}, expected 0 to {world - 1}")
         if remainder not in ("repeat", "drop"):
             raise ConfigError(f"remainder is {remainder!r}, expected 'repeat' or 'drop'")
+        if not (mask is None or isinstance(mask, torch.dtype) and mask.is_floating_point):
+            raise ConfigError(
+                f"mask is {mask!r}, expected the floating-point dtype of the model, such as torch.float32"
+            )
         self.documents, self.packer, self.epoch, self.rank, self.world = documents, packer, epoch, rank, world
         self.remainder, self.mask = remainder, mask
 

@@ -43,6 +43,13 @@ def vocab(tokenizer):
     return VisualVocab.after(len(tokenizer), size=SIZE)
 
 
+def test_the_random_numbers_of_a_program_stay(tokenizer, vocab):
+    model = MODELS["llama"](len(tokenizer))
+    before = torch.get_rng_state()
+    extend_model(model, vocab)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_every_code_is_one_token(tokenizer, vocab, tmp_path):
     plain = tokenizer.encode("a red cat")
     assert extend_tokenizer(tokenizer, vocab) == SIZE + 2

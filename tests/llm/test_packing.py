@@ -129,6 +129,7 @@ def test_what_is_no_parquet_of_codes(parquet, tmp_path):
     [
         ('["a cat", "on a chair"]', {"a cat", "on a chair"}),
         (' ["one"]', {"one"}),
+        ('\ufeff["one"]', {"one"}),
         ("[5]", {"[5]"}),
         ("[sic] a cat", {"[sic] a cat"}),
     ],

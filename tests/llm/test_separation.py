@@ -121,6 +121,12 @@ def test_a_cache_would_let_documents_leak():
     assert leak(one, other, *logits) > 1e-3
 
 
+@pytest.mark.parametrize("mask", [torch.bool, torch.int64, "float32"])
+def test_masks_are_floating_point(mask):
+    with pytest.raises(ConfigError, match="expected the floating-point dtype"):
+        dataset("first", mask=mask)
+
+
 def test_models_that_leak_are_refused():
     opt = transformers.OPTConfig(
         vocab_size=SIZE, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32
