@@ -151,6 +151,7 @@ class SelectorConfig:
 
     dither: float = 0.0  # amplitude of the position bias, in logits; 0: no position bias
     bias: Literal["table", "fixed"] = "table"  # a learned bias per patch of one grid, or an ordered dither of any grid
+    first: float = 0.0  # logits that a fixed bias adds at the first patch of every 2 x 2 cell
     places: Literal["free", "map", "lattice"] = "free"  # which masks are allowed; see dyntok/layout.py
 
     def __post_init__(self) -> None:
@@ -159,9 +160,13 @@ class SelectorConfig:
             self.places in ("free", "map", "lattice"),
             f"selector.places is {brief(self.places)}, expected 'free', 'map' or 'lattice'",
         )
+        for name, value in (("dither", self.dither), ("first", self.first)):
+            require(
+                is_number(value) and value >= 0, f"selector.{name} is {brief(value)}, expected a number of 0 or more"
+            )
         require(
-            is_number(self.dither) and self.dither >= 0,
-            f"selector.dither is {brief(self.dither)}, expected a number of 0 or more",
+            not self.first or (self.dither > 0 and self.bias == "fixed"),
+            f"selector.first is {brief(self.first)}, which needs a dither above 0 and bias: fixed",
         )
 
 

@@ -48,7 +48,7 @@ class TokenizerNetwork(PretrainedModule):
         width, code_dim = self.backbone.embed_dim, config.codebook.dim
         self._check_any_grid()
         table = self.backbone.grid if config.selector.bias == "table" else None
-        self.selector = Selector(width, table, config.selector.dither)
+        self.selector = Selector(width, table, config.selector.dither, config.selector.first)
         self.merger = build_merger(width, config.merger)
         self.projection: nn.Linear | nn.Sequential = nn.Linear(width, code_dim)
         if config.codebook.projection == "mlp":

@@ -100,6 +100,9 @@ def test_unknown_presets_are_named():
         ("selector", {"dither": "much"}),
         ("selector", {"dither": math.nan}),
         ("selector", {"dither": HUGE}),
+        ("selector", {"first": -0.5}),
+        ("selector", {"first": "much"}),
+        ("selector", {"first": 1.0}),  # without a fixed dither
         ("merger", {"depth": -1}),
         ("merger", {"depth": 2.0}),
         ("merger", {"num_heads": 0}),

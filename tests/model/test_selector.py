@@ -114,6 +114,15 @@ def test_without_dither_positions_have_no_bias():
     assert bias.requires_grad and bias.abs().max() == 0.5 * 63 / 64
 
 
+def test_the_first_patch_of_every_cell_can_have_a_bonus():
+    plain, bonus = (Selector(32, dither=4.0, first=first).bias((6, 8)) for first in (0.0, 1.5))
+    best = plain.view(3, 2, 4, 2).amax((1, 3), keepdim=True) == plain.view(3, 2, 4, 2)
+    assert torch.equal(bonus, plain + 1.5 * best.flatten())
+    odd = Selector(32, dither=4.0, first=1.5).bias((3, 5))
+    assert (odd.view(3, 5)[0] - 4 * bayer_pattern((3, 5)).view(3, 5)[0]).tolist() == [0.0] * 5  # they lie in row 1
+    assert (odd.view(3, 5)[1] - 4 * bayer_pattern((3, 5)).view(3, 5)[1]).tolist() == [1.5, 0.0, 1.5, 0.0, 1.5]
+
+
 # The policies.
 
 
