@@ -1,10 +1,13 @@
 """Measure pictures that come back from ids alone, against WebP files of as many bytes.
 
     python benchmarks/ids.py SOURCE... [--model NAME] [--ids 100 160] [--max-patches 256] [--square] [--limit 200]
+        [--encode-patches 573]
 
 SOURCE is a folder of images or a webdataset tar; with tars only the validation part is used (1 image in 20, by key).
 Every picture goes through `to_ids`, `to_encoding` and `decode`. Ids count the header (grid and map tokens), but not
 start and end. A code is worth log2(K) bits, a map token log2(625), a grid token 7. WebP may scale the picture down.
+With `--encode-patches` the tokenizer does, too: it encodes a coarser grid, and the result is scaled up to the pictures
+of `--max-patches` patches that everything is compared with.
 """
 
 import argparse
@@ -28,7 +31,9 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return -10 * math.log10(max(np.square(a.astype(float) / 255 - b.astype(float) / 255).mean(), 1e-10))
 
 
-def from_ids(tok: dyntok.DynamicVisualTokenizer, image: bytes, ids: int, places: str, options: dict) -> tuple:
+def from_ids(
+    tok: dyntok.DynamicVisualTokenizer, image: bytes, wanted: np.ndarray, ids: int, places: str, options: dict
+) -> tuple:
     """Returns the PSNR, the number of ids and their bytes; the budget leaves room for the header."""
     vocab = dyntok.VisualVocab.of(tok, after=0, layout=places, any_grid=tok.any_grid)
     rows, columns = tok.encode(image, budget=1, **options).grids[0].tolist()
@@ -36,7 +41,7 @@ def from_ids(tok: dyntok.DynamicVisualTokenizer, image: bytes, ids: int, places:
     encoding = tok.encode(image, budget=max(1, min(ids - header, rows * columns)), places=places, **options)
     written = vocab.to_ids(encoding)
     again = tok.decode(vocab.to_encoding(written))[0]
-    wanted, _ = to_array(image, tok.image_config(**options))
+    again = again.resize(wanted.shape[1::-1], Image.Resampling.BICUBIC)  # a copy where the size is right
     bits = encoding.num_tokens * math.log2(tok.vocab_size) + header * math.log2(625)
     return psnr(np.asarray(again), wanted), encoding.num_tokens + header, bits / 8
 
@@ -66,6 +71,7 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--ids", type=int, nargs="+", default=[100, 160])
     parser.add_argument("--max-patches", type=int)
+    parser.add_argument("--encode-patches", type=int, metavar="N", help="of the encoded grid (default: --max-patches)")
     parser.add_argument("--square", action="store_true", help="crop the central square")
     parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--output", type=Path)
@@ -74,16 +80,20 @@ def main() -> None:
     shape = {"fit": "crop"} if options.square else {}
     if options.max_patches:
         shape["max_patches"] = options.max_patches
+    coded = {**shape, "max_patches": options.encode_patches} if options.encode_patches else shape
     found = find_samples(options.sources, "validation" if options.sources[0].suffix == ".tar" else "all")
     samples = found[:: max(1, len(found) // options.limit)][: options.limit]
+    pixels = [to_array(sample.read(), tok.image_config(**shape))[0] for sample in samples]
     for ids in options.ids:
         for places in ("map", "lattice"):
-            results = [from_ids(tok, sample.read(), ids, places, shape) for sample in samples]
+            pairs = zip(samples, pixels, strict=True)
+            results = [from_ids(tok, sample.read(), wanted, ids, places, coded) for sample, wanted in pairs]
             quality, count, size = np.mean(results, axis=0)
             row = {"model": tok.name, "fingerprint": tok.fingerprint, "places": places, "asked": ids, "ids": count,
                    "bytes": size, "psnr": quality, "images": len(samples), **shape}  # fmt: skip
+            if options.encode_patches:
+                row["encode_patches"] = options.encode_patches
             if places == "map":
-                pixels = [to_array(sample.read(), tok.image_config(**shape))[0] for sample in samples]
                 row["webp"] = float(np.mean([webp(p, r[2]) for p, r in zip(pixels, results, strict=True)]))
             print(json.dumps(row), flush=True)
             append(options.output, {**environment(), **row})

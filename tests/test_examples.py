@@ -40,9 +40,11 @@ def test_it_trains_on_pictures_with_maps_and_generates_some(photographs, tmp_pat
     output = tmp_path / "run"
     run("train.py", "--data", photographs, "-o", output, "--steps", "2")
     assert VisualVocab.from_pretrained(output / "model").layout == "map"
-    run("generate.py", output, "--generations", "5")
+    judge = Path(os.environ["DYNTOK_DATA"]) / "teacher" / "mobilenetv2_100_imagenet.safetensors"
+    run("generate.py", output, "--generations", "5", "--judge", judge)
     figures = json.loads((output / "figures.json").read_text())
     assert all(setting["share"] == 1 for setting in figures["with grammar"].values())
+    assert figures["recognition"]["images"] == figures["matching"]["images"] > 10
     assert (output / "report.html").read_text().count("<img") == 24
 
 

@@ -1,7 +1,10 @@
 """What the trained model knows of held-out photographs: figures, and a page with captions for pictures and pictures for
 captions.
 
-python examples/tiny_any_to_any/generate.py runs/any_to_any    writes figures.json and report.html there
+    python examples/tiny_any_to_any/generate.py runs/any_to_any [--judge WEIGHTS]
+
+It writes figures.json and report.html there. `--judge` names the weights of a MobileNetV2 (timm, safetensors), which
+compares written pictures with photographs.
 """
 
 import argparse
@@ -17,10 +20,14 @@ from pathlib import Path
 import data
 import model as llm
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms.functional import to_tensor
 
 from dyntok.layout import num_blocks
 from dyntok.llm import ImageCodes, ImageGrammar, ImageLogitsProcessor, parse_ids
+from dyntok.training.classifier import Classifier, load_classifier
+from dyntok.training.recipe import Teacher
 
 CANDIDATES, BATCH, SHOWN = 10, 64, 12
 SETTINGS = {
@@ -91,19 +98,46 @@ class Evaluation:
             }
         return figures
 
+    def groups(self) -> Tensor:
+        """Ten held-out pictures for each one, itself first: their numbers, [B, 10]."""
+        draw, everyone = random.Random(0), range(len(self.documents))
+        return torch.tensor([[i, *draw.sample([j for j in everyone if j != i], CANDIDATES - 1)] for i in everyone])
+
     def matching(self) -> dict[str, float]:
         """How often, among ten pictures, a caption's own gains the most likelihood by it."""
-        draw = random.Random(0)
-        alone = self.losses([([], self.image(d)) for d in self.documents])
-        pairs, owners = [], []
-        for i, document in enumerate(self.documents):
-            group = [i, *draw.sample([j for j in range(len(self.documents)) if j != i], CANDIDATES - 1)]
-            owners.append(group)
-            pairs += [(self.text(document), self.image(self.documents[j])) for j in group]
-        given = torch.tensor(self.losses(pairs)).view(-1, CANDIDATES)
-        gain = torch.tensor(alone)[torch.tensor(owners)] - given
-        right = int((gain.argmax(1) == 0).sum())
-        return {"images": len(owners), **share(right, len(owners))}
+        alone, groups = torch.tensor(self.losses([([], self.image(d)) for d in self.documents])), self.groups()
+        pairs = [
+            (self.text(self.documents[group[0]]), self.image(self.documents[j])) for group in groups for j in group
+        ]
+        gain = alone[groups] - torch.tensor(self.losses(pairs)).view(-1, CANDIDATES)
+        return {"images": len(groups), **share(int((gain.argmax(1) == 0).sum()), len(groups))}
+
+    def recognition(self, weights: Path) -> dict[str, float]:
+        """How often a network finds, among ten photographs, the one whose caption a written picture followed.
+
+        Photographs are decoded from their own codes. The features are centered, so that what all pictures share does
+        not count.
+        """
+        overlay = {"pretrained_cfg_overlay": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}}
+        network = Teacher("mobilenetv2_100", weights=str(weights), kwargs={"pad_type": "same", **overlay})
+        judge = Classifier(load_classifier(network), [])
+        torch.manual_seed(0)
+        written = [
+            parse_ids(row, self.vocab)[0].encoding
+            for start in range(0, len(self.documents), BATCH)
+            for row in self.pictures(self.documents[start : start + BATCH], True, SETTINGS["top-p 0.9"])
+        ]
+        own = [self.vocab.to_encoding([self.image(document)]) for document in self.documents]
+        made, real = (
+            F.normalize(features - features.mean(0), dim=-1)
+            for features in (
+                torch.cat([judge(to_tensor(self.visual.decode(picture)[0])[None])[0] for picture in pictures])
+                for pictures in (written, own)
+            )
+        )
+        groups = self.groups()
+        likeness = (made[:, None] * real[groups]).sum(-1)
+        return {"images": len(groups), **share(int((likeness.argmax(1) == 0).sum()), len(groups))}
 
     @torch.no_grad()
     def pictures(self, documents: list, grammar: bool, options: dict) -> Tensor:
@@ -196,6 +230,7 @@ def main() -> None:
     parser.add_argument(
         "--generations", type=int, default=1000, help="with the grammar, and as many without (default: %(default)s)"
     )
+    parser.add_argument("--judge", type=Path, help="weights of a MobileNetV2 that recognizes written pictures")
     options = parser.parse_args()
     evaluation = Evaluation(options.folder)
     steps = {
@@ -204,6 +239,8 @@ def main() -> None:
         "with grammar": lambda: evaluation.share_of_images(True, options.generations),
         "without grammar": lambda: evaluation.share_of_images(False, options.generations),
     }
+    if options.judge:
+        steps["recognition"] = lambda: evaluation.recognition(options.judge)
     figures = {}
     for name, step in steps.items():
         figures[name] = step()
