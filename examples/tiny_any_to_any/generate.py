@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.functional import to_tensor
 
-from dyntok.layout import num_blocks
 from dyntok.llm import ImageCodes, ImageGrammar, ImageLogitsProcessor, parse_ids
 from dyntok.training.classifier import Classifier, load_classifier
 from dyntok.training.recipe import Teacher
@@ -43,6 +42,9 @@ class Evaluation:
         self.model, self.tokenizer, self.vocab, self.visual = llm.load(folder)
         self.documents = list(data.documents(folder / data.CODES, "validation"))
         self.train = list(data.documents(folder / data.CODES, "train"))
+        self.longest = max(
+            len(self.image(document)) for document in self.train
+        )  # ids of an image, grid and map included
 
     def text(self, document) -> list[int]:
         (words,) = (s for s in document.segments if isinstance(s, str))
@@ -147,7 +149,7 @@ class Evaluation:
         ids = torch.full((len(prompts), longest), self.tokenizer.pad_token_id)
         for row, prompt in zip(ids, prompts, strict=True):
             row[longest - len(prompt) :] = torch.tensor(prompt)
-        new = data.MAX_TOKENS + num_blocks(self.vocab.grid) + 2
+        new = self.longest
         rules = ImageGrammar(self.vocab, max_tokens=data.MAX_TOKENS, eos=self.tokenizer.eos_token_id, max_images=1)
         processors = [ImageLogitsProcessor(rules, longest, new)] if grammar else []
         ids = ids.to(llm.DEVICE)
