@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dyntok.ahead import in_order
 from dyntok.config import ImageConfig
+from dyntok.device import integers_on
 from dyntok.errors import ImageError
 from dyntok.fitting import original
 from dyntok.image import ImageSource, is_single, to_array
@@ -130,8 +131,8 @@ def join_images(parts: Sequence[Rows], nothing: Tensor) -> tuple[list[int], Tens
         [image[0] for image in images],
         torch.cat([nothing, *(image[1] for image in images)]),
         torch.cat([none, *(image[2] for image in images)]),
-        cu_seqlens_from_lengths(torch.tensor([image[3] for image in images], dtype=torch.long, device=device)),
-        torch.tensor([image[4] for image in images], dtype=torch.long, device=device).view(-1, 2),
+        cu_seqlens_from_lengths(integers_on(device, [image[3] for image in images])),
+        integers_on(device, [image[4] for image in images]).view(-1, 2),
     )
 
 
@@ -139,7 +140,7 @@ def join_margins(parts: Sequence[Rows], device: torch.device) -> Tensor:
     """Returns the margins of all parts, float32 [B, 2], images in input order."""
     margins = [part.margins for part in parts if part.margins is not None]
     indices = [index for part in parts for index in part.input_indices]
-    order = torch.tensor(indices, dtype=torch.long, device="cpu").argsort().to(device)
+    order = integers_on(device, sorted(range(len(indices)), key=indices.__getitem__))
     return torch.cat([torch.empty(0, 2, device=device), *margins])[order]
 
 

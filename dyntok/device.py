@@ -1,6 +1,11 @@
-"""Checks that a device exists before anything is moved to it, names its kind, and makes it the current one."""
+"""Checks that a device exists before anything is moved to it, names its kind, makes it the current one, and sends it
+numbers.
+"""
+
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from dyntok.errors import ConfigError
 
@@ -35,3 +40,9 @@ def make_current(device: torch.device | str) -> None:
     device = torch.device(device)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
+
+
+def integers_on(device: torch.device, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+    """Returns whole numbers as int64 on a device. The host does not wait for a GPU."""
+    tensor = torch.tensor(values, dtype=torch.long, device="cpu")
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -17,6 +17,7 @@ from dyntok.original import Original
 from dyntok.ragged import cu_seqlens_from_lengths, image_of_token, join_rows, pad_rows, split_rows
 from dyntok.structure import brief
 from dyntok.validation import (
+    check_computed,
     check_packed,
     check_tensor,
     counted,
@@ -51,6 +52,9 @@ class Encoding:
 
     All tensors are on one device. They are checked on construction, and a mismatch raises `CodeError`. Use `pack` to
     make an Encoding from lists.
+
+    `encode` does not wait for a GPU. Where the numbers of an image are not finite there, its codes are -1, and
+    `ImageError` is raised by `codes`, `positions`, `padded`, `keep_mask`, `cat`, `to("cpu")` and all that uses these.
 
     >>> enc = Encoding.pack([[7, 1], [4]], [[0, 3], [2]], (2, 2))
     >>> enc
@@ -169,6 +173,7 @@ class Encoding:
         offset, failures, source = 0, [], []
         for part in parts:
             failures += [(index + offset, error) for index, error in part.failures]
+            part._check_computed()
             source.append(part.source_index + offset)
             if renumber:
                 offset += 1 + max([-1, *part.source_index.tolist(), *(index for index, _ in part.failures)])
@@ -201,11 +206,13 @@ class Encoding:
     @property
     def codes(self) -> list[Tensor]:
         """Returns the codes of each image, int64 [T_i]; views, not copies."""
+        self._check_computed()
         return split_rows(self.packed_codes, self.cu_seqlens)
 
     @property
     def positions(self) -> list[Tensor] | None:
         """Returns the positions of each image, int64 [T_i]; views, not copies. None if the positions are unknown."""
+        self._check_computed()
         return None if self.packed_positions is None else split_rows(self.packed_positions, self.cu_seqlens)
 
     def __len__(self) -> int:
@@ -245,6 +252,7 @@ class Encoding:
 
         The mask is bool [B, Tmax] and True where there is a code.
         """
+        self._check_computed()
         return pad_rows(self.packed_codes, self.cu_seqlens, fill)
 
     def padded_positions(self, fill: int = -1) -> tuple[Tensor, Tensor]:
@@ -267,7 +275,12 @@ class Encoding:
     def to(self, device: torch.device | str) -> "Encoding":
         """Returns the batch with all tensors on `device`: itself if they are there already."""
         moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in vars(self).items()}
-        return self if all(moved[name] is value for name, value in vars(self).items()) else unchecked(**moved)
+        if all(moved[name] is value for name, value in vars(self).items()):
+            return self
+        result = unchecked(**moved)
+        if result.device.type == "cpu":
+            result._check_computed()
+        return result
 
     def __eq__(self, other: object) -> bool:
         """Compare codes, positions, grids and fingerprint.
@@ -346,7 +359,11 @@ class Encoding:
             None if originals is None else [Original.from_dict(original) for original in originals],
         )
 
+    def _check_computed(self) -> None:
+        check_computed(self.packed_codes, self.cu_seqlens, self.source_index)
+
     def _known_positions(self, caller: str) -> Tensor:
+        self._check_computed()
         if self.packed_positions is None:
             raise CodeError(f"{caller} needs positions, but these codes have none")
         return self.packed_positions

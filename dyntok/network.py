@@ -226,7 +226,8 @@ class TokenizerNetwork(PretrainedModule):
     def _run(self, chunk: Chunk, choice: Choice, merge: Merge, *, quantize: bool, margins: bool = False) -> Rows:
         """Returns the codes, or else the merged tokens, of a chunk.
 
-        The host reads one result of the device, the lengths, and none where the budget is exact.
+        The host reads one result of the device, the lengths, and none where the budget is exact. An image whose numbers
+        are not all finite has codes of -1.
         """
         chunk, grid = self._on_device(chunk), self.backbone.grid_of(chunk.pixels)
         with self.inference():
@@ -243,8 +244,9 @@ class TokenizerNetwork(PretrainedModule):
             finite = finite_images(features, log_probs, vectors, cu_seqlens_from_mask(keep))
             if quantize:
                 finite &= self.codebook.embedding.sum(dtype=torch.float32).isfinite()
-            positions = compact(keep)[0][: sum(lengths)].long() % keep.shape[1]
-            values = self.codebook(vectors) if quantize else vectors
+            patches = compact(keep)[0][: sum(lengths)].long()
+            image, positions = patches // keep.shape[1], patches % keep.shape[1]
+            values = self.codebook(vectors).where(finite[image], -1) if quantize else vectors
             close = self._margins(vectors, log_probs, keep, chunk, choice) if margins else None
             return Rows(chunk.input_indices, values, positions, lengths, finite, grid, close)
 

@@ -18,6 +18,7 @@ from dyntok.chunks import (
     Chunk,
     Failures,
     Originals,
+    Rows,
     join_images,
     join_margins,
     load_chunks,
@@ -26,6 +27,7 @@ from dyntok.chunks import (
     without_failures,
 )
 from dyntok.config import ImageConfig
+from dyntok.device import integers_on
 from dyntok.encoding import Encoding, unchecked
 from dyntok.errors import CodeError, ConfigError, FingerprintError
 from dyntok.features import Features
@@ -34,6 +36,7 @@ from dyntok.model.decoder import Decoder
 from dyntok.network import Choice, Merge, TokenizerNetwork
 from dyntok.original import Original
 from dyntok.policy import KeepOptions, KeepPolicy
+from dyntok.validation import check_computed
 
 IntegerRows: TypeAlias = Iterable[Tensor | Sequence[int]]  # one row of integers per image
 Codes: TypeAlias = Encoding | IntegerRows
@@ -97,6 +100,7 @@ class DynamicVisualTokenizer(TokenizerNetwork):
         margins: also report how many decisions were close; see `Encoding.margins`.
 
         Raises `ImageError` on the first bad image unless they are skipped, and `ConfigError` on contradictory options.
+        A GPU is not waited for: where its numbers are not finite, the error comes when the codes are read.
         """
         keep = KeepPolicy.of(policy, options)
         failures, originals = self._failures(errors), Originals()
@@ -303,12 +307,12 @@ class DynamicVisualTokenizer(TokenizerNetwork):
         *,
         margins: bool = False,
     ) -> Encoding:
-        rows = (self._run(chunk, choice, merge, quantize=True, margins=margins) for chunk in chunks)
-        done = list(without_failures(rows, self.dtype, failures))
-        nothing = torch.empty(0, dtype=torch.long, device=self.device)
+        rows: Iterator[Rows] = (self._run(chunk, choice, merge, quantize=True, margins=margins) for chunk in chunks)
+        if failures is not None or self.device.type == "cpu":  # else the codes say it, and nothing is waited for here
+            rows = without_failures(rows, self.dtype, failures)
+        done, nothing = list(rows), torch.empty(0, dtype=torch.long, device=self.device)
         source, codes, positions, cu_seqlens, grids = join_images(done, nothing)
         failed = tuple(sorted(failures or [], key=lambda failure: failure[0]))
-        index = torch.tensor(source, dtype=torch.long, device=self.device)
         return unchecked(
             packed_codes=codes,
             packed_positions=positions,
@@ -316,7 +320,7 @@ class DynamicVisualTokenizer(TokenizerNetwork):
             grids=grids,
             fingerprint=self.fingerprint,
             failures=failed,
-            source_index=index,
+            source_index=integers_on(self.device, source),
             margins=join_margins(done, self.device) if margins else None,
             originals=None if originals is None else tuple(originals[index] for index in source),
         )
@@ -372,6 +376,7 @@ class DynamicVisualTokenizer(TokenizerNetwork):
         if not self.any_grid and (codes.grids != torch.tensor(self.grid, device=codes.device)).any():
             rows, columns = self.grid
             raise CodeError(f"an image has another grid than {rows} x {columns}, the only one this tokenizer decodes")
+        check_computed(codes.packed_codes, codes.cu_seqlens, codes.source_index)
         return codes.to(self.device)
 
 

@@ -133,6 +133,16 @@ def check_tensor(tensor: Any, name: str, dtype: torch.dtype, dims: int, device: 
         raise CodeError(f"{name} is on {tensor.device} and the codes are on {device}, expected one device")
 
 
+def check_computed(codes: Tensor, cu_seqlens: Tensor, source_index: Tensor) -> None:
+    """Raise `ImageError` on a code of -1, which the network gives images whose numbers are not finite."""
+    if not codes.is_meta and (codes < 0).any():
+        image = image_of_token(cu_seqlens, len(codes))[int((codes < 0).nonzero()[0, 0])]
+        raise ImageError(
+            f"input {source_index[image]}: the network computed NaN or infinite values, expected finite ones; "
+            "check the weights and the pixels, or load the tokenizer in fp32 (dtype=torch.float32, --dtype fp32)"
+        )
+
+
 def check_packed(codes: Tensor, positions: Tensor | None, cu_seqlens: Tensor, grids: Tensor) -> None:
     """Raise `CodeError` unless the values of the four tensors agree. Their dtypes must have been checked before."""
     bounds, images = cu_seqlens.tolist(), len(cu_seqlens) - 1

@@ -4,13 +4,12 @@ Fake tensors have no values, so what reads one fails.
 """
 
 import dataclasses
-import sys
 
 import pytest
 import torch
 from support.any_grid import any_grid_config
 from support.fake_gpu import FAKE, fake_gpu, to_fake_gpu
-from torch.overrides import TorchFunctionMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dyntok
@@ -129,54 +128,50 @@ def test_float32_computes_without_tf32(dtype, tokenizer, monkeypatch):
     assert seen == [("ieee", "ieee")] and torch.backends.cudnn.allow_tf32 == allowed
 
 
-class _HostReads(TorchFunctionMode):
-    """Counts what makes the host wait for a GPU; the CPU form of an operation is not one of its programs."""
-
-    waits = {"tolist", "item", "nonzero", "unique", "cpu", "numpy", "masked_select", "argwhere", "equal", "__index__",
-             "__bool__", "__int__", "__float__", "repeat_interleave"}  # fmt: skip
+class _Waits(TorchDispatchMode):
+    """Counts copies between devices for which the host waits. Fake tensors refuse every other read of a value."""
 
     def __init__(self):
         super().__init__()
         self.seen = []
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        name = getattr(function, "__name__", "")
-        masked = name in ("__getitem__", "__setitem__") and _has_mask(args[1])
-        if (name in self.waits or masked) and not _inside_an_operation():
-            self.seen.append(name)
-        return function(*args, **(kwargs or {}))
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        devices = {x.device for x in torch.utils._pytree.tree_leaves((args, result)) if isinstance(x, torch.Tensor)}
+        if len(devices) > 1 and not (kwargs or {}).get("non_blocking"):
+            self.seen.append(str(operation))
+        return result
 
 
-def _has_mask(index):
-    parts = index if isinstance(index, tuple) else (index,)
-    return any(isinstance(part, torch.Tensor) and part.dtype == torch.bool for part in parts)
-
-
-def _inside_an_operation():
-    frame = sys._getframe()
-    while frame is not None:
-        if frame.f_code.co_filename.endswith("dyntok_kernels/cpu.py"):
-            return True
-        frame = frame.f_back
-    return False
-
-
+@pytest.mark.parametrize("chunks", [1, 3])
 @pytest.mark.parametrize(
     "options, reads",
     [({}, 1), ({"threshold": 0.4}, 1), ({"budget": 0.25}, 0), ({"budget": 30, "max_tokens": 20, "places": "map"}, 0)],
     ids=str,
 )
-def test_what_the_host_reads(options, reads, tokenizer):
-    """For each chunk the lengths, unless they are known. At the end of up to 32 chunks, whether numbers are finite."""
-    pixels = torch.randn(1, 3, 64, 64)
-    tokenizer.encode_tensor(pixels, **options)  # makes the tables, and the fingerprint
-    with _HostReads() as host:
-        tokenizer._run(Chunk([0], pixels), KeepPolicy(**options), tokenizer.merger, quantize=True)
-    assert len(host.seen) == reads, host.seen
-    chunks = [Chunk([index], pixels) for index in range(5)]
-    with _HostReads() as host:
-        encoding = tokenizer._encode_chunks(chunks, KeepPolicy(**options), tokenizer.merger, None)
-    assert len(host.seen) == 5 * reads + 1 and len(encoding) == 5, host.seen
+def test_what_the_host_reads(options, reads, chunks, on_gpu, monkeypatch):
+    """For each chunk the lengths, which size the merger's kernels, unless they are known. Else nothing."""
+    lengths = []
+    monkeypatch.setattr(FakeTensor, "tolist", lambda tensor: lengths.append(tensor) or [20] * len(tensor))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(type(on_gpu), "fingerprint", "0" * 16)
+    options = KeepPolicy(**options)
+    on_gpu._run(Chunk(range(2), pixels_for(on_gpu, 2)), options, on_gpu.merger, quantize=True)  # makes the tables
+    lengths.clear()
+    pixels = torch.zeros(2 * chunks, 3, on_gpu.image_size, on_gpu.image_size, dtype=torch.uint8)
+    with _Waits() as waits:
+        encoding = on_gpu.encode_tensor(pixels, batch_size=2, policy=options)
+    assert waits.seen == [] and [tensor.shape for tensor in lengths] == [(2,)] * reads * chunks
+    assert encoding.packed_codes.device == encoding.cu_seqlens.device == GPU and len(encoding) == 2 * chunks
+
+
+def test_a_skipped_image_is_known_by_one_read(on_gpu, monkeypatch):
+    finite = []
+    monkeypatch.setattr(FakeTensor, "tolist", lambda tensor: finite.append(tensor) or [True] * len(tensor))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(type(on_gpu), "fingerprint", "0" * 16)
+    on_gpu.encode_tensor(pixels_for(on_gpu, 6), batch_size=2, budget=BUDGET, errors="skip")
+    assert [(tensor.dtype, len(tensor)) for tensor in finite] == [(torch.bool, 6)]
 
 
 def test_an_encoding_of_the_network_passes_every_check(tokenizer, photos):

@@ -8,7 +8,8 @@ import torch
 
 import dyntok
 from dyntok import ImageError
-from dyntok.chunks import Rows, without_failures
+from dyntok.chunks import Chunk, Rows, join_images, without_failures
+from dyntok.encoding import unchecked
 from dyntok.image import to_pixels
 
 
@@ -105,6 +106,27 @@ def test_images_of_one_chunk_are_told_apart():
     assert left.values.tolist() == [0, 1, 3, 4, 5] and left.input_indices == [4, 7]
     assert left.positions.tolist() == [0, 2, 0, 1, 2] and left.lengths == [2, 3]
     assert [index for index, _ in failures] == [5]
+
+
+def test_codes_that_a_gpu_could_not_compute_are_told_when_they_are_read(tokenizer):
+    """A CPU tells it at once, so the encoding is put together here as `encode` does it for a GPU."""
+    tokenizer.selector.register_forward_hook(lambda module, inputs, log_probs: log_probs * spoiled)
+    spoiled = torch.tensor([1.0, torch.nan, 1.0]).view(3, 1, 1)
+    chunk = Chunk(range(3), torch.randn(3, 3, 64, 64))
+    rows = tokenizer._run(chunk, dyntok.KeepPolicy(budget=5), tokenizer.merger, quantize=True)
+    index, codes, positions, cu_seqlens, grids = join_images([rows], rows.values[:0])
+    assert (codes[5:10] == -1).all() and (codes[:5] >= 0).all() and (codes[10:] >= 0).all()
+    encoding = unchecked(
+        packed_codes=codes, packed_positions=positions, cu_seqlens=cu_seqlens, grids=grids, margins=None,
+        fingerprint=tokenizer.fingerprint, failures=(), source_index=torch.tensor(index), originals=None,
+    )  # fmt: skip
+    for read in (
+        lambda enc: enc.codes, lambda enc: enc.positions, lambda enc: enc.padded(), lambda enc: enc.to_dict(),
+        lambda enc: enc.keep_mask(), lambda enc: enc[1].codes, lambda enc: dyntok.Encoding.cat([enc]), tokenizer.decode,
+    ):  # fmt: skip
+        with pytest.raises(ImageError, match="^input 1: the network computed NaN or infinite values.*in fp32"):
+            read(encoding)
+    assert len(encoding[[0, 2]].codes) == 2
 
 
 def test_pixels_and_arrays_that_are_not_finite_are_refused(tokenizer):

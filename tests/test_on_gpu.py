@@ -1,6 +1,7 @@
 """Codes on the device named by DYNTOK_TEST_DEVICE (a CPU without it): decisions that differ were close."""
 
 import pytest
+import torch
 from support.device import DEVICE
 
 import dyntok
@@ -29,6 +30,14 @@ def test_codes_are_those_of_a_cpu(options, tokenizer_there, photos):
 def test_batch_sizes_change_close_decisions_alone(tokenizer_there, photos):
     alone = tokenizer_there.encode(photos[:3], batch_size=1, margins=True)
     assert unexplained(alone, tokenizer_there.encode(photos[:3], batch_size=3)) == []
+
+
+def test_numbers_that_are_not_finite_are_an_error_when_codes_are_read():
+    broken = dyntok.load("tiny", device=DEVICE)
+    with torch.no_grad():
+        broken.projection.weight.view(-1)[0] = torch.nan
+    with pytest.raises(dyntok.ImageError, match="input 0: the network computed NaN"):
+        _ = broken.encode(dyntok.example_image(), fit="crop").codes
 
 
 def test_pictures_come_back(tokenizer_there, photos):

@@ -226,8 +226,8 @@ def _tokenize_group(
         index: ImageError(str(error).removeprefix(f"input {index}: ")) for index, error in encoding.failures
     }
     types = code_type(tokenizer), position_type(tokenizer, options)
-    for place, index in enumerate(encoding.source_index.tolist()):
-        codes, positions = encoding.codes[place], (encoding.positions or ())[place]
+    tokens = zip(encoding.source_index.tolist(), encoding.codes, encoding.positions or (), strict=True)
+    for place, (index, codes, positions) in enumerate(tokens):
         margins = None if encoding.margins is None else tuple(encoding.margins[place].tolist())
         values = codes.numpy().astype(types[0]), positions.numpy().astype(types[1])
         picture = pictures[index]
