@@ -333,7 +333,7 @@ PRESETS = {
             name="vit_small_patch16_rope_224",
             kwargs={**_TINY.backbone.kwargs, "dynamic_img_size": True},
         ),
-        selector=replace(_TINY.selector, bias="fixed", places="map"),
+        selector=replace(_TINY.selector, bias="fixed", first=1.0, places="map"),
         merger=replace(_TINY.merger, position="rotary"),
         codebook=replace(_TINY.codebook, size=16384),
         decoder=replace(_TINY.decoder, depth=8, position="rotary"),
