@@ -5,8 +5,8 @@
 
 Sections: every operation against its reference in float32 and bf16, with its time beside PyTorch's and beside the
 roofline of the GPU; images/s of `encode_tensor` and a training step of `tiny` and of the preset `lavit`; which images
-have other codes in other batch sizes, in float32; PyTorch's ragged attention beside ours. A section that fails is
-reported, and the program ends with exit code 1.
+have other codes in other batches, and images/s, with and without `batch_invariant`; PyTorch's ragged attention beside
+ours. A section that fails is reported, and the program ends with exit code 1.
 """
 
 import argparse
@@ -182,20 +182,39 @@ def training_step(tokenizer: dyntok.DynamicVisualTokenizer, dtype: torch.dtype) 
 
 
 def check_batches(device: str, scale: Scale) -> list[Row]:
-    """Codes in every batch size against those of images alone, and those of a CPU. `close`: a decision was close."""
-    tokenizer = tokenizer_of("tiny", device, torch.float32, scale)
-    pixels = pixels_for(tokenizer, scale.invariance)
-    alone, rows = tokenizer.encode_tensor(pixels, batch_size=1, margins=True), []
-    others = {f"batches of {size}": (tokenizer, size) for size in scale.batch_sizes}
-    others["a CPU"] = (tokenizer_of("tiny", "cpu", torch.float32, scale), 1)
-    for name, (other, size) in others.items():
-        encoding = other.encode_tensor(pixels.to(other.device), batch_size=size)
-        differing = [i for i, (a, b) in enumerate(zip(alone, encoding, strict=True)) if a != b]
-        close = sum(float(alone.margins[i].sum()) > 0 for i in differing)
-        rows.append({"compared with": name, "images": len(pixels), "differ": len(differing), "close": close})
-    if any(row["differ"] > row["close"] for row in rows):
-        raise SystemExit(f"codes differ where no decision was close: {rows}")
+    """Codes in every batch size, at other places of the batch, against those of images alone; and those of a CPU.
+
+    With `batch_invariant` none may differ. Else those may of which a decision was close.
+    """
+    rows: list[Row] = []
+    for dtype in ("fp32",) if scale.small else ("fp32", "bf16"):
+        tokenizer = tokenizer_of("tiny", device, DTYPES[dtype], scale)
+        pixels = pixels_for(tokenizer, scale.invariance)
+        alone = tokenizer.encode_tensor(pixels, batch_size=1, margins=True)
+        for invariant in (True, False):
+            tokenizer.batch_invariant = invariant
+            for size in scale.batch_sizes:
+                order = torch.arange(len(pixels)).roll(size // 2 + 1)
+                shuffled = pixels[order.to(pixels.device)]
+                encode = lambda t=tokenizer, p=shuffled, s=size: t.encode_tensor(p, batch_size=s)  # noqa: E731
+                facts = {"dtype": dtype, "batch_invariant": str(invariant), "compared with": f"batches of {size}"}
+                speed = len(pixels) / seconds(encode, 1, device)[0]
+                rows.append(facts | _differing(alone[order.tolist()], encode()) | {"images/s": speed})
+        if dtype == "fp32":
+            there = tokenizer_of("tiny", "cpu", torch.float32, scale).encode_tensor(pixels.cpu())
+            facts = {"dtype": dtype, "batch_invariant": "-", "compared with": "a CPU"}
+            rows.append(facts | _differing(alone, there) | {"images/s": None})
+    for row in rows:
+        if row["differ"] > (0 if row["batch_invariant"] == "True" else row["close"]):
+            raise SystemExit(f"codes differ that should not: {row}")
     return rows
+
+
+def _differing(alone: dyntok.Encoding, other: dyntok.Encoding) -> Row:
+    """Returns how many images have other codes, and of how many of these a decision was close."""
+    differing = [i for i, (a, b) in enumerate(zip(alone, other, strict=True)) if a != b]
+    close = sum(float(alone.margins[i].sum()) > 0 for i in differing)
+    return {"images": len(alone), "differ": len(differing), "close": close}
 
 
 SECTIONS: dict[str, Callable[[str, Scale], list[Row]]] = {

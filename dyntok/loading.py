@@ -37,6 +37,7 @@ def load(
     force_download: bool = False,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | str = torch.float32,
+    batch_invariant: bool = False,
 ) -> DynamicVisualTokenizer:
     """Returns a tokenizer, ready to use.
 
@@ -51,6 +52,9 @@ def load(
     revision, local_files_only, token, cache_dir, force_download: as in the hub's client.
     device: cpu, cuda, cuda:1, mps, ...
     dtype: fp32, bf16, fp16 or a torch.dtype; see `DynamicVisualTokenizer.in_precision`.
+    batch_invariant: compute every image alone on a GPU, too, as a CPU always does. Its codes then do not depend on the
+        batch size, the other images or its place among them, in any dtype. It is slower. An attribute of the same name
+        changes it later.
 
     Raises `ConfigError` on a device that does not exist, before anything is read, and `CheckpointError` on files that
     are missing or do not fit.
@@ -61,10 +65,14 @@ def load(
     source = BUNDLED if name_or_path is None else _resolve_name(name_or_path)
     origin = Origin(source, revision, local_files_only, token, cache_dir, force_download)
     if config is not None or is_release(source):
-        return load_release(origin, config=config, device=device, dtype=dtype)
-    folder, origin = origin.resolve()
-    tokenizer_class = LavitTokenizer if _kind(read_header(folder)) == LavitTokenizer.kind else DynamicVisualTokenizer
-    return tokenizer_class.from_origin(origin, device=device, dtype=dtype)
+        tokenizer: DynamicVisualTokenizer = load_release(origin, config=config, device=device, dtype=dtype)
+    else:
+        folder, origin = origin.resolve()
+        lavit = _kind(read_header(folder)) == LavitTokenizer.kind
+        tokenizer_class = LavitTokenizer if lavit else DynamicVisualTokenizer
+        tokenizer = tokenizer_class.from_origin(origin, device=device, dtype=dtype)
+    tokenizer.batch_invariant = batch_invariant
+    return tokenizer
 
 
 def list_models() -> dict[str, str]:

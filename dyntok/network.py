@@ -201,10 +201,10 @@ class TokenizerNetwork(PretrainedModule):
             raise ImageError("pixels hold NaN or infinite values, expected finite ones")
 
     def _at_once(self, images: int) -> int:
-        # matrix products round differently at different shapes, so a CPU computes every image alone
+        # matrix products round differently at different shapes; what must not depend on them is computed alone
         if type(images) is not int or images < 1:
             raise ConfigError(f"batch_size is {images!r}, expected an int of at least 1")
-        return 1 if self.device.type == "cpu" else images
+        return 1 if self.batch_invariant or self.device.type == "cpu" else images
 
     def _decoding_threads(self, workers: int | None) -> int:
         if workers is None:

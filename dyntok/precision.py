@@ -27,6 +27,11 @@ def dtype_named(dtype: torch.dtype | str) -> torch.dtype:
     raise ConfigError(f"dtype is {dtype!r}, expected {', '.join(DTYPES)} or a floating-point torch.dtype")
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Returns the short name of a dtype, or PyTorch's where there is none."""
+    return next((name for name, known in DTYPES.items() if known == dtype), str(dtype).removeprefix("torch."))
+
+
 def cast(module: M, dtype: torch.dtype) -> M:
     """Converts the weights to `dtype`, in place, and returns the module.
 
@@ -75,3 +80,16 @@ def full_float32(device: torch.device) -> Iterator[None]:
     finally:
         for setting, old in zip(settings, before, strict=True):
             setattr(setting, name, old)
+
+
+@contextmanager
+def fixed_convolutions(device: torch.device) -> Iterator[None]:
+    """Keeps cuDNN from choosing the program of a convolution by timing it, which may end differently in every run."""
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    try:
+        if device.type == "cuda":
+            cudnn.benchmark, cudnn.deterministic = False, True
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before

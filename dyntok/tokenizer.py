@@ -56,8 +56,8 @@ class DynamicVisualTokenizer(TokenizerNetwork):
     >>> enc.codes[0]                         # LongTensor [T]; T depends on the picture
     >>> tok.decode(enc)[0].save("again.png")
 
-    `dyntok.load` makes one. In float32 on a CPU the codes of an image depend on that image alone: not on the batch, the
-    order, the process or the run. On a GPU or in half precision they may differ in rare close decisions.
+    `dyntok.load` makes one. On a CPU the codes of an image depend on that image alone: not on the batch, the order, the
+    process or the run. On a GPU they may differ in rare close decisions, unless `batch_invariant` is true.
     """
 
     # Pictures in, pictures out.
@@ -94,8 +94,8 @@ class DynamicVisualTokenizer(TokenizerNetwork):
         decoding: "scaled" reads large JPEG files at a fraction of their size, which is faster and changes some codes;
             "full" does not. By default as the configuration says.
         max_pixels: larger images are refused before they are decoded; `load_image` says more about limits.
-        batch_size: the number of images that a GPU computes together; a CPU takes them one by one. With 1
-            the codes of an image never depend on the others, on a GPU, too.
+        batch_size: the number of images that a GPU computes together. A CPU takes them one by one, and so does a GPU
+            where `batch_invariant` is true.
         workers: threads that decode paths and bytes ahead; by default one per core for a GPU, and none for a CPU.
         margins: also report how many decisions were close; see `Encoding.margins`.
 

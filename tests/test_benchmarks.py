@@ -75,9 +75,14 @@ def test_the_gpu_benchmark_tells_sections_and_failures(benchmarks, monkeypatch):
     results = gpu.run("cpu", gpu.SMALL)
     assert set(results["sections"]) == set(chosen) and results["failed"] == {"Operations": "SystemExit: off by 1"}
     step, batches = results["sections"].values()
-    assert step[0]["images/s"] > 0 and [row["differ"] for row in batches] == [0, 0, 0, 0]
+    assert step[0]["images/s"] > 0 and [row["differ"] for row in batches] == [0] * 7
+    assert [row["batch_invariant"] for row in batches] == ["True"] * 3 + ["False"] * 3 + ["-"]
     text = gpu.markdown(results)
-    assert "## A training step" in text and "| batches of 4 | 4 | 0 | 0 |" in text and "Operations failed" in text
+    assert (
+        "## A training step" in text
+        and "| fp32 | True | batches of 4 | 4 | 0 | 0 |" in text
+        and "Operations failed" in text
+    )
 
 
 def test_rooflines_are_known_for_some_gpus(benchmarks):

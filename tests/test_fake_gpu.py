@@ -165,6 +165,26 @@ def test_what_the_host_reads(options, reads, chunks, on_gpu, monkeypatch):
     assert encoding.packed_codes.device == encoding.cu_seqlens.device == GPU and len(encoding) == 2 * chunks
 
 
+@pytest.mark.parametrize("invariant", [False, True])
+def test_batch_invariance_computes_every_image_alone(invariant, on_gpu, monkeypatch):
+    """By the same programs in every run, whatever a user's program has set."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(type(on_gpu), "fingerprint", "0" * 16)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    shapes, timed = [], []
+    for part in (on_gpu.backbone, on_gpu.selector, on_gpu.merger):
+        part.register_forward_pre_hook(lambda module, args: shapes.append(len(args[0])))
+    on_gpu.projection.register_forward_pre_hook(lambda module, args: shapes.append(len(args[0]) / BUDGET))
+    on_gpu.codebook.register_forward_pre_hook(lambda module, args: shapes.append(len(args[0]) / BUDGET))
+    on_gpu.backbone.register_forward_hook(lambda *_: timed.append(torch.backends.cudnn.benchmark))
+    on_gpu.batch_invariant = invariant
+    encoding = on_gpu.encode_tensor(pixels_for(on_gpu, 5), batch_size=3, budget=BUDGET)
+    assert len(encoding) == 5 and torch.backends.cudnn.benchmark
+    assert shapes == ([1] * 25 if invariant else [3] * 5 + [2] * 5) and timed == (
+        [False] * 5 if invariant else [True] * 2
+    )
+
+
 def test_a_skipped_image_is_known_by_one_read(on_gpu, monkeypatch):
     finite = []
     monkeypatch.setattr(FakeTensor, "tolist", lambda tensor: finite.append(tensor) or [True] * len(tensor))

@@ -32,6 +32,16 @@ def test_batch_sizes_change_close_decisions_alone(tokenizer_there, photos):
     assert unexplained(alone, tokenizer_there.encode(photos[:3], batch_size=3)) == []
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_batch_invariance(dtype, photos):
+    tokenizer = dyntok.load("tiny", device=DEVICE, dtype=dtype, batch_invariant=True)
+    alone = [tokenizer.encode(photo) for photo in photos]
+    for shift in range(len(photos)):
+        order = [(i + shift) % len(photos) for i in range(len(photos))]
+        found = tokenizer.encode([photos[i] for i in order], batch_size=3)
+        assert all(row == alone[i] for row, i in zip(found, order, strict=True))
+
+
 def test_numbers_that_are_not_finite_are_an_error_when_codes_are_read():
     broken = dyntok.load("tiny", device=DEVICE)
     with torch.no_grad():

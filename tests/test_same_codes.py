@@ -118,6 +118,20 @@ def test_the_number_of_threads_does_not_matter(model, photos):
     assert encodings[0] == encodings[1] == encodings[2] and len(set(encodings[0].lengths.tolist())) > 5
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_any_batch_and_any_place_in_it(dtype, checkpoint_folder, photos):
+    """On a GPU: tests/test_on_gpu.py."""
+    tokenizer = dyntok.load(checkpoint_folder, dtype=dtype, batch_invariant=True)
+    images = [Image.fromarray(photo).crop(box) for photo in photos for box in [(0, 0, 150, 150), (20, 10, 90, 80)]]
+    alone = [tokenizer.encode(image) for image in images]
+    assert len({encoding.num_tokens for encoding in alone}) > 1
+    for size in (2, len(images)):
+        for shift in range(2):
+            order = [(i + shift) % len(images) for i in range(len(images))]
+            found = tokenizer.encode([images[i] for i in order], batch_size=size)
+            assert all(row == alone[i] for row, i in zip(found, order, strict=True))
+
+
 def test_every_image_is_computed_alone(tokenizer, photos):
     """Rounding rarely differs between batch shapes, so the comparisons above might miss images computed together."""
     shapes = []

@@ -88,7 +88,8 @@ def read_description(output: Output) -> dict[str, Any]:
         raise DataError(f"{redact(output.address)}/{RUN}/run.json is of another version of dyntok, or damaged")
     if "keep" in described["options"]:  # as dyntok 0.1 called it
         described["options"]["keep_columns"] = described["options"].pop("keep")
-    described["options"].setdefault("margins", False)  # which dyntok 0.1 did not have
+    for name in ("margins", "batch_invariant"):  # which dyntok 0.1 did not have
+        described["options"].setdefault(name, False)
     return described
 
 

@@ -30,8 +30,8 @@ class TokenizeColumn:
 
     image: the column; PIL images, uint8 arrays, bytes, paths, or dicts with bytes. The image column is not returned:
         `datasets` keeps it unless it is removed, Ray drops it. The other columns stay.
-    model, device, other options: as in `dyntok.load` and `encode`. Each process loads the tokenizer when it first
-        needs it.
+    model, device, batch_invariant, other options: as in `dyntok.load` and `encode`. Each process loads the tokenizer
+        when it first needs it.
 
     A bad image has no codes (empty arrays, zeros for grid, size and box) and a reason in `error`, which is empty
     otherwise. The columns have the same types in every batch.
@@ -57,6 +57,7 @@ class TokenizeColumn:
         decoding: Decoding | None = None,
         max_pixels: int = DEFAULT_MAX_PIXELS,
         device: str = "cpu",
+        batch_invariant: bool = False,
     ) -> None:
         self.model, self.image, self.device = model, image, device
         self.options = BatchOptions(
@@ -70,6 +71,7 @@ class TokenizeColumn:
             size=size,
             decoding=decoding,
             max_pixels=max_pixels,
+            batch_invariant=batch_invariant,
         )
         self._tokenizer: DynamicVisualTokenizer | None = None
         self._fingerprint: str | None = None  # of the tokenizer in the process that pickled this object
@@ -83,7 +85,7 @@ class TokenizeColumn:
         if self._tokenizer is None:
             if os.getpid() != _IMPORTED_IN:  # forked, as `map(num_proc=)` does: OpenMP would wait for lost threads
                 torch.set_num_threads(1)
-            tokenizer = load(self.model, device=self.device)
+            tokenizer = load(self.model, device=self.device, batch_invariant=self.options.batch_invariant)
             if self._fingerprint not in (None, tokenizer.fingerprint):
                 raise FingerprintError(
                     f"{self.model} is the tokenizer {tokenizer.fingerprint} now and was {self._fingerprint} when this "

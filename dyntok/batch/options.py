@@ -44,6 +44,7 @@ class BatchOptions:
     decoding: Literal["full", "scaled"] | None = None  # of JPEG files, as in `encode`
     max_pixels: int = DEFAULT_MAX_PIXELS  # of an image; larger ones are refused
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    batch_invariant: bool = False  # on a GPU the codes of an image do not depend on its batch; see `dyntok.load`
     margins: bool = False  # parquet: a column that says how close decisions were; see `Encoding.margins`
     vocab_size: int | None = None  # megatron: entries of the LLM's vocabulary; image start, end and codes follow them
     eod: int | None = None  # megatron: an id of the LLM's vocabulary that ends every document

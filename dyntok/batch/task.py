@@ -16,6 +16,7 @@ from dyntok.batch.storage import Output
 from dyntok.device import device_kind
 from dyntok.errors import ConfigError
 from dyntok.loading import load
+from dyntok.precision import dtype_name
 from dyntok.tokenizer import DynamicVisualTokenizer
 
 
@@ -58,11 +59,30 @@ def prepare(
                 f"the output {redact(target.address)} lies inside the input {redact(name)}; name another folder"
             )
     source = open_input(sources, options, storage)
-    tokenizer = model if isinstance(model, DynamicVisualTokenizer) else load(model, dtype=options.dtype)
+    if isinstance(model, DynamicVisualTokenizer):
+        tokenizer = model
+    else:
+        tokenizer = load(model, dtype=options.dtype, batch_invariant=options.batch_invariant)
     check_shapes(tokenizer, options)
     description = describe_run(sources, source.kind, tokenizer.fingerprint, options, dyntok.__version__)
+    description["options"] |= _arithmetic(tokenizer, options)
     description["device"] = _device_kinds(engine, tokenizer)
     return Task(source, target, tokenizer, options, description)
+
+
+def _arithmetic(tokenizer: DynamicVisualTokenizer, options: BatchOptions) -> dict[str, Any]:
+    """Returns the options that are properties of the tokenizer, which a program may have given.
+
+    Raises `ConfigError` where the options ask for others than it has.
+    """
+    own = {"dtype": dtype_name(tokenizer.dtype), "batch_invariant": tokenizer.batch_invariant}
+    for name, value in own.items():
+        if getattr(options, name) not in (getattr(BatchOptions, name), value):
+            raise ConfigError(
+                f"{name} is {getattr(options, name)!r} in the options, but the given tokenizer has {value!r}; "
+                f"leave it out, or load the tokenizer with it: dyntok.load(..., {name}={getattr(options, name)!r})"
+            )
+    return own
 
 
 def _device_kinds(engine: EngineOptions, tokenizer: DynamicVisualTokenizer) -> str:

@@ -6,7 +6,7 @@ Not here: files and formats (`format.py`), the way to a file (`hub.py`), dispatc
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,7 +22,7 @@ from dyntok.checkpoint.hub import Origin
 from dyntok.config import TokenizerConfig
 from dyntok.device import check_device
 from dyntok.errors import CheckpointError, ConfigError
-from dyntok.precision import autocast, cast, dtype_named, full_float32
+from dyntok.precision import autocast, cast, dtype_named, fixed_convolutions, full_float32
 
 
 class PushOptions(TypedDict, total=False):
@@ -46,6 +46,7 @@ class PretrainedModule(nn.Module):
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         self._config = config
+        self.batch_invariant = False  # computes every image alone on a GPU, too; see `dyntok.load`
         self.origin: Origin | None = None  # where it was loaded from
         self.card: str | None = None  # a model card that must stay with the weights, for the license it names
         self._fingerprint: tuple[Any, str] | None = None  # what it was computed from, and the hash
@@ -109,13 +110,15 @@ class PretrainedModule(nn.Module):
     def inference(self) -> Iterator[None]:
         """Runs a block without gradients and in evaluation mode.
 
-        Half-precision weights compute under autocast, float32 on a GPU without TF32.
+        Half-precision weights compute under autocast, float32 on a GPU without TF32. With `batch_invariant` a GPU runs
+        the same programs every time.
         """
         training = [part for part in self.modules() if part.training]
         for part in training:
             part.training = False
         try:
-            with torch.no_grad(), autocast(self.device.type, self.dtype), full_float32(self.device):
+            fixed = fixed_convolutions(self.device) if self.batch_invariant else nullcontext()
+            with torch.no_grad(), autocast(self.device.type, self.dtype), full_float32(self.device), fixed:
                 yield
         finally:
             for part in training:

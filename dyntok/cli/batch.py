@@ -104,6 +104,11 @@ def _add_output_options(group: "argparse._ArgumentGroup") -> None:
         "--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="dtype of most weights (default: %(default)s)"
     )
     group.add_argument(
+        "--batch-invariant",
+        action="store_true",
+        help="GPU: compute every image alone, so that its codes do not depend on the batch; slower",
+    )
+    group.add_argument(
         "--margins",
         action="store_true",
         help="parquet: a column with the shares of codes and of patches that were close",

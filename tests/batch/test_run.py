@@ -10,6 +10,7 @@ import sys
 
 import pyarrow as pa
 import pytest
+import torch
 from support.batch_data import (
     HERE,
     codes,
@@ -129,7 +130,7 @@ def test_a_run_does_not_go_on_with_another_kind_of_device(images, checkpoint_fol
             assert "Resume it on 'cpu' (devices, --devices), or name a new folder" in told
         assert main([*command[:2], str(tmp_path / "other"), *command[3:]]) == 0
         assert json.loads((tmp_path / "other/__run__/run.json").read_text())["device"] == "Example GPU 80GB"
-        del described["device"], described["options"]["margins"]
+        del described["device"], described["options"]["margins"], described["options"]["batch_invariant"]
         path.write_text(json.dumps(described))
         assert main(command) == 0  # of dyntok 0.1
     assert len(codes(output)) == 20
@@ -343,6 +344,24 @@ def test_a_tokenizer_that_is_loaded_already(tars, tokenizer, tmp_path):
     assert summary.tokens == 9 * 58
     (table,) = {len(row["codes"]) for row in rows(tmp_path / "out")}
     assert table == 9 and pa.types.is_uint8(pa.array([1], pa.uint8()).type)
+
+
+def test_a_run_notes_dtype_and_batch_invariance_and_does_not_mix_them(
+    images, checkpoint_folder, tokenizer, tmp_path, capsys
+):
+    source, output = write_folder(tmp_path / "in", images), tmp_path / "out"
+    command = ["batch", source, str(output), "--model", str(checkpoint_folder), "--shard-size", "6", "--workers", "0"]
+    assert main([*command, "--batch-invariant"]) == 0
+    assert json.loads((output / "__run__/run.json").read_text())["options"]["batch_invariant"] is True
+    capsys.readouterr()
+    assert main(command) == 1
+    assert "holds another run: options.batch_invariant is False, was True" in capsys.readouterr().err
+    tokenizer.in_precision(torch.bfloat16).batch_invariant = True
+    tokenize(source, tmp_path / "given", model=tokenizer, engine=HERE)
+    noted = json.loads((tmp_path / "given/__run__/run.json").read_text())["options"]
+    assert noted["dtype"] == "bf16" and noted["batch_invariant"] is True
+    with pytest.raises(ConfigError, match="dtype is 'fp16' in the options, but the given tokenizer has 'bf16'"):
+        tokenize(source, tmp_path / "other", model=tokenizer, options=BatchOptions(dtype="fp16"), engine=HERE)
 
 
 def test_records_come_in_the_order_of_the_input(tmp_path):
