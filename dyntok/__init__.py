@@ -12,6 +12,8 @@ Names are imported on first use, so that `import dyntok` and `dyntok --help` sta
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from dyntok.registration import register_with_transformers
+
 if TYPE_CHECKING:
     from dyntok.config import TokenizerConfig as TokenizerConfig
     from dyntok.encoding import Encoding as Encoding
@@ -61,3 +63,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+register_with_transformers()

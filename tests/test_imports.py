@@ -17,6 +17,7 @@ KERNELS = Path(dyntok_kernels.__file__).parent
 # From the top down. A room, or a module directly in dyntok, may import what stands further down.
 LEVELS = [
     {"cli"},
+    {"registration"},
     {"llm"},
     {"batch", "golden", "machine", "page"},
     {"loading"},
