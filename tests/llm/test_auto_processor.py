@@ -1,13 +1,10 @@
 """The processor through `AutoProcessor`: beside a language model, and beside a tokenizer of pictures alone."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
+from support.loopback_hub import COMMIT, Hub, downloads, serve  # noqa: E402
 from support.processors import made  # noqa: E402
 
 import dyntok.llm.auto as auto  # noqa: E402
@@ -51,21 +48,6 @@ def test_beside_a_tokenizer_of_pictures(tokenizer, photos, tmp_path):
     assert tokens[0].tolist() == [id for id in ids(processor, photos[0])[0] if processor.vocab.is_visual(id)]
 
 
-@pytest.mark.slow
-def test_another_program_needs_one_import_and_no_remote_code(tokenizer, photos, tmp_path):
-    processor = made(tokenizer, max_tokens=5)
-    processor.save_pretrained(tmp_path)
-    torch.save(torch.from_numpy(photos[0]), tmp_path / "photo.pt")
-    program = """
-import sys, torch, transformers, dyntok.llm.auto
-processor = transformers.AutoProcessor.from_pretrained(sys.argv[1], local_files_only=True)
-photo = torch.load(sys.argv[1] + "/photo.pt", weights_only=True).numpy()
-print(processor("a <image> cat", photo)["input_ids"].tolist())
-"""
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True)
-    assert json.loads(done.stdout) == ids(processor, photos[0]), done.stderr
-
-
 def test_what_does_not_fit_is_told(tokenizer, tmp_path):
     processor = made(tokenizer)
     processor.save_pretrained(tmp_path)
@@ -82,3 +64,44 @@ def test_what_does_not_fit_is_told(tokenizer, tmp_path):
     (tmp_path / "dyntok.json").unlink()
     with pytest.raises((CheckpointError, CodeError), match="has no dyntok.json"):
         VisualProcessor.from_pretrained(tmp_path)
+
+
+@pytest.fixture
+def hub(tokenizer, tmp_path, monkeypatch):
+    """Options for clients that know the loopback hub alone, with an empty cache. It holds a processor, and `photos`."""
+    made(tokenizer, "map", budget=9).save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "photos")
+    auto.add_transformers_files(tmp_path / "photos")
+    monkeypatch.setattr(Hub, "repos", {f"org/{name}": contents(tmp_path / name) for name in ("saved", "photos")})
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    Hub.requests.clear()
+    with serve() as address:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", address)
+        yield {"cache_dir": tmp_path / "cache", "token": False}
+
+
+def contents(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_from_the_hub(hub, tokenizer, photos):
+    processor = transformers.AutoProcessor.from_pretrained("org/saved", max_tokens=7, budget=None, **hub)
+    assert type(processor) is VisualProcessor and "visual/model.safetensors" in downloads()
+    assert ids(processor, photos[0]) == ids(made(tokenizer, "map", max_tokens=7), photos[0])
+    Hub.requests.clear()
+    again = transformers.AutoProcessor.from_pretrained("org/saved", local_files_only=True, **hub)
+    assert ids(again, photos[0]) == ids(made(tokenizer, "map", budget=9), photos[0]) and Hub.requests == []
+
+
+def test_a_tokenizer_of_pictures_from_the_hub(hub, tokenizer, photos):
+    images, model = (
+        kind.from_pretrained("org/photos", revision=COMMIT, **hub)
+        for kind in (transformers.AutoImageProcessor, transformers.AutoModel)
+    )
+    tokens = model.get_image_tokens(images(photos[0])["pixel_values"])[0]
+    assert torch.equal(tokens, tokenizer.encode(photos[0]).codes[0])
+    assert all(COMMIT in request for request in Hub.requests if "/resolve/" in request)

@@ -30,6 +30,7 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer(403, error="GatedRepo")
         if files is None or repo == "org/private" and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self.answer(404, error="RepoNotFound")
+        rest = rest or ["revision", "main"]  # what is known of the repository as a whole
         if rest[1] not in ("main", COMMIT):
             return self.answer(404, error="RevisionNotFound")
         if rest[0] == "revision":
@@ -42,8 +43,11 @@ class Hub(BaseHTTPRequestHandler):
             entries = [
                 {"type": "file", "path": f, "size": len(raw), "oid": hashlib.sha1(raw).hexdigest()}
                 for f, raw in files.items()
+                if f.startswith("".join(f"{part}/" for part in rest[2:]))
             ]
-            return self.answer(200, json.dumps(entries).encode())
+            return (
+                self.answer(200, json.dumps(entries).encode()) if entries else self.answer(404, error="EntryNotFound")
+            )
         name = "/".join(rest[2:])
         if name not in files:
             return self.answer(404, error="EntryNotFound")
