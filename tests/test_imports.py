@@ -30,7 +30,8 @@ LEVELS = [
     {"imaging", "fitting", "margins", "model", "encoding", "features", "ids", "target"},
     {"config", "original", "ragged", "validation"},
     {"texts"},
-    {"structure", "layout", "tars"},
+    {"tables"},
+    {"addresses", "structure", "layout", "tars"},
     {"errors"},
     {"dyntok_kernels"},
 ]
@@ -42,7 +43,7 @@ OPTIONAL = {
     "megatron": {"batch"},
     "onnx": {"page"},
     "onnxscript": {"export"},
-    "pyarrow": {"batch", "llm"},
+    "pyarrow": {"batch", "llm", "tables"},
     "ray": {"batch"},
     "sglang": {"llm"},
     "transformers": {"llm", "lavit"},

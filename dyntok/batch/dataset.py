@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from dyntok.batch.addresses import StorageOptions, redact
+from dyntok.addresses import StorageOptions, redact
 from dyntok.batch.formats import ROWS_IN_GROUP
 from dyntok.batch.manifest import read_description, recorded_files
 from dyntok.batch.shard_reader import CodesImage, CodesRow, read_block

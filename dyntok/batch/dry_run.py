@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from dyntok.batch.addresses import redact
+from dyntok.addresses import redact
 from dyntok.batch.engines.rows import TokenizedRow, Work
 from dyntok.batch.engines.stages import DecodeOptions, chunked, decode, encode, read
 from dyntok.batch.formats import make_writer

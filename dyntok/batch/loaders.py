@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dyntok.batch.addresses import StorageOptions
+from dyntok.addresses import StorageOptions
 from dyntok.batch.dataset import CodesDataset
 from dyntok.errors import BatchError, CodeError, ConfigError, FingerprintError, MissingDependencyError
 from dyntok.texts import draw_text, parse_texts

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dyntok.batch.addresses import StorageOptions, address_key, is_remote, local_path, redact, wrap_storage_errors
+from dyntok.addresses import StorageOptions, address_key, is_remote, local_path, redact, wrap_storage_errors
 from dyntok.batch.engines.rows import Failure, Range, RangeEnd, Retry, TokenizedRow, Work
 from dyntok.batch.formats import Writer
 from dyntok.batch.inputs.left_out import LeftOut

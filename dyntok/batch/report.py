@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dyntok.batch.addresses import StorageOptions
+from dyntok.addresses import StorageOptions
 from dyntok.batch.dataset import CodesDataset, packed
 from dyntok.batch.inputs.open import open_input
 from dyntok.batch.inputs.samples import Broken, Input, Shard

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dyntok.batch.addresses import StorageOptions, redact
+from dyntok.addresses import StorageOptions, redact
 from dyntok.batch.engines.local import run_local
 from dyntok.batch.engines.rows import Range, RangeEnd, RowChunk, TokenizedRow
 from dyntok.batch.formats import make_writer

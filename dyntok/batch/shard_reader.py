@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dyntok.batch.addresses import wrap_storage_errors
+from dyntok.addresses import wrap_storage_errors
 from dyntok.batch.inputs.names import split_key
 from dyntok.batch.storage import Output
 from dyntok.errors import DataError

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from fsspec.implementations.local import LocalFileSystem
 
-from dyntok.batch.addresses import StorageOptions, locate, redact, wrap_storage_errors
+from dyntok.addresses import StorageOptions, locate, redact, wrap_storage_errors
 from dyntok.errors import BatchError
 
 try:
@@ -26,7 +26,6 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-BLOCK = 2**22  # bytes of a remote file that are read at once
 RUN = "__run__"  # pyarrow, Spark and `datasets` skip names that begin with an underscore
 _TEMPORARY = f"{RUN}/tmp"
 _LOCK_IS_HELD = (errno.EAGAIN, errno.EACCES)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import dyntok
-from dyntok.batch.addresses import StorageOptions, locate, redact
+from dyntok.addresses import StorageOptions, locate, redact
 from dyntok.batch.inputs.open import open_input
 from dyntok.batch.inputs.samples import Input
 from dyntok.batch.manifest import Manifest, describe_run

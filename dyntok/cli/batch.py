@@ -173,8 +173,8 @@ def _add_performance_options(group: "argparse._ArgumentGroup") -> None:
 
 
 def _batch(options: argparse.Namespace) -> int:
+    from dyntok.addresses import read_storage_options
     from dyntok.batch import BatchOptions, EngineOptions, tokenize
-    from dyntok.batch.addresses import read_storage_options
     from dyntok.batch.dry_run import dry_run
     from dyntok.batch.run import with_devices
     from dyntok.batch.task import prepare

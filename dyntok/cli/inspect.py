@@ -10,8 +10,8 @@ from dyntok.cli.arguments import LARGEST, OK, add_command, add_json_option, add_
 from dyntok.errors import BatchError, ConfigError, DyntokError
 
 if TYPE_CHECKING:
+    from dyntok.addresses import StorageOptions
     from dyntok.batch import Report
-    from dyntok.batch.addresses import StorageOptions
     from dyntok.cli.arguments import Commands
 
 
@@ -40,8 +40,8 @@ def add_inspect(commands: "Commands") -> None:
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    from dyntok.addresses import read_storage_options
     from dyntok.batch import inspect
-    from dyntok.batch.addresses import read_storage_options
 
     storage = read_storage_options(options.storage_options)
     found = inspect(options.folder, storage=storage)

@@ -17,8 +17,9 @@ from dyntok.errors import DataError, ImageError
 from dyntok.image import load_image
 from dyntok.training.crops import Crops
 from dyntok.training.recipe import Recipe
+from dyntok.training.shards import find_shards, images_of
 from dyntok.training.sources import ImageSample, find_samples, spread, take_inventory
-from dyntok.training.stream import StreamedImages, find_shards, images_of
+from dyntok.training.stream import StreamedImages
 
 _GIVE_UP = 100  # unreadable images in a row: then the disk or the path is at fault
 _MAX_WARNINGS = 10
@@ -44,9 +45,9 @@ def held_out(recipe: Recipe) -> list[ImageSample]:
     if not recipe.stream:
         return spread(find_samples(recipe.data, "validation"), limit)
     images = (image for shard in find_shards(recipe.data) for image in images_of(shard, "validation"))
-    found = list(islice(images, limit))
+    found = [image.alone() for image in islice(images, limit)]
     if not found:
-        raise DataError("the tars hold no images of the validation part, expected one in 20; set validate_every: 0")
+        raise DataError("the shards hold no images of the validation part, expected one in 20; set validate_every: 0")
     return found
 
 

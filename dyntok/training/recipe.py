@@ -50,8 +50,8 @@ class Recipe:
         default_factory=lambda: {"preset": "tiny"}
     )  # a preset, and sections replacing its own
     backbone_weights: str = ""  # "" (random), "hub" or a safetensors file
-    data: tuple[str, ...] = ()  # folders of images, webdataset tars
-    stream: int = 0  # reads tars from front to back, and draws from a buffer of so many images; 0: lists images first
+    data: tuple[str, ...] = ()  # folders of images, tars; with `stream` also Parquet files, and fsspec addresses
+    stream: int = 0  # reads shards from front to back, and draws from a buffer of so many images; 0: lists images first
     split: Literal["all", "train", "validation"] = "train"
     min_crop: float = 0.8  # smallest random crop, as a share of the sides of the largest one
     grids: Grids | None = None  # a grid for each batch; needs a tokenizer that takes any (image.max_patches)

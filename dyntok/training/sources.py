@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from dyntok.addresses import is_remote, locate, wrap_storage_errors
 from dyntok.errors import DataError
 from dyntok.image import IMAGE_SUFFIXES
 from dyntok.tars import is_link, tar_members
@@ -36,9 +37,17 @@ class ImageSample:
     label: str | None = None
 
     def read(self) -> bytes:
+        if is_remote(self.path):
+            fs, path = locate(self.path, {})
+            with wrap_storage_errors("read", self.path):
+                return fs.cat_file(path, self.offset, None if self.size is None else self.offset + self.size)
         with open(self.path, "rb") as file:
             file.seek(self.offset)
             return file.read() if self.size is None else file.read(self.size)
+
+    def alone(self) -> "ImageSample":
+        """Returns the sample in a form that keeps nothing else in memory."""
+        return self
 
 
 @dataclass

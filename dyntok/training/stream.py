@@ -1,65 +1,28 @@
-"""Training images streamed from tars, for data that is too large to be listed.
+"""Training images streamed from tars and Parquet files, for data that is too large to be listed.
 
 Shards are read in random order, and a buffer shuffles the images of several of them. The order follows from the seed
-alone: a resumed run goes through the headers that it has read before, without reading or decoding images. Every worker
-process goes through all headers of its rank, but reads only the images of its own batches.
+alone: a resumed run goes through the headers and keys that it has read before, without reading or decoding images.
+Every worker process goes through all headers of its rank, but reads only the images of its own batches.
 
-Not here: images that are listed first, with random access (`data.py`).
+Not here: the shards (`shards.py`), and images that are listed first, with random access (`data.py`).
 """
 
 import logging
 import random
-import tarfile
 from collections.abc import Iterator, Sequence
 from itertools import count
-from pathlib import Path
+from pathlib import PurePosixPath
 
 import torch
 from torch import Tensor
 
-from dyntok.errors import DataError, ImageError
-from dyntok.image import IMAGE_SUFFIXES, load_image
-from dyntok.tars import tar_members
+from dyntok.errors import DataError, DyntokError
+from dyntok.image import load_image
 from dyntok.training.crops import Crops
-from dyntok.training.sources import ImageSample, Split, is_hidden, is_validation
+from dyntok.training.shards import images_of
+from dyntok.training.sources import ImageSample, Split
 
 _log = logging.getLogger(__name__)
-
-
-def find_shards(sources: Sequence[str | Path]) -> list[Path]:
-    """Returns the tars of folders and the tars that are named, in order.
-
-    Raises `DataError` if a source does not exist or holds no tar.
-    """
-    shards: list[Path] = []
-    for source in map(Path, sources):
-        found = sorted(source.rglob("*.tar")) if source.is_dir() else [source]
-        if not found or not source.exists() or found[0].suffix != ".tar":
-            raise DataError(f"{source} holds no tars, expected a folder of them or a .tar; stream: 0 lists images")
-        shards += found
-    return shards
-
-
-def images_of(shard: Path, split: Split) -> Iterator[ImageSample]:
-    """Yields the images of a tar as it is read. It warns of those that are left out: links, and what follows damage."""
-    links = 0
-    try:
-        with open(shard, "rb") as file:
-            for _, member in tar_members(file, 0):
-                folder, _, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
-                if f".{extension.lower()}" not in IMAGE_SUFFIXES or is_hidden(name):
-                    continue
-                if not member.isreg() or member.issparse():
-                    links += 1
-                    continue
-                if split == "all" or is_validation(key) == (split == "validation"):
-                    yield ImageSample(key, str(shard), member.offset_data, member.size)
-    except (tarfile.TarError, OSError, EOFError) as error:
-        _log.warning("left out the rest of %s: %s", shard, error)
-    if links:
-        _log.warning("left out %d images of %s that are links; stream: 0 resolves them", links, shard)
 
 
 class StreamedImages:
@@ -72,21 +35,21 @@ class StreamedImages:
     Raises `DataError` if there are fewer shards than ranks.
     """
 
-    def __init__(self, shards: Sequence[Path], crops: Crops, *, split: Split, buffer: int) -> None:
+    def __init__(self, shards: Sequence[str], crops: Crops, *, split: Split, buffer: int) -> None:
         if len(shards) < crops.world:
-            raise DataError(f"{len(shards)} tars for {crops.world} processes, expected at least one for each")
+            raise DataError(f"{len(shards)} shards for {crops.world} processes, expected at least one for each")
         self.shards, self.crops, self.split, self.buffer = list(shards), crops, split, buffer
         self._failed = torch.zeros(1, dtype=torch.long).share_memory_()  # seen from worker processes, too
 
     @property
     def keys(self) -> list[str]:
         """Returns what identifies the shards."""
-        return [shard.name for shard in self.shards]
+        return [PurePosixPath(shard).name for shard in self.shards]
 
     @property
     def extent(self) -> str:
         """Returns the number of shards, for people."""
-        return f"{len(self.shards):,} tars"
+        return f"{len(self.shards):,} shards"
 
     @property
     def unreadable(self) -> list[int]:
@@ -117,7 +80,7 @@ class StreamedImages:
                     found = True
                     yield image
             if not found:
-                raise DataError(f"no images of the split {self.split!r} in the tars of this process")
+                raise DataError(f"no images of the split {self.split!r} in the shards of this process")
 
     def for_loader(self, first: int, last: int) -> tuple[torch.utils.data.Dataset, range | None]:
         """Returns the dataset of the batches `first` to `last`; it needs no sampler."""
@@ -143,7 +106,7 @@ class StreamedImages:
         for sample, place in zip(samples, places, strict=True):
             try:
                 image = load_image(sample.read(), color=self.crops.config.color)
-            except (ImageError, OSError) as error:
+            except (DyntokError, OSError) as error:
                 self._failed += 1
                 _log.warning("left out %s of %s: %s", sample.key, sample.path, error)
             else:

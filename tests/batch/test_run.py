@@ -27,8 +27,8 @@ from support.batch_data import (
 )
 
 import dyntok
+from dyntok.addresses import read_storage_options
 from dyntok.batch import BatchOptions, Summary, tokenize
-from dyntok.batch.addresses import read_storage_options
 from dyntok.batch.engines.stages import Range
 from dyntok.batch.manifest import Record, read_records
 from dyntok.batch.storage import Output

@@ -1,20 +1,27 @@
-"""Images streamed from tars: complete, disjoint between ranks, shuffled, the same after a restart."""
+"""Images streamed from tars and Parquet files: complete, disjoint between ranks, shuffled, the same after a restart."""
 
+import io
 import logging
 import tarfile
 from collections import Counter
 from itertools import islice
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from fsspec.core import url_to_fs
 from support.small_run import changed, log_of, run_until, trainer
 from support.tars import jpeg, write_tar
 
 from dyntok.config import ImageConfig
 from dyntok.errors import DataError
+from dyntok.tables import RowGroup
 from dyntok.training.crops import Crops
+from dyntok.training.shards import find_shards
 from dyntok.training.sources import is_validation
-from dyntok.training.stream import StreamedImages, find_shards
+from dyntok.training.stream import StreamedImages
 
 CONFIG = ImageConfig(img_size=16)
 SHARDS, EACH = 5, 8
@@ -30,9 +37,91 @@ def folder(tmp_path, photos):
     return tmp_path / "tars"
 
 
-def stream(folder, buffer=10, split="all", **options):
+@pytest.fixture(params=["parquet", "file://, parquet", "memory://, parquet", "memory://, tar"])
+def source(request, folder, tmp_path):
+    """The same images at other addresses; as Parquet in the form of Hugging Face `datasets`, three in a row group."""
+    address, _, kind = f", {request.param}".rpartition(", ")
+    address = {"": str(tmp_path / "shards"), "file://": f"file://{tmp_path}/shards", "memory://": "memory://shards"}[
+        address.removeprefix(", ")
+    ]
+    fs, root = url_to_fs(address)
+    fs.mkdirs(root, exist_ok=True)
+    for shard in sorted(folder.glob("*.tar")):
+        content = io.BytesIO(shard.read_bytes())
+        if kind == "parquet":
+            with tarfile.open(shard) as tar:
+                images = {m.name.removesuffix(".jpg"): tar.extractfile(m).read() for m in tar if m.name[0] != "." and
+                          m.name.endswith(".jpg")}  # fmt: skip
+            rows = [{"bytes": image, "path": f"{key}.jpg"} for key, image in images.items()]
+            table = pa.table({"image": rows, "__key__": list(images), "label": [1] * len(rows)})
+            pq.write_table(table, content := io.BytesIO(), row_group_size=3)
+        fs.pipe_file(f"{root}/{shard.stem}.{kind}", content.getvalue())
+    yield address
+    fs.rm(root, recursive=True)
+
+
+def test_every_kind_of_shard_is_complete_and_disjoint_between_ranks(source, folder):
+    everything = sorted(f"{shard}-{i}" for shard in range(SHARDS) for i in range(EACH))
+    parts = [keys(stream(source, buffer=1, rank=rank, world=2), n) for rank, n in ((0, 24), (1, 16))]
+    assert sorted(parts[0] + parts[1]) == everything
+    same = zip(islice(stream(source).batches(0), 12), islice(stream(folder).batches(0), 12), strict=True)
+    assert all(torch.equal(one, other) for one, other in same)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_kind_of_shard_goes_on_where_it_was(source, workers):
+    expected = list(islice(stream(source).batches(0), 14))
+    dataset, sampler = stream(source).for_loader(5, 14)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=workers)
+    assert all(torch.equal(a, b) for a, b in zip(loader, expected[5:], strict=True))
+
+
+@pytest.mark.parametrize("source", ["memory://, parquet"], indirect=True)
+def test_a_run_on_tables_resumes_and_validates(source, values, tmp_path):
+    small = changed(values, data=[source], stream=6, split="train", validate_every=4, pca_init=False)
+    small["stages"] = [{**values["stages"][0], "images": 4 * 8}]
+    trainer(small, tmp_path / "whole").run()
+    run_until(trainer(changed(small, save_every=4), tmp_path / "parts"), 5)
+    resumed = trainer(small, tmp_path / "parts")
+    assert resumed.step == 4 and all(is_validation(sample.key) for sample in resumed.validation)
+    resumed.run()
+    assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
+    assert "validation_psnr" in log_of(tmp_path / "whole")[-1]
+
+
+def test_a_resumed_stream_reads_no_image_that_it_has_used(folder, tmp_path, monkeypatch):
+    images = [jpeg(gray(value)) for value in range(40)]
+    pq.write_table(pa.table({"image": images}), tmp_path / "gray.parquet", row_group_size=4)
+    read, whole = [], RowGroup.image
+    monkeypatch.setattr(RowGroup, "image", lambda group, row: read.append((group.number, row)) or whole(group, row))
+    list(stream(tmp_path / "gray.parquet", buffer=4).batches(7, 9))
+    assert len(read) == 8 and len(set(read)) == 8
+    assert keys(stream(tmp_path / "gray.parquet", buffer=1), 40)[0] == "gray-00000000"
+
+
+def test_tables_without_bytes_or_a_column_of_images_are_told(photos, tmp_path, caplog):
+    rows = [{"bytes": jpeg(photos[0]) if i % 4 else None, "path": "a.jpg"} for i in range(8)]
+    pq.write_table(pa.table({"image": rows}), tmp_path / "holes.parquet")
+    streamed = stream(tmp_path / "holes.parquet", buffer=1)
+    with caplog.at_level(logging.WARNING, "dyntok"):
+        assert len(list(streamed.batches(0, 2))) == 2 and len(streamed.unreadable) == 2
+    assert "left out holes-00000004" in caplog.text and "has no bytes; embed the images" in caplog.text
+    pq.write_table(pa.table({"text": ["a", "b"]}), tmp_path / "texts.parquet")
+    with pytest.raises(DataError, match="texts.parquet has no column of images; expected bytes, or a struct"):
+        keys(stream(tmp_path / "texts.parquet"), 1)
+    (tmp_path / "broken.parquet").write_bytes((tmp_path / "holes.parquet").read_bytes()[:500])
+    with caplog.at_level(logging.WARNING, "dyntok"), pytest.raises(DataError, match="no images of the split"):
+        keys(stream(tmp_path / "broken.parquet"), 1)
+    assert "left out the rest of" in caplog.text
+
+
+def gray(value):
+    return np.full((40, 40, 3), value, np.uint8)
+
+
+def stream(source, buffer=10, split="all", **options):
     crops = Crops(CONFIG, 4, seed=3, min_crop=0.8, **options)
-    return StreamedImages(find_shards([folder]), crops, split=split, buffer=buffer)
+    return StreamedImages(find_shards([source]), crops, split=split, buffer=buffer)
 
 
 def keys(streamed, number):
@@ -67,7 +156,7 @@ def test_two_tars_in_one_file_and_links(folder, tmp_path, caplog):
 def test_ranks_are_disjoint_and_complete(folder):
     parts = [keys(stream(folder, buffer=1, rank=rank, world=2), n) for rank, n in ((0, 24), (1, 16))]
     assert sorted(parts[0] + parts[1]) == sorted(f"{shard}-{i}" for shard in range(SHARDS) for i in range(EACH))
-    with pytest.raises(DataError, match="5 tars for 6 processes"):
+    with pytest.raises(DataError, match="5 shards for 6 processes"):
         stream(folder, rank=0, world=6)
 
 
@@ -115,9 +204,9 @@ def test_damage_is_told_and_changes_no_other_batch(folder, caplog):
     assert f"left out the rest of {shard}" in caplog.text
 
 
-def test_what_is_no_tar_is_refused(tmp_path):
+def test_what_is_no_shard_is_refused(tmp_path):
     for source in (tmp_path, tmp_path / "missing", tmp_path / "missing.tar"):
-        with pytest.raises(DataError, match="expected a folder of them or a .tar"):
+        with pytest.raises(DataError, match="expected a folder of them, a .tar or a .parquet file"):
             find_shards([source])
 
 

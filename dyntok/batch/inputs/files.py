@@ -18,7 +18,7 @@ from typing import NamedTuple
 import fsspec
 import pyarrow as pa
 
-from dyntok.batch.addresses import (
+from dyntok.addresses import (
     StorageOptions,
     address_key,
     address_of,

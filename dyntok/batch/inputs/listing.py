@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from dyntok.batch.addresses import version_stamp
+from dyntok.addresses import version_stamp
 from dyntok.batch.inputs.left_out import HIDDEN, LeftOut
 from dyntok.batch.inputs.names import is_hidden, suffix_of
 from dyntok.chunks import batched

@@ -9,7 +9,7 @@ import fsspec
 from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]  # it has no __all__
 from fsspec.implementations.local import LocalFileSystem
 
-from dyntok.batch.addresses import StorageOptions, address_of, locate, redact, wrap_storage_errors
+from dyntok.addresses import StorageOptions, address_of, locate, redact, wrap_storage_errors
 from dyntok.batch.inputs.files import Folders, Lists
 from dyntok.batch.inputs.left_out import LeftOut
 from dyntok.batch.inputs.listing import find_unnamed_images, list_files

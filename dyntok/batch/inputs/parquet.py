@@ -13,14 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from dyntok.batch.addresses import address_of, is_remote, locate, redact, redact_message, wrap_storage_errors
+from dyntok.addresses import address_of, is_remote, locate, redact, redact_message, wrap_storage_errors
 from dyntok.batch.inputs.samples import Broken, FileShards, InputSample, Shard
-from dyntok.batch.storage import BLOCK
-from dyntok.errors import DataError
 from dyntok.image import MAX_FILE_BYTES
+from dyntok.tables import check_column, image_column, key_column, open_table, row_key
 
 _ROWS_AT_ONCE = 16
-_KEY_COLUMNS = ("key", "__key__")
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class Tables(FileShards):
     def shards(self) -> Iterator[Shard]:
         index = 0
         for whole in super().shards():
-            with self._file(whole) as file:
+            with open_table(whole.address, self.storage) as file:
                 rows = file.metadata.num_rows
             for first in range(0, max(rows, 1), self.options.shard_size):
                 left_out = whole.left_out if first == 0 else ()
@@ -46,7 +44,7 @@ class Tables(FileShards):
 
     @contextmanager
     def open(self, shard: Shard, start: int) -> Iterator["_TableReader"]:
-        with self._file(shard) as file:
+        with open_table(shard.address, self.storage) as file:
             image, key = self._image_and_key(file.schema_arrow, shard)
             yield _TableReader(file, shard, max(start, shard.rows[0]), self, image, key, dict(shard.left_out))
 
@@ -66,33 +64,14 @@ class Tables(FileShards):
         except Exception as error:  # any back end's; one file that can't be read does not stop a run
             return Broken(redact_message(f"can't read {image.address}: {error}", self.storage))
 
-    @contextmanager
-    def _file(self, shard: Shard) -> Iterator[pq.ParquetFile]:
-        fs, path = locate(shard.address, self.storage)
-        with wrap_storage_errors("read", shard.address, self.storage):
-            stream = fs.open(path, "rb", block_size=BLOCK)
-        with stream:
-            with wrap_storage_errors("read", shard.address, self.storage):
-                file = pq.ParquetFile(stream, buffer_size=2**20, pre_buffer=False)
-            yield file
-
     def _image_and_key(self, schema: pa.Schema, shard: Shard) -> tuple[str, str | None]:
         """Returns the names of the image column and of the key column. Raises `DataError` where one is missing."""
         options, name = self.options, redact(shard.address)
-        for column in filter(None, [options.image_column, options.key_column, *options.keep_columns]):
-            if column not in schema.names:
-                raise DataError(f"{name} has no column {column!r}; it has {', '.join(schema.names)}")
-        images = [column.name for column in schema if _holds_images(column.type, options.interleaved)]
-        image = options.image_column or (images[0] if len(images) == 1 else None)
-        if image is None or image not in images:
-            what = "lists of images" if options.interleaved else "images"
-            found = f"several columns that may hold {what}: {', '.join(images)}" if images else f"no column of {what}"
-            if options.image_column:
-                found = f"a column {image!r} of type {schema.field(image).type}"
-            raise DataError(
-                f"{name} has {found}; expected bytes, or a struct with bytes; image_column (--image-column) names it"
-            )
-        return image, options.key_column or next((key for key in _KEY_COLUMNS if key in schema.names), None)
+        for column in filter(None, [options.key_column, *options.keep_columns]):
+            check_column(schema, column, name)
+        advice = "; image_column (--image-column) names it"
+        image = image_column(schema, name, options.image_column, interleaved=options.interleaved, advice=advice)
+        return image, options.key_column or key_column(schema)
 
 
 @dataclass
@@ -114,7 +93,7 @@ class _TableReader:
         source, kept = redact(self.shard.address), self.tables.options.keep_columns
         stem = PurePosixPath(source).stem
         for row, values in self._rows():
-            key = values[self.key] if self.key else f"{stem}-{row:08d}"
+            key = values[self.key] if self.key else row_key(stem, row)
             columns = {name: values[name] for name in kept}
             images = self._images(values[self.image])
             yield InputSample("" if key is None else str(key), images, columns, row + 1, source)
@@ -164,21 +143,3 @@ class _TableReader:
             return _Path(path)
         fs, table = locate(address, self.tables.storage)
         return _Path(address_of(address, fs, f"{table.rpartition('/')[0]}/{path}"))
-
-
-def _holds_images(kind: pa.DataType, interleaved: bool) -> bool:
-    if isinstance(kind, pa.BaseExtensionType):
-        kind = kind.storage_type
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    if interleaved:
-        return _is_list(kind) and _holds_images(kind.value_type, False)
-    if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0 and _holds_images(kind.field("bytes").type, False)
-    binary = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
-    return any(is_kind(kind) for is_kind in binary)
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_list_view, pa.types.is_large_list_view)
-    return any(is_kind(kind) for is_kind in lists) or pa.types.is_fixed_size_list(kind)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from dyntok.batch.addresses import StorageOptions, address_key, locate, version_stamp, wrap_storage_errors
+from dyntok.addresses import StorageOptions, address_key, locate, version_stamp, wrap_storage_errors
 from dyntok.batch.options import BatchOptions
 
 

@@ -13,14 +13,13 @@ from functools import cached_property
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
-from dyntok.batch.addresses import locate, redact, wrap_storage_errors
+from dyntok.addresses import BLOCK, locate, redact, wrap_storage_errors
 from dyntok.batch.inputs.compression import Decompressed, decompressed
 from dyntok.batch.inputs.left_out import HIDDEN, LeftOut
 from dyntok.batch.inputs.members import Group, Role, images_and_columns, is_column, role_of, too_large
 from dyntok.batch.inputs.names import is_hidden, sample_of, split_key, without_surrogates
 from dyntok.batch.inputs.samples import Broken, FileShards, InputSample, Shard, text_types
 from dyntok.batch.inputs.tar_index import TarIndex
-from dyntok.batch.storage import BLOCK
 from dyntok.errors import BatchError
 from dyntok.image import sniff
 from dyntok.tars import is_link, tar_members

@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from dyntok.batch.addresses import locate, redact, wrap_storage_errors
+from dyntok.addresses import BLOCK, locate, redact, wrap_storage_errors
 from dyntok.batch.inputs.left_out import HIDDEN, LeftOut
 from dyntok.batch.inputs.members import Group, Role, images_and_columns, role_of, too_large
 from dyntok.batch.inputs.names import is_hidden, sample_of, split_key, without_surrogates
 from dyntok.batch.inputs.samples import Broken, FileShards, InputSample, Shard, text_types
-from dyntok.batch.storage import BLOCK
 from dyntok.image import sniff
 
 _MAX_LINKS = 16  # links to links

@@ -21,6 +21,7 @@ from dyntok.errors import BatchError, ConfigError, DyntokError, MissingDependenc
 
 StorageOptions: TypeAlias = Mapping[str, Mapping[str, Any]]  # protocol -> arguments of its fsspec file system
 
+BLOCK = 2**22  # bytes of a remote file that are read at once
 _EXTRAS = {"s3": "s3", "s3a": "s3"}
 _STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created")
 
