@@ -127,7 +127,9 @@ class BackboneConfig:
                 f"backbone.kwargs.{option} is {brief(value)}, expected a number, bool, short text or list of numbers",
             )
         if self.kwargs.get("num_heads") is not None:  # timm builds a network that fails later
-            require_whole("backbone.kwargs.num_heads", self.kwargs["num_heads"], 1)
+            heads = self.kwargs["num_heads"]
+            for number in heads if isinstance(heads, list | tuple) else [heads]:  # some have a number for each stage
+                require_whole("backbone.kwargs.num_heads", number, 1)
         require_whole("backbone.layer", self.layer, -MAX_COUNT)
         require_bool("backbone.norm", self.norm)
         require_bool("backbone.frozen", self.frozen)

@@ -96,7 +96,8 @@ def test_a_trained_backbone_learns_and_changes_its_mode():
     [
         (dict(name="no_such_model"), {}, "timm can't make the backbone 'no_such_model'"),
         (dict(VIT, kwargs=dict(no_such_option=3)), {}, "no_such_option"),
-        (dict(VIT, kwargs=dict(num_heads=0)), {}, "timm can't make the backbone"),
+        (dict(VIT, kwargs=dict(num_heads=0)), {}, "num_heads is 0, expected a whole number"),
+        (dict(VIT, kwargs=dict(num_heads=[3, -1])), {}, "num_heads is -1, expected a whole number"),
         (dict(VIT, kwargs=dict(embed_dim=50, num_heads=3)), {}, "timm can't make the backbone"),
         (VIT, {"layer": 3}, "backbone.layer is 3, but vit_tiny_patch16_224 has 3 layers"),
         (VIT, {"layer": -4}, "backbone.layer is -4, but"),
