@@ -79,8 +79,10 @@ JUNK = st.recursive(
 @given(JUNK)
 @LIMITED
 def test_from_dict_never_fails_in_another_way(junk):
-    with pytest.raises(CodeError):
-        Encoding.from_dict(junk)
+    try:
+        assert len(Encoding.from_dict(junk)) == 0  # by chance it draws an encoding of no images
+    except CodeError:
+        pass
 
 
 @given(st.sampled_from(["codes", "positions", "grids", "fingerprint", "failures", "source_index"]), JUNK)

@@ -52,5 +52,5 @@ def test_the_learned_choice_is_worth_it(bundled):
         evaluate(bundled, unseen, selection=choice, limit=100) for choice in ("learned", "even", "random")
     )
     assert learned.images == 100 and learned.psnr > 20.2
-    assert learned.tokens.mean <= 96 and learned.tokens.std >= 12
+    assert learned.tokens.mean <= 98 and learned.tokens.std >= 12
     assert learned.psnr > max(even.psnr, random.psnr) + 0.2
