@@ -1,4 +1,4 @@
-"""A Space on Hugging Face: a photograph as codes, and back, with the bundled tokenizer.
+"""A Space on Hugging Face: a photograph as ids, and back, with the bundled tokenizer.
 
 python examples/space/app.py
 """
@@ -10,20 +10,24 @@ import dyntok
 from dyntok.visualize import contact_sheet
 
 tok = dyntok.load()
+vocab = dyntok.VisualVocab.of(tok, after=0)  # ids of a language model that has no words
 
 
-def encode(photo: Image.Image, budget: int, learned: bool) -> tuple[Image.Image, str, str]:
-    """Returns the contact sheet, the codes and a line about them."""
-    encoding = tok.encode(photo) if learned else tok.encode(photo, budget=int(budget))
-    codes = encoding.codes[0].tolist()
-    line = f"{len(codes)} of {int(encoding.grids[0].prod())} patches were kept."
-    return contact_sheet(tok, [photo], encoding), " ".join(map(str, codes)), line
+def encode(photo: Image.Image | None, budget: int, learned: bool) -> tuple[Image.Image, str, str]:
+    """Returns the contact sheet, the ids and a line about them."""
+    if photo is None:
+        raise gr.Error("Choose a photograph first.")
+    encoding = tok.encode(photo, places=vocab.layout, budget=None if learned else int(budget))
+    ids = vocab.to_ids(encoding)[0].tolist()
+    kept, patches = len(encoding.codes[0]), int(encoding.grids[0].prod())
+    line = f"{kept} of {patches} patches were kept. With their places they are {len(ids)} ids."
+    return contact_sheet(tok, [photo], encoding), " ".join(map(str, ids)), line
 
 
 def decode(text: str) -> Image.Image:
-    """Returns the picture of codes, separated by spaces; their places are guessed."""
+    """Returns the picture of ids, separated by spaces."""
     try:
-        return tok.decode([[int(word) for word in text.replace(",", " ").split()]])[0]
+        return tok.decode(vocab.to_encoding([[int(word) for word in text.replace(",", " ").split()]]))[0]
     except ValueError as error:  # dyntok's errors among them
         raise gr.Error(str(error)) from error
 
@@ -35,12 +39,13 @@ with gr.Blocks(title="dyntok") as page:
         sheet = gr.Image(label="Original, kept patches, picture from the codes")
     learned = gr.Checkbox(True, label="The tokenizer chooses the length")
     budget = gr.Slider(8, tok.max_tokens, 64, step=1, label="Otherwise, the number of codes")
+    encoding = gr.Button("Encode", variant="primary")
     note = gr.Markdown()
-    codes = gr.Textbox(label="Codes", lines=3)
-    with gr.Row():
-        gr.Button("Encode", variant="primary").click(encode, [photo, budget, learned], [sheet, codes, note])
-        picture = gr.Image(label="From the codes alone")
-        gr.Button("Decode").click(decode, codes, picture)
+    ids = gr.Textbox(label="Ids", lines=3)
+    decoding = gr.Button("Decode")
+    picture = gr.Image(label="The picture of these ids", elem_id="picture")
+    encoding.click(encode, [photo, budget, learned], [sheet, ids, note])
+    decoding.click(decode, ids, picture)
 
 if __name__ == "__main__":
     page.launch()
