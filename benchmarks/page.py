@@ -7,6 +7,7 @@ python benchmarks/page.py site --photos PHOTOS.tar
 """
 
 import argparse
+import base64
 import io
 import json
 import random
@@ -37,7 +38,9 @@ _ENCODE = """async (bytes) => {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("site", type=Path)
-    parser.add_argument("--photos", type=Path, help="a tar of JPEG files, to compare codes")
+    parser.add_argument(
+        "--photos", type=Path, help="a tar of JPEG files, to compare the codes of them and of tall and wide strips"
+    )
     parser.add_argument("--model")
     parser.add_argument("--limit", type=int, default=100)
     parser.add_argument("--screenshots", type=Path, metavar="FOLDER", help="write screenshots and measure nothing")
@@ -91,23 +94,37 @@ def slider(page: Page) -> float:
 
 
 def equal_codes(page: Page, options: argparse.Namespace) -> dict[str, Any]:
-    """Returns how many photographs and codes are the same in the page and in Python."""
-    import base64
-
+    """Returns how many photographs, strips of them, and codes are the same in the page and in Python."""
     tokenizer = dyntok.load(options.model)
-    same = codes = equal = 0
     with tarfile.open(options.photos) as archive:
         members = [member for member in archive if member.name.endswith(".jpg")]
-        for member in random.Random(0).sample(members, options.limit):
-            data = archive.extractfile(member).read()  # type: ignore[union-attr]
-            theirs, kept = page.evaluate(_ENCODE, base64.b64encode(data).decode())
-            ours = tokenizer.encode(data)
-            pairs = dict(zip(kept, theirs, strict=True))
-            own = dict(zip(ours.positions[0].tolist(), ours.codes[0].tolist(), strict=True))
-            same += own == pairs
-            codes += len(own)
-            equal += sum(pairs.get(place) == code for place, code in own.items())
-    return {"photographs": options.limit, "same_photographs": same, "codes": codes, "equal_codes": equal / codes}
+        chosen = random.Random(0).sample(members, min(options.limit, len(members)))
+        photos = [archive.extractfile(member).read() for member in chosen]  # type: ignore[union-attr]
+    cut = [strip(photo, tall) for photo in photos[: len(photos) // 10] for tall in (True, False)]
+    return {"photographs": compared(page, tokenizer, photos), "tall_and_wide": compared(page, tokenizer, cut)}
+
+
+def strip(photo: bytes, tall: bool) -> bytes:
+    """Returns the middle of a photograph as a JPEG file, a sixth of it wide or high."""
+    image = Image.open(io.BytesIO(photo))
+    across, down = (image.width * 5 // 12, 0) if tall else (0, image.height * 5 // 12)
+    file = io.BytesIO()
+    image.crop((across, down, image.width - across, image.height - down)).save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+def compared(page: Page, tokenizer: Any, photos: list[bytes]) -> dict[str, int]:
+    """Returns the numbers of photographs and of codes, and how many of each are the same."""
+    found = {"number": len(photos), "same": 0, "codes": 0, "same_codes": 0}
+    for data in photos:
+        theirs, kept = page.evaluate(_ENCODE, base64.b64encode(data).decode())
+        ours = tokenizer.encode(data)
+        pairs = dict(zip(kept, theirs, strict=True))
+        own = dict(zip(ours.positions[0].tolist(), ours.codes[0].tolist(), strict=True))
+        found["same"] += own == pairs
+        found["codes"] += len(own)
+        found["same_codes"] += sum(pairs.get(place) == code for place, code in own.items())
+    return found
 
 
 if __name__ == "__main__":

@@ -112,6 +112,8 @@ def test_the_wheel_holds_two_packages_and_their_data(tmp_path):
         "dev",
     }
     assert set(metadata.get_all("Provides-Extra")) == extras
+    needed = [line for line in metadata.get_all("Requires-Dist") if not line.startswith("dyntok[")]
+    assert [line for line in needed if ">=" not in line.partition(";")[0]] == []  # every package has a lower limit
     minors = {line.rsplit(".", 1)[1] for line in metadata.get_all("Classifier") if "Python :: 3." in line}
     assert minors == {"10", "11", "12", "13"} and metadata["Keywords"]
     (entry_points,) = (archive.read(name).decode() for name in names if name.endswith("/entry_points.txt"))

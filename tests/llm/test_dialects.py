@@ -60,11 +60,13 @@ def test_engines_over_text_allow_the_same_at_every_step(engine, vocab, data):
         walk(grammar, engine, 14, data.draw(st.randoms(use_true_random=False)))
 
 
-@pytest.mark.parametrize("engine", [XGrammar, LLGuidance, Spelled])
-def test_requests_side_by_side(engine):
+@pytest.mark.parametrize(
+    "engine, layout", [(XGrammar, "map"), (LLGuidance, "map"), (Spelled, "map"), (Outlines, "lattice")]
+)
+def test_requests_side_by_side(engine, layout):
     """Three requests take turns, each with its own limits."""
     pytest.importorskip(PACKAGES[engine])
-    vocab = VisualVocab.after(4, size=2, layout="map", grid=(3, 2))
+    vocab = VisualVocab.after(4, size=2, layout=layout, grid=(3, 2))
     asked = [(6, 6, 1), (2, 2, 3), (4, 1, 2)]
     rules = [ImageGrammar(vocab, most, least, count, count, False, EOS) for most, least, count in asked]
     requests = [[grammar, engine(grammar), grammar.start()] for grammar in rules]
