@@ -106,7 +106,16 @@ def to_onnx(module: FixedEncoder | FixedDecoder, path: str | Path, *inputs: Tens
     """
     require_onnx()
     program = export(module, *inputs).run_decompositions(_decompositions())
-    torch.onnx.export(program, f=str(path), dynamo=True, external_data=False, verbose=False)
+    save_onnx(torch.onnx.export(program, dynamo=True, verbose=False), path)
+
+
+def save_onnx(program: "torch.onnx.ONNXProgram | None", path: str | Path) -> None:
+    """Write what `torch.onnx.export` returned, without the names of source files on this machine that it holds."""
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    assert program is not None  # as with `dynamo=True`
+    ClearMetadataAndDocStringPass()(program.model)
+    program.save(str(path), external_data=False)
 
 
 def require_onnx() -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyntok.errors import ConfigError
-from dyntok.export import require_onnx
+from dyntok.export import require_onnx, save_onnx
 from dyntok.model.decoder import coordinate_waves
 from dyntok.model.merger import Merger, SimilarMerger
 from dyntok.model.pixel_head import PixelHead
@@ -175,7 +175,8 @@ def write_graphs(tokenizer: DynamicVisualTokenizer, folder: Path) -> None:
     write = _writer(folder)
     write("score", ScoreGraph(tokenizer), (pixels,), ({2: patch * r, 3: patch * c},) if free else None)
     write("codes", CodeGraph(tokenizer), (features, plane), ({1: n}, {0: r, 1: c}) if free else None)
-    shapes: Any = ({0: r, 1: c}, {0: r, 1: c}, {}) if free else None
+    same = torch.export.Dim.AUTO  # naming the sides again would be a warning
+    shapes: Any = ({0: r, 1: c}, {0: same, 1: same}, {}) if free else None
     write("picture", PictureGraph(tokenizer), (plane.int(), plane, torch.ones(1)), shapes)
 
 
@@ -183,10 +184,11 @@ def _writer(folder: Path) -> Callable[..., None]:
     def write(name: str, module: nn.Module, inputs: tuple[Tensor, ...], shapes: tuple | None) -> None:
         names = {"score": ["features", "score"], "codes": ["codes"], "picture": ["picture"]}[name]
         with torch.no_grad():
-            torch.onnx.export(
-                module.eval(), inputs, str(folder / f"{name}.onnx"), dynamo=True, external_data=False, verbose=False,
+            program = torch.onnx.export(
+                module.eval(), inputs, dynamo=True, verbose=False,
                 opset_version=_OPSET, dynamic_shapes=shapes, output_names=names,
             )  # fmt: skip
+        save_onnx(program, folder / f"{name}.onnx")
         store_halves(folder / f"{name}.onnx")
 
     return write

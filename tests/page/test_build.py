@@ -32,6 +32,8 @@ def test_the_folder_is_complete(site):
         assert all((site / name).is_file() for name in imports), script
     for name in ("model/score.onnx", "model/codes.onnx", "model/picture.onnx", "runtime/ort.wasm.min.mjs"):
         assert (site / name).is_file()
+    for graph in (site / "model").iterdir():
+        assert b".py" not in graph.read_bytes(), "names of source files on the machine that made it"
     assert len(list((site / "photos").iterdir())) == 6
 
 
