@@ -21,7 +21,7 @@ from dyntok.training.evaluate import evaluate
 from dyntok.training.recipe import Teacher
 from dyntok.training.sources import find_samples
 
-BUDGETS = (32, 64, 96, 128, 192, 256)
+BUDGETS = (32, 64, 96, 128, 192)
 # these weights want RGB in -1 to 1
 MOBILENET = {"pad_type": "same", "pretrained_cfg_overlay": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}}
 
@@ -51,6 +51,7 @@ def main() -> None:
         "random": {"selection": "random"},
         "even": {"selection": "even"},
         **{f"budget {budget}": {"policy": {"budget": budget}} for budget in BUDGETS},
+        "all patches": {"policy": {"budget": 1.0}},
     }
     what = {"fingerprint": tokenizer.fingerprint, "limit": options.limit}
     reports = kept_runs(options.output, what)
