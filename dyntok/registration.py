@@ -56,5 +56,6 @@ def _register(module: ModuleType) -> None:
     home, function = _REGISTER[module.__name__]
     try:
         getattr(import_module(f"dyntok.llm.{home}"), function)(module)
-    except ImportError as error:  # a transformers that is too old for dyntok still serves others
-        warnings.warn(f"transformers does not know dyntok's classes: {error}", ImportWarning, stacklevel=2)
+    except Exception as error:  # a transformers that dyntok does not fit, older or newer, still serves others
+        reason = f"{type(error).__name__}: {error}"
+        warnings.warn(f"transformers does not know dyntok's classes ({reason})", ImportWarning, stacklevel=2)

@@ -55,8 +55,8 @@ class DyntokImageProcessor(BaseImageProcessor):
 
 def register_image_processor(module: ModuleType) -> None:
     """Make the image processor known to the module that holds `AutoImageProcessor`."""
-    classes = {"pil": DyntokImageProcessor}
-    module.AutoImageProcessor.register(DyntokConfig, image_processor_classes=classes, exist_ok=True)
+    # by position: the argument has this place in every 5.x, and its newer form, image_processor_classes=, in some
+    module.AutoImageProcessor.register(DyntokConfig, DyntokImageProcessor, exist_ok=True)
 
 
 def register_processor(module: ModuleType) -> None:
