@@ -20,7 +20,7 @@ MAX_GRID_SIDE = 4096  # patches; a grid from an untrusted file must not make kee
 
 def counted(number: int, noun: str) -> str:
     """Returns a number with its noun: "1 image", "2 images"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def refuse(bad: Tensor, message: Callable[[int], str]) -> None:

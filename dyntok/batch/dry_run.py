@@ -18,6 +18,7 @@ from dyntok.batch.storage import Output
 from dyntok.batch.summary import reason_kind
 from dyntok.batch.task import Task
 from dyntok.errors import DataError
+from dyntok.validation import counted
 
 _SAMPLE = 96  # rows
 _CHUNK = 16
@@ -62,8 +63,8 @@ class DryRun:
     def __str__(self) -> str:
         finished = f"; {self.input_shards_finished:,} are finished" if self.input_shards_finished else ""
         lines = [
-            f"would read   {self.input_shards:,} input shards ({self.kind}) of {self.input_bytes / 1e6:,.1f} MB, "
-            f"about {self.rows:,} rows{finished}",
+            f"would read   {counted(self.input_shards, 'input shard')} ({self.kind}) "
+            f"of {self.input_bytes / 1e6:,.1f} MB, about {counted(self.rows, 'row')}{finished}",
         ]
         if self.found_nothing:
             lines.append("no images were found; a run would write nothing")
@@ -74,7 +75,9 @@ class DryRun:
         else:
             lines += self._estimates()
             if self.errors:
-                lines.append(f"failed       {self.errors:,} images of the sample; a run would list them as errors:")
+                lines.append(
+                    f"failed       {counted(self.errors, 'image')} of the sample; a run would list them as errors:"
+                )
         lines += [f"  {count:>8,}  {reason}" for reason, count in self.reasons.items()]
         if self.left_out:
             lines.append(f"left out so far: {LeftOut(self.left_out)}")
@@ -83,10 +86,11 @@ class DryRun:
     def _estimates(self) -> list[str]:
         minutes = f"{self.seconds / 60:.1f} minutes" if self.seconds < 7200 else f"{self.seconds / 3600:.1f} hours"
         return [
-            f"would write  about {self.output_bytes / 1e6:,.1f} MB in {self.output_shards:,} shards or more, "
+            f"would write  about {self.output_bytes / 1e6:,.1f} MB in {counted(self.output_shards, 'shard')} or more, "
             f"to {self.output}",
             f"would take   about {minutes} on this machine with one device",
-            f"from a sample of {self.sampled} rows: {self.tokens_per_image:.1f} tokens per image, {self.errors} errors",
+            f"from a sample of {counted(self.sampled, 'row')}: {self.tokens_per_image:.1f} tokens per image, "
+            f"{counted(self.errors, 'error')}",
         ]
 
 

@@ -24,6 +24,7 @@ from dyntok.encoding import Encoding
 from dyntok.errors import BatchError, FingerprintError, MissingDependencyError
 from dyntok.model.codebook import perplexity
 from dyntok.tokenizer import DynamicVisualTokenizer
+from dyntok.validation import counted
 from dyntok.visualize import contact_sheet
 
 _REASONS = 10  # the most frequent ones are reported
@@ -62,14 +63,14 @@ class Report:
         return int(np.searchsorted(np.cumsum(self.lengths), share * sum(self.lengths)))
 
     def __str__(self) -> str:
-        per_image = f"{8 * self.bytes / max(self.images, 1):,.0f} bits per image on disk"
+        per_image = f" ({8 * self.bytes / self.images:,.0f} bits per image on disk)" if self.images else ""
         lines = [
-            f"images       {self.images:,} of {self.rows:,} rows, "
-            f"in {self.shards:,} shards of {self.bytes / 1e6:,.1f} MB ({per_image})",
+            f"images       {self.images:,} of {counted(self.rows, 'row')}, "
+            f"in {counted(self.shards, 'shard')} of {self.bytes / 1e6:,.1f} MB{per_image}",
             f"tokenizer    {self.description['tokenizer']['fingerprint']}, by dyntok {self.description['dyntok']}",
             f"tokens       {self.tokens:,}, {self.tokens_per_image:.1f} per image",
         ]
-        if self.lengths:
+        if self.lengths and self.images:
             quantiles = ", ".join(f"{name} {self.quantile(share)}" for name, share in _QUANTILES.items())
             lines += [f"lengths      {quantiles}", *_bars(self.lengths)]
             lines.append(f"codes        {self.codes_used:,} different ones, perplexity {self.perplexity:,.0f}")
@@ -85,7 +86,7 @@ class Report:
 
     def _grids_in_words(self) -> str:
         grids = Counter(self.grids).most_common()
-        named = ", ".join(f"{grid} ({count:,} images)" for grid, count in grids[:_GRIDS])
+        named = ", ".join(f"{grid} ({counted(count, 'image')})" for grid, count in grids[:_GRIDS])
         return f"{named} and {len(grids) - _GRIDS:,} others" if len(grids) > _GRIDS else named
 
 
@@ -164,14 +165,15 @@ def draw_lengths(report: Report, path: str | Path) -> None:
     """Writes the histogram of lengths as a picture. Raises `MissingDependencyError` without matplotlib."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ModuleNotFoundError as error:
         raise MissingDependencyError.of("matplotlib", "batch") from error
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
     axes.bar(range(len(report.lengths)), report.lengths, width=1.0)
-    axes.set(
-        xlabel="tokens", ylabel="images", title=f"{report.images:,} images, {report.tokens_per_image:.1f} tokens each"
-    )
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    mean = f"{report.tokens_per_image:.1f} tokens on average"
+    axes.set(xlabel="tokens", ylabel="images", title=f"{counted(report.images, 'image')}, {mean}")
     figure.savefig(path, dpi=120)
 
 

@@ -15,7 +15,7 @@ from dyntok.batch.engines.local import run_local
 from dyntok.batch.engines.rows import Range, RangeEnd, RowChunk, TokenizedRow
 from dyntok.batch.formats import make_writer
 from dyntok.batch.inputs.samples import Input
-from dyntok.batch.manifest import Manifest
+from dyntok.batch.manifest import Manifest, read_records
 from dyntok.batch.options import BatchOptions, EngineOptions
 from dyntok.batch.summary import Summary
 from dyntok.batch.task import Task, prepare
@@ -98,6 +98,8 @@ def _run(
                     _check_errors(summary, max_error_rate)
     _update(summary, manifest, begin)
     summary.left_out.merge(manifest.finished_left_out)
+    earlier_or_now = (record.rows for _, record in read_records(task.output))
+    summary.found_nothing = not summary.rows and not any(earlier_or_now)
     if progress is not None:
         progress(summary)
     _check_errors(summary, max_error_rate)

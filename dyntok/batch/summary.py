@@ -7,6 +7,7 @@ from typing import Any
 from dyntok.batch.engines.rows import RangeEnd, Row, TokenizedImage
 from dyntok.batch.inputs.left_out import LeftOut
 from dyntok.batch.manifest import Record
+from dyntok.validation import counted
 
 _TOP_REASONS = 3
 _CUT = 0.01  # share of the area; less is not worth a line
@@ -32,6 +33,7 @@ class Summary:
     input_shards: float = 0.0  # read, partly read ones in proportion
     input_shards_before: float = 0.0  # finished by earlier runs
     input_shards_in_all: int | None = None  # None: not counted yet
+    found_nothing: bool = False  # the input holds no images, neither good nor bad ones; known at the end
 
     @property
     def seconds_left(self) -> float | None:
@@ -48,11 +50,6 @@ class Summary:
             return None
         share = (self.input_shards_in_all - self.input_shards_before) / self.input_shards
         return max(self.images, round(self.images * share))
-
-    @property
-    def found_nothing(self) -> bool:
-        """Returns whether the input holds no images, neither good nor bad ones."""
-        return not (self.rows or self.errors or self.finished_before)
 
     @property
     def tokens_per_image(self) -> float:
@@ -86,9 +83,9 @@ class Summary:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.images:,} images, {self.tokens:,} tokens ({self.tokens_per_image:.1f} per image), "
-            f"{self.images_per_second:.1f} images/s",
-            f"written to {self.output}: {self.shards:,} output shards, {self.bytes / 1e6:.1f} MB",
+            f"{counted(self.images, 'image')}, {counted(self.tokens, 'token')} "
+            f"({self.tokens_per_image:.1f} per image), {self.images_per_second:.1f} images/s",
+            f"written to {self.output}: {counted(self.shards, 'output shard')}, {self.bytes / 1e6:.1f} MB",
         ]
         if self.found_nothing:
             lines.append("the input holds no images; archives inside archives are not opened")
@@ -104,7 +101,7 @@ class Summary:
         if self.left_out:
             lines.append(f"left out: {self.left_out}")
         if self.errors:
-            lines.append(f"{self.errors:,} images failed:")
+            lines.append(f"{counted(self.errors, 'image')} failed:")
             lines += [f"  {count:>8,}  {reason}" for reason, count in self.reasons.most_common(_TOP_REASONS)]
             rest = len(self.reasons) - _TOP_REASONS
             if rest > 0:

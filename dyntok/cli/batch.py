@@ -179,6 +179,7 @@ def _batch(options: argparse.Namespace) -> int:
     from dyntok.batch.run import with_devices
     from dyntok.batch.task import prepare
     from dyntok.cli.batch_progress import Progress
+    from dyntok.validation import counted
 
     given = vars(options)
     run_options = BatchOptions(**{name: given[name] for name in BatchOptions.__dataclass_fields__ if name in given})
@@ -217,8 +218,8 @@ def _batch(options: argparse.Namespace) -> int:
             )
     except (KeyboardInterrupt, DyntokError):
         if progress.last is not None:
-            done = f"{progress.last.shards:,} output shards are complete"
-            print(f"dyntok: {done}; run the same command again to resume", file=sys.stderr)
+            done = counted(progress.last.shards, "output shard")
+            print(f"dyntok: {done} complete; run the same command again to resume", file=sys.stderr)
         raise
     _print(summary, options.json)
     report(f"next: dyntok inspect {shlex.quote(options.output)}", to_stderr=options.json)

@@ -90,7 +90,8 @@ def _encode(options: argparse.Namespace) -> int:
         images, errors="skip" if options.skip_errors else "raise", **keep_options(options), **shape_options(options)
     )
     for index, error in encoding.failures:
-        print(f"dyntok: skipped {given[index]}: {error}", file=sys.stderr)
+        reason = str(error).removeprefix(f"{given[index]}: ")
+        print(f"dyntok: skipped {given[index]}: {reason}", file=sys.stderr)
     kept = [given[index] for index in encoding.source_index.tolist()]
     values = {**encoding.to_dict(), "sources": kept}
     to_file = options.output not in (None, "-")

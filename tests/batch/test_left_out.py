@@ -262,6 +262,19 @@ def test_an_input_without_images_says_so(kind, checkpoint_folder, tmp_path, caps
         assert told in capsys.readouterr().out
 
 
+def test_a_run_that_finds_nothing_new_does_not_call_its_input_empty(images, checkpoint_folder, tmp_path, capsys):
+    """Everything failed before, or nothing failed and the errors are tried again."""
+    broken = write_tar(tmp_path / "broken.tar", [("0.png", b"broken")])
+    good, empty = write_tar(tmp_path / "good.tar", [("0.png", images[0])]), write_tar(tmp_path / "empty.tar", [])
+
+    def told(source, *extra):
+        code = main(["batch", str(source), f"{source}-out", "--model", str(checkpoint_folder), *extra])
+        return code, "the input holds no images" in capsys.readouterr().out
+
+    assert told(broken) == (3, False) and told(good) == (0, False) and told(empty) == (3, True)
+    assert told(broken) == (0, False) and told(good, "--retry-errors") == (0, False) and told(empty) == (3, True)
+
+
 @pytest.mark.parametrize("names", [[".txt"], ["jpg"], "json"])
 def test_names_of_columns_that_would_stay_empty_are_refused(names, images, checkpoint_folder, tmp_path):
     tar = write_tar(tmp_path / "a.tar", [("0.jpg", images[0]), ("0.txt", b"zero")])

@@ -58,7 +58,7 @@ def test_a_summary_for_people(tar, checkpoint_folder, tmp_path):
         str(checkpoint_folder),
     ]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 3 and "20 images" in done.stdout and "1 images failed" in done.stdout, done.stderr
+    assert done.returncode == 3 and "20 images" in done.stdout and "1 image failed" in done.stdout, done.stderr
 
 
 def test_a_log_gets_lines_and_the_summary_says_why_and_where(tar, checkpoint_folder, tmp_path, monkeypatch, capsys):
@@ -67,7 +67,7 @@ def test_a_log_gets_lines_and_the_summary_says_why_and_where(tar, checkpoint_fol
     assert main(["batch", tar, str(output), "--model", str(checkpoint_folder), "--workers", "0"]) == 3
     told = capsys.readouterr()
     assert "batch: " in told.err and "images/s, " in told.err and "left" in told.err
-    assert f"written to {output}: 1 output shards" in told.out and "1 images failed:\n" in told.out
+    assert f"written to {output}: 1 output shard," in told.out and "1 image failed:\n" in told.out
     assert "1  not a readable image" in told.out and f"next: dyntok inspect {output}" in told.out
 
 
@@ -82,7 +82,7 @@ def test_dry_run_writes_nothing(tar, photos, checkpoint_folder, tmp_path, capsys
         assert plan["sampled"] > 7 and plan["tokens_per_image"] > 5 and not (tmp_path / "out").exists()
     assert main(["batch", "--dry-run", tar, str(tmp_path / "out"), *model]) == 0
     told = capsys.readouterr().out
-    assert "would read   1 input shards (tar)" in told and "failed       1 images of the sample" in told
+    assert "would read   1 input shard (tar)" in told and "failed       1 image of the sample" in told
     run(tar, tmp_path / "out", checkpoint_folder)
     before = files(tmp_path / "out")
     assert main(["batch", "--dry-run", tar, str(tmp_path / "out"), *model]) == 1
