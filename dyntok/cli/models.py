@@ -74,11 +74,15 @@ def _info(options: argparse.Namespace) -> int:
     if options.json:
         print_json({"fingerprint": tokenizer.fingerprint, "config": config.to_dict(), "parameters": parts})
         return OK
+    shape = f"{config.image.img_size} x {config.image.img_size} pixels"
+    patches = f"{tokenizer.grid[0]} x {tokenizer.grid[1]}"
+    if tokenizer.any_grid:
+        shape, patches = "any shape", f"up to {tokenizer.max_tokens:,} of {config.image.patch_size} pixels"
     facts = {
         "fingerprint": tokenizer.fingerprint,
-        "input": f"{config.image.img_size} x {config.image.img_size} pixels, {config.image.resize}",
-        "patches": f"{tokenizer.grid[0]} x {tokenizer.grid[1]}",
-        "codebook": f"{config.codebook.size} codes of dimension {config.codebook.dim}",
+        "input": f"{shape}; fit: {config.image.resize}",
+        "patches": patches,
+        "codebook": f"{config.codebook.size:,} codes of dimension {config.codebook.dim}",
         "parameters": f"{sum(parts.values()):,}",
         **{f"  {name}": f"{count:,}" for name, count in parts.items()},
         "makes pixels": _pixel_decoder(tokenizer),

@@ -30,7 +30,7 @@ def add_train(commands: "Commands") -> None:
         nargs="+",
         default=[],
         metavar="SOURCE",
-        help="folders of images, webdataset tars; replaces the recipe's",
+        help="folders of images, webdataset tars, and with `stream` Parquet files; replaces the recipe's",
     )
     add.add_argument("--init", metavar="NAME", help="start from the weights of this tokenizer")
     add.add_argument("--cpu", action="store_true", help="do not use a GPU")

@@ -13,7 +13,14 @@ def test_info_describes_a_tokenizer(run, tokenizer):
     assert code == 0 and tokenizer.fingerprint in out and "8 x 8" in out and "256 codes of dimension 8" in out
     values = json.loads(run("info", "--json")[1])
     assert values["config"] == json.loads(json.dumps(tokenizer.config.to_dict()))
+    assert re.search("input +64 x 64 pixels; fit: crop", out)
     assert values["parameters"]["codebook"] == 256 * 8 and values["parameters"]["pixel_head"] == 49 * 3 * 16 * 16
+
+
+def test_info_on_a_tokenizer_of_any_shape(capsys):
+    assert main(["info", "--model", "flex"]) == 0
+    out = capsys.readouterr().out
+    assert re.search("input +any shape; fit: keep\n", out) and re.search("patches +up to 256 of 8 pixels\n", out)
 
 
 @pytest.mark.parametrize("command", ["demo", "encode x", "decode x -o y.png", "show x -o y.png", "info", "eval ."])

@@ -59,9 +59,10 @@ def test_the_small_tokenizer(tokenizer, photos, tmp_path):
 
 
 @pytest.mark.slow
-def test_any_grid(small_config, photos, tmp_path):
+def test_any_grid(small_config, photos, tmp_path, recwarn):
     tokenizer = any_grid_tokenizer(small_config)
     graphs = sessions(tokenizer, tmp_path)
+    assert not [warning for warning in recwarn if "axis name" in str(warning.message)]
     for photo in (photos[0], photos[1], photos[4]):  # three grids
         for options in POLICIES:
             assert_same(tokenizer, graphs, photo, options)
