@@ -30,6 +30,7 @@ from dyntok.model.selector import Selector
 from dyntok.policy import KeepPolicy, ranks
 from dyntok.ragged import cu_seqlens_from_mask
 from dyntok.target import shortest_mask
+from dyntok.validation import refuse
 from dyntok_kernels import compact
 from dyntok_kernels.limits import HEAD_DIMS, HEAD_DIMS_IN_WORDS, MAX_CODE_DIM
 
@@ -199,6 +200,15 @@ class TokenizerNetwork(PretrainedModule):
         # on a GPU the host would wait for it; the network finds such an image a moment later
         if pixels.device.type == "cpu" and pixels.is_floating_point() and not pixels.isfinite().all():
             raise ImageError("pixels hold NaN or infinite values, expected finite ones")
+
+    def _check_grids(self, grids: Tensor) -> None:
+        """Raises `CodeError` on a grid, int64 [B, 2], that the tokenizer does not decode."""
+        if self.any_grid:  # without a limit, a file with one code could ask for any amount of memory
+            expected = f"expected sides of at most {MAX_SIDE} patches"
+            refuse((grids > MAX_SIDE).any(1), lambda i: f"the grid of image {i} is {grids[i].tolist()}, {expected}")
+        elif (grids != torch.tensor(self.grid, device=grids.device)).any():
+            rows, columns = self.grid
+            raise CodeError(f"an image has another grid than {rows} x {columns}, the only one this tokenizer decodes")
 
     def _at_once(self, images: int) -> int:
         # matrix products round differently at different shapes; what must not depend on them is computed alone

@@ -83,7 +83,7 @@ class DynamicVisualTokenizer(TokenizerNetwork):
         images: paths, bytes, PIL images, uint8 arrays [H, W(, C)], tensors [3, H, W] (see `image.py`); one or an
             iterable of them.
         policy: how many patches each image keeps; the options of `KeepPolicy` (budget, threshold, sample, psnr,
-            max_tokens) are accepted here, too. By default the selector decides.
+            max_tokens, places) are accepted here, too. By default the selector decides.
         errors: "skip" leaves bad images out; `Encoding.failures` lists them and `source_index` gives the input of each
             row.
         fit: how a picture meets its grid: "keep" (the whole picture in its own shape), "crop", "squash" or "pad". By
@@ -115,7 +115,7 @@ class DynamicVisualTokenizer(TokenizerNetwork):
         )
         return self._encode_chunks(chunks, keep, self.merger, failures, originals, margins=margins)
 
-    def __call__(self, images: ImageSource | Iterable[ImageSource], **options) -> Encoding:
+    def __call__(self, images: ImageSource | Iterable[ImageSource], **options: Any) -> Encoding:
         """Returns the codes of one image or many; the same as `encode`."""
         return self.encode(images, **options)
 
@@ -252,23 +252,22 @@ class DynamicVisualTokenizer(TokenizerNetwork):
 
         Raises `ConfigError` on values out of range, and where the tokenizer knows one grid alone.
         """
-        config = self.config.image
         given = max_patches is not None or size is not None or fit == "keep"
         if given and not self.any_grid:
             rows, columns = self.grid
             raise ConfigError(
                 f"this tokenizer knows the grid {rows} x {columns} alone; leave out max_patches, size and fit='keep'"
             )
-        if fit is not None:
-            config = dataclasses.replace(config, resize=fit)
+        if decoding not in (None, "full", "scaled"):
+            raise ConfigError(f"decoding is {decoding!r}, expected 'full' or 'scaled'")
+        options = {"resize": fit, "max_patches": max_patches, "size": None if size is None else pair(size)}
+        changes: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         if decoding is not None:
-            if decoding not in ("full", "scaled"):
-                raise ConfigError(f"decoding is {decoding!r}, expected 'full' or 'scaled'")
-            stated: Any = "scaled" if decoding == "scaled" else None
-            config = dataclasses.replace(config, decoding=stated)
-        if max_patches is not None:
-            config = dataclasses.replace(config, max_patches=max_patches)
-        return config if size is None else dataclasses.replace(config, size=pair(size))
+            changes["decoding"] = "scaled" if decoding == "scaled" else None
+        try:
+            return dataclasses.replace(self.config.image, **changes)
+        except ConfigError as error:  # it names fields of a configuration, not options
+            raise ConfigError(str(error).replace("image.resize", "fit").removeprefix("image.")) from error
 
     def _failures(self, errors: OnError) -> Failures | None:
         if errors not in ("raise", "skip"):
@@ -373,9 +372,7 @@ class DynamicVisualTokenizer(TokenizerNetwork):
                 f"these codes were written by the tokenizer {codes.fingerprint}, this one is {self.fingerprint}; "
                 "load the one that wrote them"
             )
-        if not self.any_grid and (codes.grids != torch.tensor(self.grid, device=codes.device)).any():
-            rows, columns = self.grid
-            raise CodeError(f"an image has another grid than {rows} x {columns}, the only one this tokenizer decodes")
+        self._check_grids(codes.grids)
         check_computed(codes.packed_codes, codes.cu_seqlens, codes.source_index)
         return codes.to(self.device)
 

@@ -111,11 +111,11 @@ def test_more_patches_and_sizes(tok, shapes):
     assert 240 <= rows * columns <= 300 and len(tok.decode(large)) == 1
     assert tok.encode(shapes[1], size=(96, 160), fit="crop").grids.tolist() == [[12, 20]]
     for options, message in [
-        (dict(max_patches=32), "image.max_patches is 32, expected a whole number from 64 to 4096"),
-        (dict(size=(60, 64)), "multiples of 8 pixels"),
+        (dict(max_patches=32), "^max_patches is 32, expected a whole number from 64 to 4096"),
+        (dict(size=(60, 64)), "^size is .60, 64., expected .height, width., multiples of 8 pixels"),
         (dict(size=5000), "at most 4,096 patches"),
         (dict(size="big"), "expected .height, width. in pixels"),
-        (dict(fit="stretch"), "expected one of crop, squash, pad, keep"),
+        (dict(fit="stretch"), "^fit is 'stretch', expected one of crop, squash, pad, keep"),
     ]:
         with pytest.raises(ConfigError, match=message):
             tok.encode(shapes[1], **options)
@@ -149,6 +149,17 @@ def test_a_tokenizer_of_one_grid_says_so(tokenizer, photos):
     assert tokenizer.encode(photos[0], fit="squash") != tokenizer.encode(photos[1][:, :300], fit="crop")
     with pytest.raises(CodeError, match="another grid than 8 x 8"):
         tokenizer.decode([[1, 2, 3]], grid=(4, 4))
+
+
+def test_a_file_can_not_ask_for_a_huge_picture(tok, tmp_path, capsys):
+    """One code on a huge grid: the decoder would compute every patch of it."""
+    tok.save_pretrained(tmp_path / "model")
+    hostile = {"codes": [[1]], "positions": [[0]], "grids": [[2000, 2000]]}
+    (tmp_path / "codes.json").write_text(json.dumps(hostile))
+    command = ["decode", str(tmp_path / "codes.json"), "-o", str(tmp_path / "huge.png")]
+    assert main([*command, "--model", str(tmp_path / "model")]) == 1
+    assert "the grid of image 0 is [2000, 2000], expected sides of at most 128 patches" in capsys.readouterr().err
+    assert tok.decode([[1]], grid=(1, 128))[0].size == (1024, 8)  # as large as a vocabulary writes them
 
 
 def test_parts_that_take_one_grid_alone_are_refused(small_config):
