@@ -154,6 +154,19 @@ def test_broken_boxes_of_jpeg_2000_do_not_matter(extra):
     assert np.array_equal(np.asarray(load_image(content)), PHOTO)
 
 
+def test_the_profile_of_jpeg_2000_is_applied():
+    plain = encoded(PHOTO[:, :, ::-1].copy(), "JPEG2000")
+    start = plain.index(b"jp2h") - 4
+    end = start + struct.unpack_from(">I", plain, start)[0]
+    header = plain[start + 8 : end]
+    color = header.index(b"colr") - 4
+    rest = header[color + struct.unpack_from(">I", header, color)[0] :]
+    header = header[:color] + box(b"colr", b"\2\0\0" + swapped_profile()) + rest
+    content = plain[:start] + box(b"jp2h", header) + plain[end:]
+    assert np.array_equal(np.asarray(load_image(content)), PHOTO[:, :, ::-1])
+    assert np.abs(np.asarray(load_image(content, color="srgb")).astype(int) - PHOTO).mean() < 3
+
+
 @pytest.mark.parametrize("scans, readable", [(400, True), (501, False)])
 def test_scans_of_a_jpeg_are_counted(scans, readable):
     content = encoded(GRAY[:16, :16], "JPEG", progressive=True)
@@ -298,6 +311,13 @@ def test_a_lab_picture_is_not_converted_by_an_rgb_profile():
     )
     content = encoded(picture, "TIFF", icc_profile=swapped_profile())
     assert np.abs(np.asarray(load_image(content, color="srgb")).astype(int) - PHOTO).mean() < 2
+
+
+def test_a_profile_that_is_no_bytes_is_ignored():
+    """A program may have put anything into `info`."""
+    image = Image.fromarray(PHOTO)
+    image.info["icc_profile"] = "sRGB"
+    assert np.array_equal(np.asarray(load_image(image, color="srgb")), PHOTO)
 
 
 def test_srgb_profiles_change_no_pixel():

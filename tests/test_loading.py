@@ -46,6 +46,11 @@ def test_a_misspelt_name_lists_what_there_is(name):
         dyntok.load(name)
 
 
+def test_what_is_no_name_is_refused():
+    with pytest.raises(CheckpointError, match="5 is no checkpoint; expected a folder or a name"):
+        dyntok.load(5)
+
+
 def test_a_name_like_no_other_lists_what_there_is_without_a_guess():
     with pytest.raises(CheckpointError, match=r"bundled tokenizers are flex, tiny\. Give one of these"):
         dyntok.load("resnet")

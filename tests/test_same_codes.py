@@ -120,8 +120,8 @@ def test_the_number_of_threads_does_not_matter(model, photos):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_any_batch_and_any_place_in_it(dtype, checkpoint_folder, photos):
-    """On a GPU: tests/test_on_gpu.py."""
-    tokenizer = dyntok.load(checkpoint_folder, dtype=dtype, batch_invariant=True)
+    """On a GPU, with `batch_invariant`: tests/test_on_gpu.py."""
+    tokenizer = dyntok.load(checkpoint_folder, dtype=dtype)
     images = [Image.fromarray(photo).crop(box) for photo in photos for box in [(0, 0, 150, 150), (20, 10, 90, 80)]]
     alone = [tokenizer.encode(image) for image in images]
     assert len({encoding.num_tokens for encoding in alone}) > 1

@@ -229,7 +229,9 @@ def test_the_map_of_ray(images, checkpoint_folder, tmp_path):
 
 def test_map_options(images, checkpoint_folder):
     content = list(images.values())
-    mapped = TokenizeColumn(str(checkpoint_folder), image="picture", budget=5)({"picture": content[:3], "x": [1, 2, 3]})
+    column = TokenizeColumn(str(checkpoint_folder), image="picture", budget=5, batch_invariant=True)
+    mapped = column({"picture": content[:3], "x": [1, 2, 3]})
+    assert column.tokenizer.batch_invariant
     assert [len(row) for row in mapped["codes"]] == [5] * 3 and mapped["x"] == [1, 2, 3]
     with pytest.raises(DataError, match="no column 'picture'; it has image"):
         TokenizeColumn(str(checkpoint_folder), image="picture")({"image": content})

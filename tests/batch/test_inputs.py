@@ -89,6 +89,8 @@ def test_several_files_globs_and_braces(images, wanted, checkpoint_folder, tmp_p
 def test_companions_travel_along(images, checkpoint_folder, tmp_path):
     captions = {key: f"caption of {key}" for key in images}
     folder = write_folder(tmp_path / "folder", images)
+    first = next((tmp_path / "folder").rglob("*.txt"))
+    first.write_bytes(b"\xef\xbb\xbf" + first.read_bytes())  # the mark that some editors write
     tar = write_tar(tmp_path / "one.tar", [*tar_members(images), ("c/bare.jpg", images["a/000"])])
     label = pa.array([{"id": i, "names": ["x"] * i} for i in range(20)])
     table = write_table(tmp_path / "one.parquet", images, label=label)

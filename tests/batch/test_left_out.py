@@ -43,10 +43,10 @@ def test_links_in_a_tar(images, checkpoint_folder, tmp_path):
     members = [("a/0.jpg", images[0]), ("1.jpg", (hard, "a/0.jpg")), ("b/2.jpg", (soft, "../a/0.jpg"))]
     members += [("3.jpg", (soft, "4.jpg")), ("4.jpg", (soft, "3.jpg")), ("5.jpg", (soft, "../../etc/passwd"))]
     members += [("6.jpg", (hard, "none.jpg")), ("7.jpg", (soft, "8.jpg")), ("8.jpg", images[1])]
-    members += [("c", (soft, "a")), ("d", (soft, "./c")), ("9.jpg", (soft, "d/0.jpg"))]
+    members += [("c", (soft, "a")), ("d", (soft, "./c")), ("9.jpg", (soft, "d/10.jpg")), ("a/10.jpg", images[2])]
     run(write_links(tmp_path / "a.tar", members), tmp_path / "out", checkpoint_folder)
     found = codes(tmp_path / "out")
-    assert found["1"] == found["b/2"] == found["9"] == found["a/0"] and found["7"] == found["8"]
+    assert found["1"] == found["b/2"] == found["a/0"] and found["7"] == found["8"] and found["9"] == found["a/10"]
     reasons = errors(tmp_path / "out")
     assert set(reasons) == {"3", "4", "5", "6"}
     assert "circle" in reasons["3"] and "out of the tar" in reasons["5"] and "not in the tar" in reasons["6"]
@@ -167,8 +167,9 @@ def test_zip_archives(images, checkpoint_folder, tmp_path):
         for name in ("d/0.jpg", "d/1.jpg", "__MACOSX/d/._0.jpg"):
             archive.writestr(name, images[int(name[-5])])
         archive.writestr("d/0.txt", "\ufeffzero")  # with the mark that some editors write
+        archive.writestr("./d/1.txt", "one")
     summary = run(tmp_path / "a.zip", tmp_path / "out", checkpoint_folder, keep_columns=["txt"], shard_size=1)
-    assert {row["key"]: row["txt"] for row in rows(tmp_path / "out")} == {"d/0": "zero", "d/1": None}
+    assert {row["key"]: row["txt"] for row in rows(tmp_path / "out")} == {"d/0": "zero", "d/1": "one"}
     assert summary.left_out == {"hidden": 1}
     run(f"zip://d::{tmp_path}/a.zip", tmp_path / "chain", checkpoint_folder)
     assert set(codes(tmp_path / "chain")) == {"0.jpg", "1.jpg"}
