@@ -1,5 +1,6 @@
 """Nothing outside the package changes: Python, PyTorch and Pillow are the same after every public call."""
 
+import json
 import locale
 import os
 import random
@@ -15,8 +16,10 @@ from PIL import Image, ImageFile
 from torch.nn.modules import module as torch_module
 
 import dyntok
+import dyntok.batch
+from dyntok.cli.main import main
 from dyntok.export import FixedEncoder, export
-from dyntok.llm import Document, ImageCodes, Packer, parse_ids
+from dyntok.llm import Document, ImageCodes, ImageGrammar, PackedDataset, Packer, parse_ids, read_documents
 
 SIGNALS = [number for number in signal.valid_signals() if number not in (signal.SIGKILL, signal.SIGSTOP)]
 
@@ -64,6 +67,7 @@ def state_of_everything():
 @pytest.fixture(scope="module")
 def loaded():
     """A tokenizer that was used once: first uses import modules, which may register formats."""
+    Image.init()
     tokenizer = dyntok.load()
     tokenizer.decode(tokenizer.encode(dyntok.example_image()))
     return tokenizer
@@ -79,8 +83,8 @@ def unchanged():
 
 
 def packer():
-    vocab = dyntok.VisualVocab.after(300, size=50)
-    return Packer(48, vocab, lambda text: list(text.encode()), bos=290, eos=291, pad=292)
+    vocab = dyntok.VisualVocab.after(300, size=256)
+    return Packer(96, vocab, lambda text: list(text.encode()), bos=290, eos=291, pad=292)
 
 
 CALLS = {
@@ -114,6 +118,72 @@ def test_a_call_leaves_no_traces(call, loaded, tmp_path, photos, unchanged):
     Image.fromarray(photos[0]).save(tmp_path / "photo.jpg")
     (tmp_path / "damaged.jpg").write_bytes((tmp_path / "photo.jpg").read_bytes()[:4000])
     call(loaded, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def work(photos, values, checkpoint_folder, tmp_path_factory):
+    """A folder with photographs, their codes, and the recipe of a short training run."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "photos").mkdir()
+    for i in range(3):
+        Image.fromarray(photos[i]).save(folder / "photos" / f"{i}.jpg")
+    stages = [stage | {"images": 8} for stage in values["stages"]]
+    (folder / "recipe.yaml").write_text(json.dumps(values | {"stages": stages}))
+    photo, codes = str(folder / "photos" / "0.jpg"), str(folder / "codes.json")
+    assert main(["encode", photo, "-o", codes, "--model", str(checkpoint_folder)]) == 0
+    dyntok.batch.tokenize(folder / "photos", folder / "out", model=checkpoint_folder)
+    return folder
+
+
+def on_dataset(model, work, path):
+    column = dyntok.batch.TokenizeColumn(str(model))
+    column({"image": [str(work / "photos" / "0.jpg")]})
+
+
+ON_FOLDERS = {
+    "demo": lambda model, work, path: ["demo", "-o", path / "demo.png", "--model", model],
+    "encode": lambda model, work, path: ["encode", work / "photos" / "0.jpg", "-o", path / "x", "--model", model],
+    "decode": lambda model, work, path: ["decode", work / "codes.json", "-o", path / "x.png", "--model", model],
+    "show": lambda model, work, path: ["show", work / "photos" / "0.jpg", "-o", path / "x.png", "--model", model],
+    "batch": lambda model, work, path: ["batch", work / "photos", path / "out", "--model", model, "--workers", 1],
+    "batch --threads": lambda model, work, path: [
+        *("batch", work / "photos", path / "out", "--model", model),
+        *("--threads", torch.get_num_threads() + 1),
+    ],
+    "batch --dry-run": lambda model, work, path: [
+        "batch",
+        work / "photos",
+        path / "out",
+        "--model",
+        model,
+        "--dry-run",
+    ],
+    "inspect": lambda model, work, path: ["inspect", work / "out", "--model", model, "-o", path],
+    "info": lambda model, work, path: ["info", "--model", model],
+    "doctor": lambda model, work, path: ["doctor", "--model", model],
+    "eval": lambda model, work, path: ["eval", work / "photos", "--model", model],
+    "train": lambda model, work, path: ["train", work / "recipe.yaml", "-o", path, "--cpu"],
+    "train --dry-run": lambda model, work, path: ["train", work / "recipe.yaml", "-o", path, "--cpu", "--dry-run"],
+    "batch.tokenize": lambda model, work, path: dyntok.batch.tokenize(work / "photos", path / "out", model=model),
+    "batch.read": lambda model, work, path: list(dyntok.batch.read(work / "out")),
+    "batch.CodesDataset": lambda model, work, path: list(dyntok.batch.CodesDataset(work / "out", shuffle=True)),
+    "batch.inspect": lambda model, work, path: dyntok.batch.inspect(work / "out"),
+    "batch.TokenizeColumn": on_dataset,
+    "batch.write_memmap": lambda model, work, path: dyntok.batch.write_memmap(
+        work / "out", path / "ids.bin", dyntok.VisualVocab.after(300, size=256)
+    ),
+    "llm.PackedDataset": lambda model, work, path: list(
+        PackedDataset(lambda epoch: read_documents(work / "out", text=None, epoch=epoch), packer)
+    ),
+    "llm.ImageGrammar": lambda model, work, path: ImageGrammar(packer().vocab, max_tokens=9).start(),
+}
+
+
+@pytest.mark.parametrize("call", ON_FOLDERS.values(), ids=ON_FOLDERS.keys())
+def test_a_call_on_folders_leaves_no_traces(call, loaded, work, checkpoint_folder, tmp_path, unchanged):
+    arguments = call(checkpoint_folder, work, tmp_path)
+    if isinstance(arguments, list) and arguments and isinstance(arguments[0], str):
+        assert main([str(argument) for argument in arguments]) == 0
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,8 @@ def add_train(commands: "Commands") -> None:
 
 def _train(options: argparse.Namespace) -> int:
     try:
+        import torch
+
         from dyntok.loading import load
         from dyntok.training.dry_run import estimate
         from dyntok.training.loop import Trainer
@@ -49,9 +51,10 @@ def _train(options: argparse.Namespace) -> int:
         raise MissingDependencyError.of(str(error.name), "train") from error
     recipe = Recipe.find(options.recipe, data=options.data)
     start = load(options.init) if options.init else None
-    trainer = Trainer(recipe, options.output, tokenizer=start, cpu=options.cpu)
-    if options.dry_run:
-        print(estimate(trainer).table())
-    else:
-        trainer.run()
+    with torch.random.fork_rng():  # a run seeds the global generators
+        trainer = Trainer(recipe, options.output, tokenizer=start, cpu=options.cpu)
+        if options.dry_run:
+            print(estimate(trainer).table())
+        else:
+            trainer.run()
     return OK

@@ -131,6 +131,15 @@ def test_no_thread_outlives_a_run_that_fails(workers, many, checkpoint_folder, t
     assert "File too large" in str(held[0]) and set(threading.enumerate()) == before
 
 
+@pytest.mark.parametrize("options", [["--workers", "2"], ["--devices", "cpu,cpu"]], ids=["workers", "devices"])
+def test_no_file_stays_open_after_a_run(options, photos, checkpoint_folder, tmp_path):
+    tar = write_tar(tmp_path / "a.tar", [(f"{key}.jpg", content) for key, content in pictures(photos, 8).items()])
+    arguments = ["batch", "--model", str(checkpoint_folder), "--batch-size", "4", *options, tar, str(tmp_path / "out")]
+    strict = [sys.executable, "-X", "dev", "-W", "error::ResourceWarning", "-m", "dyntok.cli"]
+    done = subprocess.run([*strict, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0 and "ResourceWarning" not in done.stderr, done.stderr
+
+
 def test_a_decoding_process_that_dies_is_told(many, checkpoint_folder, tmp_path):
     def kill(summary):
         for process in multiprocessing.active_children():

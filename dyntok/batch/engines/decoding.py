@@ -68,8 +68,10 @@ def decode_chunks(
                 yield future.result()
     finally:
         for decoder in decoders:
-            decoder.close()
+            decoder.kill()
         threads.shutdown(cancel_futures=True)
+        for decoder in decoders:
+            decoder.close()
 
 
 class DecodingProcess:
@@ -97,11 +99,16 @@ class DecodingProcess:
                 raise answer
             return answer
 
-    def close(self) -> None:
-        """Ends the process."""
+    def kill(self) -> None:
+        """Ends the process; a thread that is in `decode` raises an error."""
         with self._lock:
             self._closed = True
             self._child.kill()
+
+    def close(self) -> None:
+        """Ends the process and closes its files. No thread may be in `decode`."""
+        self.kill()
+        self._child.wait()
 
     def _start(self) -> ForkedChild:
         child = ForkedChild(_serve)

@@ -30,9 +30,12 @@ def run_local(
             work, job, devices, engine.threads or max(1, (os.cpu_count() or 1) // len(devices))
         )
         return
-    if engine.threads:
-        torch.set_num_threads(engine.threads)
-    yield from encode_work(work, job, devices[0])
+    before = torch.get_num_threads()
+    torch.set_num_threads(engine.threads or before)
+    try:
+        yield from encode_work(work, job, devices[0])
+    finally:
+        torch.set_num_threads(before)
 
 
 def _decoding_processes(engine: EngineOptions, devices: int) -> int:
