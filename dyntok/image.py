@@ -21,10 +21,9 @@ from PIL import Image, ImageFile
 from dyntok.config import ImageConfig
 from dyntok.errors import ImageError
 from dyntok.fitting import Fitting, fit, smallest_decoding
-from dyntok.imaging import jpeg
 from dyntok.imaging.color import to_srgb
 from dyntok.imaging.container import orientation
-from dyntok.imaging.decode import Picture, Smallest, decode, load
+from dyntok.imaging.decode import CheckSize, Picture, Smallest, decode, load, says_more
 from dyntok.imaging.formats import ACCEPTED_FORMATS as ACCEPTED_FORMATS
 from dyntok.imaging.formats import IMAGE_SUFFIXES as IMAGE_SUFFIXES
 from dyntok.imaging.formats import UNREADABLE_SUFFIXES as UNREADABLE_SUFFIXES
@@ -54,6 +53,7 @@ DEFAULT_MAX_PIXELS = 2**26
 MAX_SIDE = 2**20  # Pillow's resize needs 32 bytes of filter weights per pixel of a side
 
 _LAZY_FORMATS = (*ACCEPTED_FORMATS, "MPO", "HEIF", "JXL")  # names that plugins give to the same formats
+_FILES_SAY_MORE = ("JPEG", "MPO", "PNG", "TIFF")  # than Pillow's image of them does
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -73,7 +73,7 @@ def load_image(
     * path: a regular file of at most `MAX_FILE_BYTES`; bytes, bytearray, memoryview or file object: the content of such
     a file, in one of
       `ACCEPTED_FORMATS`
-    * PIL image: any mode, its current frame; one that is not decoded yet meets the same limits as a file
+    * PIL image: any mode, its current frame; one that is not decoded yet is read like its file
     * ndarray: [H, W], [H, W, 1], [H, W, 3] (RGB) or [H, W, 4] (RGBA), uint8 or floating point in [0, 1]
     * tensor: [3, H, W] or [1, H, W], uint8 or floating point in [0, 1], on any device
 
@@ -82,9 +82,9 @@ def load_image(
     cHRM chunks and EXIF's ColorSpace are ignored.
 
     White is what the file states: TIFF's BitsPerSample, SMaxSampleValue and MaxSampleValue (rounded up to whole bits),
-    and PNG's sBIT where no sample exceeds it. Where nothing states it, or a sample exceeds it, 16-bit samples are
-    scaled from 0..65535, and for modes I and F the first of 1 (F only), 255 and 65535 that holds every value is white;
-    other values are refused.
+    and PNG's sBIT where no sample exceeds it. A PIL image that is decoded, as by `image.load()`, states nothing. Where
+    nothing states it, or a sample exceeds it, 16-bit samples are scaled from 0..65535, and for modes I and F the first
+    of 1 (F only), 255 and 65535 that holds every value is white; other values are refused.
 
     `max_pixels` is checked before decoding. Settings of Pillow such as `LOAD_TRUNCATED_IMAGES` have no effect. Raises
     `ImageError`.
@@ -207,7 +207,7 @@ def _load(source: ImageSource, name: str, max_pixels: int, smallest: Smallest | 
 
     if isinstance(source, Image.Image):
         check_size(*source.size)
-        return _decoded(source, name)
+        return _decoded(source, name, check_size)
     if isinstance(source, torch.Tensor):
         if source.ndim != 3 or source.shape[0] not in (1, 3):
             raise ImageError(f"{name}: expected the shape [3, H, W] or [1, H, W]; one image at a time, channels first")
@@ -235,7 +235,7 @@ def _check_size(width: int, height: int, name: str, max_pixels: int) -> None:
         raise ImageError(f"{name}: {width} x {height} pixels, the limit for a side is {MAX_SIDE:,}; cut it up first")
 
 
-def _decoded(image: Image.Image, name: str) -> Picture:
+def _decoded(image: Image.Image, name: str, check_size: CheckSize) -> Picture:
     """Returns a PIL image of the caller's, decoded in place if it was not yet."""
     if isinstance(image, ImageFile.ImageFile):
         if image.format not in _LAZY_FORMATS:
@@ -243,11 +243,9 @@ def _decoded(image: Image.Image, name: str) -> Picture:
             raise ImageError(
                 f"{name}: format {image.format}, expected one of {formats}; if you trust it, pass image.copy()"
             )
-        if image.format in ("JPEG", "MPO") and image.tile and image.fp is not None:
-            position = image.fp.tell()
-            image.fp.seek(0)
-            jpeg.read(image.fp.read(), name)  # refuses too many scans
-            image.fp.seek(position)
+        content = _file_of(image, name)
+        if content is not None and says_more(content, name):
+            return decode(content, name, check_size)
         load(image)
     else:
         image.load()
@@ -255,6 +253,17 @@ def _decoded(image: Image.Image, name: str) -> Picture:
     state = orientation(exif if isinstance(exif, bytes) else None, None) if exif else _stated_orientation(image)
     profile = image.info.get("icc_profile")
     return Picture(image, state, profile if isinstance(profile, bytes) else None)
+
+
+def _file_of(image: ImageFile.ImageFile, name: str) -> bytes | None:
+    """Returns the file of an image that is not decoded yet; None where it says nothing about the current frame."""
+    if image.format not in _FILES_SAY_MORE or not image.tile or image.fp is None or image.tell() > 0:
+        return None
+    position = image.fp.tell()
+    image.fp.seek(0)
+    content = read_bytes(image.fp, name)
+    image.fp.seek(position)
+    return content
 
 
 def _stated_orientation(image: Image.Image) -> int:

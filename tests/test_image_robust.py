@@ -241,6 +241,71 @@ def test_white_of_gray_with_alpha():
     assert np.abs(np.asarray(load_image(png))[:, :, 0].astype(int) - GRAY).max() <= 1
 
 
+DEEP = {
+    "png": with_chunk(encoded(GRAY.astype(np.uint16) * 16, "PNG"), chunk(b"sBIT", b"\x0c")),
+    "png of 5 bits": with_chunk(encoded(PHOTO // 8, "PNG"), chunk(b"sBIT", b"\5\5\5")),
+    "tiff": tiff(GRAY.astype(np.uint32) * 16, 12),
+    "tiff of 16 bits": tiff(GRAY.astype(np.uint32) * 4, 16, [(341, 1020)]),
+}
+
+
+@pytest.mark.parametrize("content", DEEP.values(), ids=DEEP.keys())
+def test_a_pil_image_that_is_not_decoded_has_the_white_of_its_file(content, tmp_path):
+    (tmp_path / "deep").write_bytes(content)
+    expected = np.asarray(load_image(content))
+    assert expected.max() > 200
+    with Image.open(tmp_path / "deep") as image:
+        for _ in range(2):
+            assert np.array_equal(np.asarray(load_image(image)), expected)
+        image.load()
+        assert np.asarray(load_image(image)).max() < 40  # as the docstring says
+
+
+def test_signed_8_bit_tiffs():
+    """As with more bits, negative values are no brightness."""
+    below = tiff_of(GRAY.astype(np.int16) - 128, np.int8)
+    for source in (below, Image.open(io.BytesIO(below))):
+        with pytest.raises(ImageError, match=r"values from -\d+ to \d+, expected 0 to one of 255, 65535; scale them"):
+            load_image(source)
+    assert np.array_equal(np.asarray(load_image(tiff_of(GRAY // 2, np.int8)))[:, :, 0], GRAY // 2)
+
+
+def tiff_of(values, dtype, **options):
+    stream = io.BytesIO()
+    pytest.importorskip("tifffile").imwrite(stream, values.astype(dtype), **options)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    "dtype, told",
+    [
+        (np.float32, "3 channels of 32-bit floating point"),
+        (np.float16, "3 channels of 16-bit floating point"),
+        (np.int8, "3 channels of 8-bit signed integers"),
+        (np.uint32, "3 channels of 32-bit unsigned integers"),
+    ],
+)
+@pytest.mark.parametrize("planes", ["contig", "separate"])
+def test_tiffs_whose_samples_can_not_be_read_say_what_they_are(dtype, told, planes):
+    values = PHOTO if planes == "contig" else np.moveaxis(PHOTO, 2, 0).copy()
+    content = tiff_of(values // 2, dtype, photometric="rgb", planarconfig=planes)
+    with pytest.raises(ImageError, match=f"^<bytes, [0-9,]+ bytes>: a TIFF with {told}, .* save it as gray or RGB"):
+        load_image(content)
+
+
+@pytest.mark.parametrize("compression, readable", [(None, False), ("zlib", True)])
+def test_cmyk_planes_of_16_bits(compression, readable):
+    planes = np.concatenate([np.moveaxis(255 - PHOTO, 2, 0), np.zeros((1, *PHOTO.shape[:2]))]).astype(np.uint16)
+    options = {"photometric": "separated", "planarconfig": "separate", "compression": compression}
+    content = tiff_of(planes * 257, np.uint16, **options)
+    if readable:
+        assert np.abs(np.asarray(load_image(content)).astype(int) - PHOTO).max() <= 1
+        return
+    for source in (content, Image.open(io.BytesIO(content))):
+        with pytest.raises(ImageError, match="separate planes, .* save it with its channels side by side"):
+            load_image(source)
+
+
 SIDE_BY_SIDE = {"photometric": "rgb", "planarconfig": "contig"}
 PLANES = {"photometric": "rgb", "planarconfig": "separate"}
 TILES = {"tile": (32, 48), "compression": "zlib", "predictor": True}
@@ -248,7 +313,7 @@ TILES = {"tile": (32, 48), "compression": "zlib", "predictor": True}
 
 @pytest.mark.parametrize("layout", [{}, {"rowsperstrip": 7}, {"tile": (32, 48)}, TILES, {"byteorder": ">"}])
 def test_layouts_of_deep_tiffs(layout):
-    """12 bits in 16, in strips and tiles, with alpha, and with every channel for itself."""
+    """12 bits in 16, in strips and tiles, with alpha, and with channels in separate planes."""
     tifffile = pytest.importorskip("tifffile")
 
     def written(values, white, **options):

@@ -39,6 +39,7 @@ class Container:
     profile: bytes | None = None  # ICC
     white: float | None = None  # the largest value of a sample, where the file states it
     packings: tuple[Packing, ...] = ()  # the first that yields a complete picture is right
+    signed: bool = False  # 8-bit samples are -128 to 127, which decoders give as 0 to 255
 
 
 def exif_orientation(exif: bytes) -> int | None:

@@ -100,7 +100,7 @@ def decode(data: bytes, name: str, check_size: CheckSize, smallest: Smallest | N
         except (OSError, ValueError) as error:
             if isinstance(error, ImageError) or packing == container.packings[-1]:
                 raise
-    image = _open(container.data, format)
+    image = _open(container.data, format, name)
     check_size(*image.size)
     if format in ("AVIF", "HEIC"):  # their decoders turn the picture, or say in EXIF how to
         container = replace(container, orientation=orientation(image.info.get("exif"), None))
@@ -113,8 +113,16 @@ def decode(data: bytes, name: str, check_size: CheckSize, smallest: Smallest | N
     picture: Image.Image = image
     if format == "PNG" and container.white:
         picture = _by_significant_bits(image, container, rawmode)
+    elif container.signed:
+        picture = Image.fromarray(np.asarray(image).view(np.int8).astype(np.int32))
     profile = container.profile or picture.info.get("icc_profile")
     return Picture(picture, container.orientation, profile, container.white, full_size, reduction)
+
+
+def says_more(data: bytes, name: str) -> bool:
+    """Returns whether a file says of its samples what Pillow does not heed. Raises `ImageError` as `decode` does."""
+    container = _container(data, sniff(data) or "", name)
+    return container.signed or bool(container.white or container.packings)
 
 
 def _reduce(image: ImageFile.ImageFile, turned: int, smallest: Smallest) -> int:
@@ -147,8 +155,8 @@ def _container(data: bytes, format: str, name: str) -> Container:
     return Container(data)
 
 
-def _open(data: bytes, format: str) -> ImageFile.ImageFile:
-    """Returns the image of Pillow's plugin, not yet decoded."""
+def _open(data: bytes, format: str, name: str = "") -> ImageFile.ImageFile:
+    """Returns the image of Pillow's plugin, not yet decoded. name: for messages about an intact file."""
     match format:
         case "JPEG":
             return JpegImagePlugin.JpegImageFile(io.BytesIO(data))
@@ -159,7 +167,7 @@ def _open(data: bytes, format: str) -> ImageFile.ImageFile:
         case "WEBP":
             return WebPImagePlugin.WebPImageFile(_ShortFirstRead(data))
         case "TIFF":
-            return TiffImagePlugin.TiffImageFile(io.BytesIO(data))
+            return _tiff(data, name)
         case "BMP":
             return BmpImagePlugin.BmpImageFile(io.BytesIO(data))
         case "JPEG2000":
@@ -173,6 +181,18 @@ def _open(data: bytes, format: str) -> ImageFile.ImageFile:
     import pillow_heif  # only HEIC is left
 
     return pillow_heif.HeifImageFile(io.BytesIO(data))
+
+
+def _tiff(data: bytes, name: str) -> ImageFile.ImageFile:
+    try:
+        return TiffImagePlugin.TiffImageFile(io.BytesIO(data))
+    except SyntaxError as error:
+        if str(error) != "unknown pixel mode":
+            raise
+        raise ImageError(
+            f"{name}: a TIFF with {tiff.samples(data)}, which can't be read; "
+            "save it as gray or RGB with 8 or 16 unsigned bits per sample"
+        ) from error
 
 
 class _ShortFirstRead(io.BytesIO):

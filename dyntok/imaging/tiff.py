@@ -69,6 +69,8 @@ _LONG = 4
 _MOST_NUMBERS = 1 << 20  # of a tag that is read here: a picture has no more strips
 _SUBFILE, _SUBDIRECTORIES, _DNG = 254, 330, 50706
 _BLACK_IS_ZERO, _RGB, _CMYK = 1, 2, 5
+_SIGNED = 2
+_KINDS = {1: "unsigned integers", _SIGNED: "signed integers", 3: "floating point"}
 _ALPHA: dict[float, Literal["", "straight", "premultiplied"]] = {0: "", 1: "premultiplied", 2: "straight"}
 
 
@@ -113,19 +115,34 @@ def read(data: bytes, name: str) -> Container:
     state = int(directory.number(_ORIENTATION, 1))
     upright = state if state in range(1, 9) and state != 1 else orientation(None, directory.content(_XMP))
     packings = _packings(directory)
+    kinds, bits = set(directory.numbers(_SAMPLE_FORMAT, (1,))), set(directory.numbers(_BITS))
     raw_planes = directory.number(_PLANAR, 1) == 2 and directory.number(_COMPRESSION, 1) == 1
-    if raw_planes and not packings and 16 in directory.numbers(_BITS):  # Pillow would read half of every sample
+    if raw_planes and not packings and 16 in bits and kinds == {1}:  # Pillow would read half of every sample
         raise ImageError(
-            f"{name}: a TIFF that stores each of its 16-bit channels for itself; expected RGB, "
-            "or channels side by side (PlanarConfiguration 1)"
+            f"{name}: a TIFF whose 16-bit channels are stored in separate planes, which can be read for RGB only; "
+            "save it with its channels side by side (PlanarConfiguration 1)"
         )
     entries = {tag: entry for tag, entry in directory.entries.items() if tag in _DECODED}
     for tag in _SINGLE & set(entries):
         number = directory.number(tag, 0)
         entries[tag] = _number(directory, int(number)) if entries[tag].count > 1 else entries[tag]
     return Container(
-        _with_entries(data, directory, entries), upright, directory.content(_PROFILE), _white(directory), packings
+        _with_entries(data, directory, entries),
+        upright,
+        directory.content(_PROFILE),
+        _white(directory),
+        packings,
+        signed=kinds == {_SIGNED} and bits == {8},
     )
+
+
+def samples(data: bytes) -> str:
+    """Returns what the samples of an intact file are, such as "3 channels of 32-bit floating point"."""
+    directory = _directory(data)
+    channels = int(directory.number(_SAMPLES, 1))
+    bits = "/".join(str(int(number)) for number in dict.fromkeys(directory.numbers(_BITS, (1,))))
+    kind = _KINDS.get(int(directory.number(_SAMPLE_FORMAT, 1)), "numbers of another kind")
+    return f"{channels} {'channel' if channels == 1 else 'channels'} of {bits}-bit {kind}"
 
 
 def as_bytes(data: bytes, packing: Packing) -> bytes:
