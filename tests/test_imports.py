@@ -31,7 +31,7 @@ LEVELS = [
     {"config", "original", "ragged", "validation"},
     {"texts"},
     {"tables"},
-    {"addresses", "structure", "layout", "tars"},
+    {"addresses", "structure", "layout", "names", "tars"},
     {"errors"},
     {"dyntok_kernels"},
 ]

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dyntok.addresses import wrap_storage_errors
-from dyntok.batch.inputs.names import split_key
 from dyntok.batch.storage import Output
 from dyntok.errors import DataError
+from dyntok.names import split_key
 
 _OF_IMAGES = ("codes", "positions", "grid", "width", "height", "crop_box")  # columns, as `CodesImage` has them
 

@@ -18,7 +18,7 @@ from dyntok.image import load_image
 from dyntok.training.crops import Crops
 from dyntok.training.recipe import Recipe
 from dyntok.training.shards import find_shards, images_of
-from dyntok.training.sources import ImageSample, find_samples, spread, take_inventory
+from dyntok.training.sources import ImageSample, Inventory, find_samples, spread, take_inventory
 from dyntok.training.stream import StreamedImages
 
 _GIVE_UP = 100  # unreadable images in a row: then the disk or the path is at fault
@@ -34,7 +34,9 @@ def open_data(recipe: Recipe, crops: Crops) -> "tuple[TrainingImages | StreamedI
     Raises `DataError` if there are none.
     """
     if recipe.stream:
-        return StreamedImages(find_shards(recipe.data), crops, split=recipe.split, buffer=recipe.stream), []
+        inventory = Inventory()
+        shards = find_shards(recipe.data, inventory)
+        return StreamedImages(shards, crops, split=recipe.split, buffer=recipe.stream), inventory.report()
     inventory = take_inventory(recipe.data, recipe.split)
     return TrainingImages(inventory.samples, crops), inventory.report()
 

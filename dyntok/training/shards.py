@@ -9,13 +9,23 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from dyntok.addresses import BLOCK, address_of, is_remote, locate, redact, wrap_storage_errors
 from dyntok.errors import BatchError, DataError, DyntokError, MissingDependencyError
 from dyntok.image import IMAGE_SUFFIXES
+from dyntok.names import is_hidden, split_key
 from dyntok.tars import tar_members
-from dyntok.training.sources import ImageSample, Split, is_hidden, is_validation
+from dyntok.training.sources import (
+    REPEATED,
+    ImageSample,
+    Inventory,
+    Split,
+    files_below,
+    image_of_key,
+    is_validation,
+    suffix_of_member,
+)
 
 if TYPE_CHECKING:
     from dyntok.tables import RowGroup
@@ -45,27 +55,38 @@ class TableSample(ImageSample):
             return self  # reading it again says why
 
 
-def find_shards(sources: Sequence[str | Path]) -> list[str]:
+def find_shards(sources: Sequence[str | Path], inventory: Inventory | None = None) -> list[str]:
     """Returns the addresses of the tars and Parquet files that are named or lie in folders, in order.
 
-    Raises `DataError` if a source does not exist or holds none.
+    inventory: is given what was left out. Raises `DataError` if a source does not exist or holds none.
     """
+    inventory = Inventory() if inventory is None else inventory
     shards: list[str] = []
     for source in map(str, sources):
-        found = [name for name in _files(source) if PurePosixPath(name).suffix in _SUFFIXES]
+        files = _files(source, inventory)
+        found = [file for file in files if not is_hidden(PurePosixPath(file).name) and _suffix(file) in _SUFFIXES]
         if not found:
             raise DataError(
                 f"{redact(source)} holds no tars and no Parquet files, expected a folder of them, a .tar or a .parquet "
                 "file; stream: 0 lists images"
             )
+        kept = set(found)
+        for file in files:
+            if file not in kept:
+                inventory.leave_out(PurePosixPath(file).name)
         shards += found
     return shards
 
 
-def _files(source: str) -> list[str]:
+def _suffix(file: str) -> str:
+    return PurePosixPath(file).suffix.lower()
+
+
+def _files(source: str, inventory: Inventory) -> list[str]:
     if not is_remote(source):
-        local = Path(source)
-        return [str(file) for file in sorted(local.rglob("*"))] if local.is_dir() else [source] * local.exists()
+        if Path(source).is_dir():
+            return [str(file) for file in sorted(files_below(Path(source), inventory))]
+        return [source] * Path(source).exists()
     try:
         fs, path = locate(source, {})
         with wrap_storage_errors("list", source):
@@ -81,7 +102,7 @@ def images_of(shard: str, split: Split) -> Iterator[ImageSample]:
     Raises `DataError` where a Parquet file has no column of images, or several.
     """
     try:
-        for image in (_in_tar if shard.endswith(".tar") else _in_table)(shard):
+        for image in (_in_tar if _suffix(shard) == ".tar" else _in_table)(shard):
             if split == "all" or is_validation(image.key) == (split == "validation"):
                 yield image
     except (BatchError, tarfile.TarError, OSError, EOFError) as error:
@@ -90,23 +111,45 @@ def images_of(shard: str, split: Split) -> Iterator[ImageSample]:
 
 def _in_tar(shard: str) -> Iterator[ImageSample]:
     fs, path = locate(shard, {})
-    links = 0
+    links = further = 0
     try:
         with wrap_storage_errors("read", shard):
             file = fs.open(path, "rb", block_size=BLOCK)
         with file:
-            for _, member in tar_members(file, 0):
-                folder, _, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                if f".{extension.lower()}" not in IMAGE_SUFFIXES or is_hidden(name):
-                    continue
-                if not member.isreg() or member.issparse():
-                    links += 1
-                    continue
-                yield ImageSample(f"{folder}/{stem}" if folder else stem, shard, member.offset_data, member.size)
+            for key, images in _images_by_key(file):
+                regular = [image for image in images if image.isreg() and not image.issparse()]
+                links += len(images) - len(regular)
+                further += max(len(regular) - 1, 0)
+                if regular:
+                    member = image_of_key(regular)
+                    yield ImageSample(key, shard, member.offset_data, member.size)
     finally:
         if links:
             _log.warning("left out %d images of %s that are links; stream: 0 resolves them", links, redact(shard))
+        if further:
+            _log.warning("left out %d %s, of %s", further, REPEATED, redact(shard))
+
+
+def _images_by_key(file: IO[bytes]) -> Iterator[tuple[str, list[tarfile.TarInfo]]]:
+    """Yields the images that lie next to each other and have the same key. Damage is raised after what comes before."""
+    damage, key = None, ""
+    images: list[tarfile.TarInfo] = []
+    try:
+        for _, member in tar_members(file, 0):
+            own, extension = split_key(member.name)
+            if suffix_of_member(extension) not in IMAGE_SUFFIXES or member.isdir() or is_hidden(member.name):
+                continue
+            if images and own != key:
+                yield key, images
+                images = []
+            key = own
+            images.append(member)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        damage = error
+    if images:
+        yield key, images
+    if damage:
+        raise damage
 
 
 def _in_table(shard: str) -> Iterator[ImageSample]:

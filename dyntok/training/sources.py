@@ -10,12 +10,13 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from dyntok.addresses import is_remote, locate, wrap_storage_errors
 from dyntok.errors import DataError
 from dyntok.image import IMAGE_SUFFIXES
+from dyntok.names import is_hidden, split_key
 from dyntok.tars import is_link, tar_members
 
 Split = Literal["all", "train", "validation"]
@@ -23,7 +24,7 @@ Split = Literal["all", "train", "validation"]
 HOLDOUT = 20  # one in this number of images is for validation
 _LABELS = ("cls", "cls.txt")
 _MAX_LABEL = 1024  # bytes
-_REPEATED = "further images of a key that has one"
+REPEATED = "further images of a key that has one"
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,10 @@ class Inventory:
     samples: list[ImageSample] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
+
+    def leave_out(self, name: str) -> None:
+        """Counts a file that is not used."""
+        self.left_out["hidden" if is_hidden(name) else PurePosixPath(name).suffix.lower() or "without suffix"] += 1
 
     def report(self) -> list[str]:
         """Returns the lines that tell a person what was left out; none if nothing was."""
@@ -122,7 +127,7 @@ def _hash(data: bytes) -> str:
 
 def _add_source(source: Path, inventory: Inventory) -> None:
     if source.is_dir():
-        for path in sorted(_files(source, inventory)):
+        for path in sorted(files_below(source, inventory)):
             _add_file(path, source, inventory)
     elif not source.is_file():
         raise DataError(f"{source} does not exist; expected a folder of images, an image, or a webdataset tar")
@@ -132,7 +137,7 @@ def _add_source(source: Path, inventory: Inventory) -> None:
         _add_file(source, source.parent, inventory)
 
 
-def _files(root: Path, inventory: Inventory) -> Iterator[Path]:
+def files_below(root: Path, inventory: Inventory) -> Iterator[Path]:
     """Yields all files below a folder, links followed, each real folder once."""
     visited = set()
 
@@ -150,13 +155,8 @@ def _files(root: Path, inventory: Inventory) -> Iterator[Path]:
         )  # a real folder before links to it
         for hidden in [name for name in folders if is_hidden(name)]:
             folders.remove(hidden)
-            inventory.left_out["hidden"] += 1
+            inventory.leave_out(hidden)
         yield from (Path(folder, name) for name in names)
-
-
-def is_hidden(name: str) -> bool:
-    """Returns whether a file or folder is none of the user's, such as a copy that macOS keeps."""
-    return name.startswith(".") or name == "__MACOSX"
 
 
 def _is_wanted(path: Path) -> bool:
@@ -164,10 +164,8 @@ def _is_wanted(path: Path) -> bool:
 
 
 def _add_file(path: Path, root: Path, inventory: Inventory) -> None:
-    if is_hidden(path.name):
-        inventory.left_out["hidden"] += 1
-    elif not _is_wanted(path):
-        inventory.left_out[path.suffix.lower() or "without suffix"] += 1
+    if is_hidden(path.name) or not _is_wanted(path):
+        inventory.leave_out(path.name)
     elif not path.is_file():
         inventory.problems.append(f"{path} is a broken link or no ordinary file")
     elif path.suffix.lower() == ".tar":
@@ -179,37 +177,46 @@ def _add_file(path: Path, root: Path, inventory: Inventory) -> None:
 
 
 def _add_tar(path: Path, inventory: Inventory) -> None:
-    images: dict[str, tarfile.TarInfo] = {}
+    images: dict[str, list[tarfile.TarInfo]] = {}
     labels: dict[str, str] = {}
     members: dict[str, tarfile.TarInfo] = {}
     try:
         with open(path, "rb") as file:
             for tar, member in tar_members(file, 0):
                 members[posixpath.normpath(member.name)] = member
-                folder, _, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
+                key, extension = split_key(member.name)
+                suffix = suffix_of_member(extension)
                 if member.isdir():
                     continue
-                if is_hidden(name) or "__MACOSX" in folder.split("/"):
-                    inventory.left_out["hidden"] += 1
-                elif f".{extension.lower()}" in IMAGE_SUFFIXES:
-                    if key in images:
-                        inventory.left_out[_REPEATED] += 1
-                    images.setdefault(key, member)
+                if is_hidden(member.name):
+                    inventory.leave_out(member.name)
+                elif suffix in IMAGE_SUFFIXES:
+                    images.setdefault(key, []).append(member)
                 elif extension in _LABELS and member.isreg() and member.size < _MAX_LABEL:
                     labels[key] = tar.extractfile(member).read().decode(errors="replace").strip()
                 else:
-                    inventory.left_out[f".{extension.lower()}" if extension else "without suffix"] += 1
+                    inventory.leave_out(member.name)
     except (tarfile.TarError, OSError, EOFError) as error:
         whole = f"{path} can't be read" if not images else f"the rest of {path}, after {len(images):,} images"
         inventory.problems.append(f"{whole}: {error}; expected an intact, uncompressed webdataset tar")
-    for key, member in images.items():
+    for key, several in images.items():
+        member = image_of_key(several)
+        inventory.left_out += Counter({REPEATED: len(several) - 1})
         target = _resolve(member, members)
         if target is None:
             inventory.problems.append(f"{member.name} in {path} is a link to nothing or no ordinary file")
         else:
             inventory.samples.append(ImageSample(key, str(path), target.offset_data, target.size, labels.get(key)))
+
+
+def suffix_of_member(extension: str) -> str:
+    """Returns the suffix in lower case, such as ".png" of the extension "seg.png"; "" where there is none."""
+    return f".{extension.rpartition('.')[2].lower()}" if extension else ""
+
+
+def image_of_key(images: Sequence[tarfile.TarInfo]) -> tarfile.TarInfo:
+    """Returns the image of a key that has several: `KEY.jpg` rather than `KEY.seg.png`, else the first."""
+    return min(images, key=lambda member: "." in split_key(member.name)[1])
 
 
 def _resolve(member: tarfile.TarInfo, members: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:

@@ -156,6 +156,22 @@ def test_tars_in_one_file_and_repeated_keys(tmp_path, photos):
     assert inventory.report() == ["left out: 1 further images of a key that has one"]
 
 
+def test_names_with_several_dots(tmp_path, photos):
+    """As in `dyntok batch`, the key ends at the first dot, and the suffix is what follows the last one."""
+    a, b, mask = (jpeg(photos[i]) for i in range(3))
+    members = [
+        ("d.e/a.b.jpg", a),
+        ("b.mask.png", mask),
+        ("b.jpg", b),
+        ("b.x.txt", b"?"),
+        ("c.1.jpg", b),
+        ("c.2.JPG", a),
+    ]
+    inventory = take_inventory([write_tar(tmp_path / "a.tar", members)])
+    assert {sample.key: sample.read() for sample in inventory.samples} == {"d.e/a": a, "b": b, "c": b}
+    assert inventory.report() == ["left out: 2 further images of a key that has one, 1 .txt"]
+
+
 @pytest.mark.parametrize("name", ["missing", "notes.txt", "a.tar.gz", "nothing"])
 def test_nothing_to_work_on(tmp_path, name):
     (tmp_path / "notes.txt").write_text("no image")

@@ -5,6 +5,7 @@ import logging
 import tarfile
 from collections import Counter
 from itertools import islice
+from pathlib import PurePath
 
 import numpy as np
 import pyarrow as pa
@@ -17,8 +18,11 @@ from support.tars import jpeg, write_tar
 
 from dyntok.config import ImageConfig
 from dyntok.errors import DataError
+from dyntok.structure import build
 from dyntok.tables import RowGroup
 from dyntok.training.crops import Crops
+from dyntok.training.data import open_data
+from dyntok.training.recipe import Recipe
 from dyntok.training.shards import find_shards
 from dyntok.training.sources import is_validation
 from dyntok.training.stream import StreamedImages
@@ -151,6 +155,31 @@ def test_two_tars_in_one_file_and_links(folder, tmp_path, caplog):
         tar.addfile(link)
     keys(stream(folder, buffer=1), SHARDS * EACH)
     assert "left out 1 images of" in caplog.text and "links" in caplog.text
+
+
+def test_names_with_several_dots(photos, tmp_path, caplog):
+    a, b = jpeg(photos[0]), jpeg(photos[1])
+    members = [("a.b.jpg", a), ("b.mask.png", a), ("b.jpg", b), ("c.1.jpg", b), ("c.2.JPG", a), (".d/x.jpg", a)]
+    write_tar(tmp_path / "a.tar", members)
+    images = list(islice(stream(tmp_path, buffer=1).order(), 3))
+    assert {image.key: image.read() for image in images} == {"a": a, "b": b, "c": b}
+    list(islice(stream(tmp_path, buffer=1).order(), 7))
+    assert f"left out 2 further images of a key that has one, of {tmp_path}/a.tar" in caplog.text
+
+
+def test_shards_in_linked_folders_and_what_is_no_shard(folder, values, tmp_path):
+    (folder / "more").mkdir()
+    (folder / "4.tar").rename(folder / "more" / "4.TAR")
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "linked").symlink_to(folder)
+    (folder / "back").symlink_to(tmp_path / "source")
+    for name in ("._0.tar", "notes.md", "README"):
+        (folder / name).write_bytes(b"no shard")
+    recipe = build(Recipe, changed(values, data=[str(tmp_path / "source")], stream=1))
+    data, left_out = open_data(recipe, Crops(CONFIG, 4, seed=3, min_crop=0.7))
+    assert [PurePath(shard).name for shard in data.shards] == ["0.tar", "1.tar", "2.tar", "3.tar", "4.TAR"]
+    assert left_out == ["left out: 1 hidden, 1 without suffix, 1 .md"]
+    assert len(set(keys(data, SHARDS * EACH))) == SHARDS * EACH
 
 
 def test_ranks_are_disjoint_and_complete(folder):

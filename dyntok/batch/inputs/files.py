@@ -32,12 +32,13 @@ from dyntok.addresses import (
 from dyntok.batch.inputs.left_out import LeftOut
 from dyntok.batch.inputs.listing import ListedFile, find_unnamed_images, list_files, size_and_stamp
 from dyntok.batch.inputs.members import MAX_TEXT_BYTES
-from dyntok.batch.inputs.names import is_image, split_key, without_surrogates
+from dyntok.batch.inputs.names import is_image, without_surrogates
 from dyntok.batch.inputs.samples import Broken, InputSample, Shard, text_types
 from dyntok.batch.options import BatchOptions
 from dyntok.chunks import batched
 from dyntok.errors import ConfigError, DataError
 from dyntok.image import MAX_FILE_BYTES
+from dyntok.names import split_key
 
 _BOMS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 

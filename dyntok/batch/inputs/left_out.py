@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from dyntok.batch.inputs.names import is_hidden, suffix_of
+from dyntok.batch.inputs.names import suffix_of
+from dyntok.names import is_hidden
 
 HIDDEN, NO_SUFFIX, OTHER = "hidden", "without a suffix", "other"
 _MAX_LABELS = 50  # a hostile archive must not fill the records with suffixes

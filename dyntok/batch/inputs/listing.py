@@ -16,9 +16,10 @@ from fsspec.implementations.local import LocalFileSystem
 
 from dyntok.addresses import version_stamp
 from dyntok.batch.inputs.left_out import HIDDEN, LeftOut
-from dyntok.batch.inputs.names import is_hidden, suffix_of
+from dyntok.batch.inputs.names import suffix_of
 from dyntok.chunks import batched
 from dyntok.image import sniff
+from dyntok.names import is_hidden
 
 LOOP = "linked folders that lead back to themselves"
 _NAMES_IN_MEMORY = 100_000  # names of a folder that are sorted at once

@@ -72,7 +72,10 @@ def images_and_columns(group: Group, options: BatchOptions) -> tuple[list[bytes 
     broken = next((value for value in columns.values() if isinstance(value, Broken)), None)
     if broken is None and len(group.images) > 1 and not options.interleaved:
         count, names = len(group.images), ", ".join(group.images)
-        broken = Broken(f"has {count} images ({names}), expected one; --interleaved reads several per row")
+        broken = Broken(
+            f"has {count} images ({names}), expected one, since a key ends at the first dot of a name; "
+            "--interleaved reads several per row"
+        )
     if broken is not None:
         return [broken], {}
     return list(group.images.values()), {name: text for name, text in columns.items() if not isinstance(text, Broken)}

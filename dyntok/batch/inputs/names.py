@@ -1,4 +1,4 @@
-"""Reads file names: which kind of input they are, which are hidden, and which sample of an archive they belong to."""
+"""Reads file names: which kind of input they are, and whether members of an archive belong to one sample."""
 
 import posixpath
 import re
@@ -27,26 +27,10 @@ def kind_of(name: str) -> str | None:
     return found or ("folder" if is_image(name) else None)
 
 
-def is_hidden(path: str) -> bool:
-    """Returns whether a relative path leads to or through a name that tools hide, such as `._x.jpg` or `__MACOSX`."""
-    return any(part == "__MACOSX" or (part.startswith(".") and part not in (".", "..")) for part in path.split("/"))
-
-
 def suffix_of(name: str) -> str:
     """Returns the suffix in lower case, such as ".txt", or "" where a name has none that looks like one."""
     suffix = PurePosixPath(name).suffix
     return suffix.lower() if _SUFFIX.fullmatch(suffix) else ""
-
-
-def split_key(name: str) -> tuple[str, str]:
-    """Splits the name of an archive member as webdataset does: the key ends at the first dot of the last part.
-
-    >>> split_key("a/cat.seg.png")
-    ('a/cat', 'seg.png')
-    """
-    folder, slash, last = name.rpartition("/")
-    stem, _, extension = last.partition(".")
-    return folder + slash + stem, extension
 
 
 def sample_of(key: str) -> str:

@@ -6,8 +6,9 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import IO
 
-from dyntok.batch.inputs.names import is_hidden, sample_of, split_key, without_surrogates
+from dyntok.batch.inputs.names import sample_of, without_surrogates
 from dyntok.batch.inputs.samples import Broken
+from dyntok.names import is_hidden, split_key
 from dyntok.tars import is_link, tar_members
 
 _MAX_LINKS = 16  # links to links

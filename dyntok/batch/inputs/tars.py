@@ -17,11 +17,12 @@ from dyntok.addresses import BLOCK, locate, redact, wrap_storage_errors
 from dyntok.batch.inputs.compression import Decompressed, decompressed
 from dyntok.batch.inputs.left_out import HIDDEN, LeftOut
 from dyntok.batch.inputs.members import Group, Role, images_and_columns, is_column, role_of, too_large
-from dyntok.batch.inputs.names import is_hidden, sample_of, split_key, without_surrogates
+from dyntok.batch.inputs.names import sample_of, without_surrogates
 from dyntok.batch.inputs.samples import Broken, FileShards, InputSample, Shard, text_types
 from dyntok.batch.inputs.tar_index import TarIndex
 from dyntok.errors import BatchError
 from dyntok.image import sniff
+from dyntok.names import is_hidden, split_key
 from dyntok.tars import is_link, tar_members
 
 

@@ -13,9 +13,10 @@ import pyarrow as pa
 from dyntok.addresses import BLOCK, locate, redact, wrap_storage_errors
 from dyntok.batch.inputs.left_out import HIDDEN, LeftOut
 from dyntok.batch.inputs.members import Group, Role, images_and_columns, role_of, too_large
-from dyntok.batch.inputs.names import is_hidden, sample_of, split_key, without_surrogates
+from dyntok.batch.inputs.names import sample_of, without_surrogates
 from dyntok.batch.inputs.samples import Broken, FileShards, InputSample, Shard, text_types
 from dyntok.image import sniff
+from dyntok.names import is_hidden, split_key
 
 _MAX_LINKS = 16  # links to links
 _MAX_NAME = 4096  # bytes of a link's target
