@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from dyntok.addresses import StorageOptions, redact
 from dyntok.batch.formats import ROWS_IN_GROUP
-from dyntok.batch.manifest import read_description, recorded_files
+from dyntok.batch.manifest import RecordedFile, read_description, recorded_files
 from dyntok.batch.shard_reader import CodesImage, CodesRow, read_block
 from dyntok.batch.storage import Output
 from dyntok.encoding import Encoding
@@ -191,11 +191,10 @@ class _Blocks:
     """The rows of an output, in blocks that are read at once: row groups of Parquet, or whole tars."""
 
     def __init__(self, output: Output) -> None:
-        self._names: list[str] = []
+        self._files = recorded_files(output)
         first, sizes = [0], []  # the first block of each file, and the rows of each block
-        for file in recorded_files(output):
+        for file in self._files:
             size = ROWS_IN_GROUP if file.name.endswith(".parquet") else max(file.rows, 1)
-            self._names.append(file.name)
             sizes += [min(size, file.rows - start) for start in range(0, file.rows, size)]
             first.append(len(sizes))
         self._first, self._sizes = np.array(first), np.array(sizes, np.int64)
@@ -208,10 +207,10 @@ class _Blocks:
             order = np.random.default_rng([seed, epoch]).permutation(order)
         return order, np.cumsum(self._sizes[order])
 
-    def locate(self, block: int) -> tuple[str, int]:
+    def locate(self, block: int) -> tuple[RecordedFile, int]:
         """Returns the file of a block, and its number there."""
         file = int(np.searchsorted(self._first, block, side="right")) - 1
-        return self._names[file], block - int(self._first[file])
+        return self._files[file], block - int(self._first[file])
 
 
 def read(

@@ -13,6 +13,7 @@ import torch
 
 from dyntok.addresses import StorageOptions
 from dyntok.batch.dataset import CodesDataset
+from dyntok.batch.manifest import recorded_files
 from dyntok.errors import BatchError, CodeError, ConfigError, FingerprintError, MissingDependencyError
 from dyntok.texts import draw_text, parse_texts
 from dyntok.vocab import VisualVocab
@@ -123,7 +124,8 @@ def prepare_energon(folder: str | Path, *, workers: int = 1) -> int:
     Returns the number of samples. Energon then reads the folder as crude samples with `codes.npy`, `positions.npy`,
     `json` and texts; all of them are in the split "train".
 
-    Raises `BatchError` where the folder holds no tars, `MissingDependencyError` without megatron-energon.
+    Raises `DataError` where the folder is no output, `BatchError` where it holds no tars, `MissingDependencyError`
+    without megatron-energon.
     """
     try:
         from megatron.energon.flavors.webdataset.prepare import WebdatasetPreparator
@@ -131,7 +133,7 @@ def prepare_energon(folder: str | Path, *, workers: int = 1) -> int:
         raise MissingDependencyError.of("megatron-energon", "energon") from error
 
     folder = Path(folder)
-    tars = sorted(path.name for path in folder.glob("*.tar"))
+    tars = [file.name for file in recorded_files(folder) if file.name.endswith(".tar")]
     if not tars:
         raise BatchError(f"{folder} has no tars; dyntok batch --format webdataset writes them")
     WebdatasetPreparator.prepare_dataset(

@@ -57,6 +57,10 @@ class Record:
     attempt: int = 0  # the last `--retry-errors`
     left_out: dict[str, int] = field(default_factory=dict)  # input files that were not read, by suffix
 
+    @property
+    def data_files(self) -> list["RecordedFile"]:
+        return [RecordedFile(name, facts["rows"], facts["bytes"]) for name, facts in sorted(self.files.items())]
+
 
 def describe_run(
     sources: Sequence[str], kind: str, fingerprint: str, options: BatchOptions, version: str
@@ -120,6 +124,20 @@ class RecordedFile:
     rows: int
     bytes: int
 
+    def check(self, folder: str, *, size: int | None, rows: int | None = None) -> None:
+        """Raises `DataError` where the file is gone, or where its size or number of rows is not what was written."""
+        if size is None:
+            found = "is missing"
+        elif size != self.bytes:
+            found = f"has {size:,} bytes, and {self.bytes:,} were written"
+        elif rows not in (None, self.rows):
+            found = f"has {rows:,} rows, and {self.rows:,} were written"
+        else:
+            return
+        raise DataError(
+            f"{redact(folder)}/{self.name} {found}; to write it anew, run the same `dyntok batch` command again"
+        )
+
 
 def recorded_files(folder: str | os.PathLike | Output, storage: StorageOptions | None = None) -> list[RecordedFile]:
     """Returns the files of an output folder that its records name, in the order of the input.
@@ -130,11 +148,7 @@ def recorded_files(folder: str | os.PathLike | Output, storage: StorageOptions |
     """
     output = folder if isinstance(folder, Output) else Output(folder, storage or {})
     read_description(output)
-    return [
-        RecordedFile(name, facts["rows"], facts["bytes"])
-        for _, record in read_records(output)
-        for name, facts in sorted(record.files.items())
-    ]
+    return [file for _, record in read_records(output) for file in record.data_files]
 
 
 def read_errors(output: Output, span: Range, record: Record) -> list[dict[str, Any]]:

@@ -103,6 +103,9 @@ def inspect(folder: str, *, storage: StorageOptions | None = None) -> Report:
         totals.update(shards=1, rows=record.rows, images=record.images, tokens=record.tokens, errors=record.errors)
         totals.update(duplicates=record.duplicates, bytes=sum(facts["bytes"] for facts in record.files.values()))
         reasons.update(reason_kind(row["reason"]) for row in read_errors(output, span, record))
+        if description["options"]["format"] == "megatron":  # other files are read below
+            for file in record.data_files:
+                file.check(output.address, size=output.size(file.name))
     lengths = codes = area = None
     grids: Counter[str] | None = None
     if description["options"]["format"] != "megatron":
@@ -226,7 +229,7 @@ def _originals(
     source: Input, shard: Shard, record: Record, output: Output, fingerprint: str
 ) -> Iterator[tuple[Any, Encoding]]:
     """Returns the first images of an output shard, and their codes."""
-    rows = {row.key: row for row in read_block(output, sorted(record.files)[0], 0) if row.images}
+    rows = {row.key: row for row in read_block(output, record.data_files[0], 0) if row.images}
     with source.open(shard, record.start) as reading:
         for sample in itertools.islice(reading, record.rows):
             if sample.key in rows:

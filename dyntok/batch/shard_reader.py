@@ -1,10 +1,10 @@
 """Rows of codes out of one file of an output folder, Parquet or webdataset."""
 
+import io
 import json
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from itertools import groupby
 from typing import IO, Any
 
@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dyntok.addresses import wrap_storage_errors
+from dyntok.batch.manifest import RecordedFile
 from dyntok.batch.storage import Output
 from dyntok.errors import DataError
 from dyntok.names import split_key
@@ -41,12 +42,19 @@ class CodesRow:
     columns: dict[str, Any]
 
 
-def read_block(output: Output, name: str, group: int, columns: Sequence[str] = ()) -> list[CodesRow]:
-    """Returns the rows of one row group of a Parquet file, or of a whole tar. Raises `BatchError`, `DataError`."""
+def read_block(output: Output, file: RecordedFile, group: int, columns: Sequence[str] = ()) -> list[CodesRow]:
+    """Returns the rows of one row group of a Parquet file, or of a whole tar.
+
+    Raises `BatchError`, and `DataError` where the file is not the recorded one or lacks a column.
+    """
+    name = file.name
     with wrap_storage_errors("read", f"{output.address}/{name}", output.options), output.open(name) as stream:
+        file.check(output.address, size=stream.seek(0, io.SEEK_END))
+        stream.seek(0)
         if name.endswith(".tar"):
             return list(_tar_rows(stream, columns))
         parquet = pq.ParquetFile(stream)
+        file.check(output.address, size=file.bytes, rows=parquet.metadata.num_rows)
         present = parquet.schema_arrow.names
         if missing := [column for column in columns if column not in present]:
             raise DataError(f"{name} has no column {', '.join(missing)}; it has {', '.join(present)}")
@@ -94,7 +102,7 @@ def _tar_rows(stream: IO[bytes], columns: Sequence[str]) -> Iterator[CodesRow]:
             parts = {split_key(name)[1]: content for name, content in group}
             facts = json.loads(parts.pop("json"))
             codes, positions = (
-                np.load(BytesIO(parts.pop(f"{name}.npy")), allow_pickle=False) for name in ("codes", "positions")
+                np.load(io.BytesIO(parts.pop(f"{name}.npy")), allow_pickle=False) for name in ("codes", "positions")
             )
             kept = {**{name: text.decode() for name, text in parts.items()}, **facts}  # all texts have their own file
             if missing := [column for column in columns if column not in kept]:

@@ -4,13 +4,16 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
 
 from dyntok.errors import DataError, MissingDependencyError
 from dyntok.texts import draw_text, parse_texts, share
 from dyntok.vocab import VisualVocab
+
+if TYPE_CHECKING:
+    from dyntok.batch.manifest import RecordedFile
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,8 @@ def read_documents(
     `MissingDependencyError` without pyarrow.
     """
     found = False
-    for path in _files(Path(source)):
-        rows = _tar_rows(path, text) if path.suffix == ".tar" else _parquet_rows(path, text, positions)
-        for row, fingerprint in rows:
+    for path, recorded in _files(Path(source)):
+        for row, fingerprint in _rows(path, recorded, text, positions):
             found = True
             if row is not None:
                 yield from _documents(row, text, f"{seed} {epoch}", path, fingerprint)
@@ -69,17 +71,36 @@ def read_documents(
 _Rows: TypeAlias = Iterator[tuple[dict[str, Any] | None, str | None]]  # a row or none, and the fingerprint of its codes
 
 
-def _files(source: Path) -> list[Path]:
+def _files(source: Path) -> "list[tuple[Path, RecordedFile | None]]":
     """Returns the files of a folder that may hold documents; of an output, those that its records name."""
     if not source.is_dir():
-        return [source]
+        return [(source, _record_of(source) if source.suffix == ".tar" else None)]
     outputs = {path.parent.parent for path in source.rglob("__run__/run.json")}
-    paths = [path for path in source.rglob("*.parquet") if outputs.isdisjoint(path.parents)]
+    files: list[tuple[Path, RecordedFile | None]] = [
+        (path, None) for path in source.rglob("*.parquet") if outputs.isdisjoint(path.parents)
+    ]
     if outputs:
         from dyntok.batch.manifest import recorded_files
 
-        paths += [output / file.name for output in outputs for file in recorded_files(output)]
-    return sorted(paths)
+        files += [(output / file.name, file) for output in outputs for file in recorded_files(output)]
+    return sorted(files, key=lambda pair: pair[0])
+
+
+def _record_of(tar: Path) -> "RecordedFile":
+    from dyntok.batch.manifest import recorded_files
+
+    found = next((file for file in recorded_files(tar.parent) if file.name == tar.name), None)
+    if found is None:
+        raise DataError(f"{tar} is not named by a record of the run in {tar.parent}, so it is no part of the output")
+    return found
+
+
+def _rows(path: Path, recorded: "RecordedFile | None", text: str | None, positions: bool | None) -> _Rows:
+    if recorded is not None:
+        recorded.check(str(path.parent), size=path.stat().st_size if path.exists() else None)
+        if path.suffix == ".tar":
+            return _tar_rows(path, recorded, text)
+    return _parquet_rows(path, text, positions)
 
 
 def _parquet_rows(path: Path, text: str | None, positions: bool | None) -> _Rows:
@@ -113,14 +134,14 @@ def _parquet_rows(path: Path, text: str | None, positions: bool | None) -> _Rows
         raise DataError(f"can't read {path}: {error}; expected Parquet with the columns key and codes") from error
 
 
-def _tar_rows(path: Path, text: str | None) -> _Rows:
+def _tar_rows(path: Path, recorded: "RecordedFile", text: str | None) -> _Rows:
     from dyntok.batch.manifest import read_description
     from dyntok.batch.shard_reader import read_block
     from dyntok.batch.storage import Output
 
     output = Output(path.parent, {})
     fingerprint = read_description(output)["tokenizer"]["fingerprint"]
-    for row in read_block(output, path.name, 0, [] if text is None else [text]):
+    for row in read_block(output, recorded, 0, [] if text is None else [text]):
         (image,) = row.images
         codes, positions = image.codes.tolist(), image.positions.tolist()
         columns = {"key": row.key, "codes": codes, "positions": positions, "grid": list(image.grid)}

@@ -5,12 +5,14 @@ import pickle
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.batch_data import codes, pictures, rows, run, tar_members, write_tar
+from support.batch_data import codes, files, pictures, rows, run, tar_members, write_table, write_tar
 from torch.utils.data import DataLoader
 
 import dyntok
-from dyntok.batch import CodesDataset, TokenizeColumn, read
+from dyntok.batch import CodesDataset, TokenizeColumn, inspect, read, write_memmap
 from dyntok.errors import ConfigError, DataError
+from dyntok.llm import read_documents
+from dyntok.vocab import VisualVocab
 
 
 @pytest.fixture(scope="module")
@@ -237,3 +239,50 @@ def test_map_options(images, checkpoint_folder):
         TokenizeColumn(str(checkpoint_folder), image="picture")({"image": content})
     with pytest.raises(ConfigError):
         TokenizeColumn(budget=5, threshold=0.5)
+
+
+SWAPPED = {
+    "read": lambda output, path: list(read(output)),
+    "CodesDataset": lambda output, path: list(CodesDataset(output, shuffle=True)),
+    "inspect": lambda output, path: inspect(output),
+    "read_documents": lambda output, path: list(read_documents(output, text=None)),
+    "write_memmap": lambda output, path: write_memmap(output, path / "ids.bin", VisualVocab.after(1000, size=256)),
+}
+
+
+@pytest.mark.parametrize("call", SWAPPED.values(), ids=SWAPPED.keys())
+@pytest.mark.parametrize("format", ["parquet", "webdataset"])
+def test_a_shard_that_is_not_the_recorded_one_is_an_error(call, format, photos, checkpoint_folder, tmp_path):
+    table = write_table(tmp_path / "a.parquet", pictures(photos, 6))
+    run(table, tmp_path / "out", checkpoint_folder, format=format, shard_size=2)
+    undisturbed = files(tmp_path / "out")
+    first, second, _ = sorted(path for path in (tmp_path / "out").iterdir() if path.is_file())
+    first.write_bytes(second.read_bytes() + b"\0" * 512)
+    with pytest.raises(
+        DataError, match=f"{first.name} has [0-9,]+ bytes, and [0-9,]+ were written; to write it anew, run the same"
+    ):
+        call(str(tmp_path / "out"), tmp_path)
+    run(table, tmp_path / "out", checkpoint_folder, format=format, shard_size=2)
+    assert files(tmp_path / "out") == undisturbed
+
+
+def test_rows_that_the_record_does_not_count_are_an_error(photos, checkpoint_folder, tmp_path):
+    """The record is changed here, since a file of the same size with other rows is hard to make."""
+    run(write_table(tmp_path / "a.parquet", pictures(photos, 6)), tmp_path / "out", checkpoint_folder)
+    (record,) = (tmp_path / "out" / "__run__" / "done").iterdir()
+    record.write_text(record.read_text().replace('"rows": 6', '"rows": 5'))
+    with pytest.raises(DataError, match=r"parquet has 6 rows, and 5 were written"):
+        list(read(str(tmp_path / "out")))
+
+
+def test_inspect_notices_a_changed_megatron_file(photos, checkpoint_folder, tmp_path):
+    table = write_table(tmp_path / "a.parquet", pictures(photos, 4))
+    run(table, tmp_path / "out", checkpoint_folder, format="megatron", vocab_size=1000)
+    inspect(str(tmp_path / "out"))
+    (ids,) = (tmp_path / "out").glob("*.bin")
+    ids.write_bytes(ids.read_bytes()[:-2])
+    with pytest.raises(DataError, match=r"\.bin has [0-9,]+ bytes, and [0-9,]+ were written"):
+        inspect(str(tmp_path / "out"))
+    ids.unlink()
+    with pytest.raises(DataError, match=r"\.bin is missing; to write it anew"):
+        inspect(str(tmp_path / "out"))
