@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.lavit_files import write_release
-from support.loopback_hub import COMMIT, Hub, downloads, serve
+from support.loopback_hub import COMMIT, Hub, downloads, only_hub
 
 import dyntok
 from dyntok import CheckpointError
@@ -24,18 +24,8 @@ def hub(parity, tmp_path, monkeypatch):
     folder = write_release(parity, tmp_path / "release")
     files = {path: (folder / path).read_bytes() for path in FILES.values()}
     extra = {"language_model/model-00001.safetensors": b"gigabytes", "README.md": b"card"}
-    monkeypatch.setattr(Hub, "repos", {NAME: files | extra})
     monkeypatch.setattr(Hub, "torn", set())
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    Hub.requests.clear()
-    with serve() as address:
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
-        monkeypatch.setattr(
-            "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
-            address + "/{repo_id}/resolve/{revision}/{filename}",
-        )
-        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", address, raising=False)
+    with only_hub({NAME: files | extra}, monkeypatch):
         yield {"config": parity.config, "cache_dir": tmp_path / "cache", "token": False}
 
 

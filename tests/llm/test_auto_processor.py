@@ -4,7 +4,7 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
-from support.loopback_hub import COMMIT, Hub, downloads, serve  # noqa: E402
+from support.loopback_hub import COMMIT, Hub, downloads, only_hub  # noqa: E402
 from support.processors import made  # noqa: E402
 
 import dyntok.llm.auto as auto  # noqa: E402
@@ -72,15 +72,7 @@ def hub(tokenizer, tmp_path, monkeypatch):
     made(tokenizer, "map", budget=9).save_pretrained(tmp_path / "saved")
     tokenizer.save_pretrained(tmp_path / "photos")
     auto.add_transformers_files(tmp_path / "photos")
-    monkeypatch.setattr(Hub, "repos", {f"org/{name}": contents(tmp_path / name) for name in ("saved", "photos")})
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    Hub.requests.clear()
-    with serve() as address:
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
-        template = address + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", address)
+    with only_hub({f"org/{name}": contents(tmp_path / name) for name in ("saved", "photos")}, monkeypatch):
         yield {"cache_dir": tmp_path / "cache", "token": False}
 
 

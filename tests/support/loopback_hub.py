@@ -93,6 +93,21 @@ def serve():
         server.server_close()
 
 
+@contextmanager
+def only_hub(repos, monkeypatch):
+    """The address of a hub with these repositories: the only one that the client in this process knows."""
+    monkeypatch.setattr(Hub, "repos", repos)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    Hub.requests.clear()
+    with serve() as address:
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", address)
+        yield address
+
+
 def downloads():
     """Paths of the files that were sent."""
     return sorted(
