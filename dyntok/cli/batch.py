@@ -42,7 +42,8 @@ def add_batch(commands: "Commands") -> None:
         "inputs",
         nargs="+",
         metavar="INPUT",
-        help="folders, webdataset tars, Parquet files, lists of paths (.txt); globs, {000..099} and s3:// work",
+        help="folders, webdataset tars, zip archives, Parquet files, lists of paths (.txt); "
+        "globs, {000..099} and s3:// work",
     )
     add.add_argument("output", metavar="OUTPUT", help="a new folder, or the folder of the run to resume")
     add_model_option(add)
