@@ -46,6 +46,7 @@ Size: TypeAlias = int | tuple[int, int]  # (height, width) in pixels, or both
 Decoding: TypeAlias = Literal["full", "scaled"]  # of JPEG files
 
 BATCH_SIZE = 32
+_DECODED_PATCHES = 32 * 256  # of the images that are decoded together: what bounds the memory
 
 
 class DynamicVisualTokenizer(TokenizerNetwork):
@@ -149,7 +150,7 @@ class DynamicVisualTokenizer(TokenizerNetwork):
         originals = self._originals(encoding) if size == "original" else None
         height_width = None if size is None or size == "original" else pair(size)
         images: dict[int, Image.Image] = {}
-        for rows in _rows_by_grid(encoding, BATCH_SIZE):
+        for rows in _rows_by_grid(encoding):
             for row, pixels in zip(rows, self.decode_to_pixels(encoding[rows]), strict=True):
                 image = to_image(pixels, self.config.image)
                 if originals is not None:
@@ -377,13 +378,14 @@ class DynamicVisualTokenizer(TokenizerNetwork):
         return codes.to(self.device)
 
 
-def _rows_by_grid(encoding: Encoding, size: int) -> Iterator[list[int]]:
-    """Yields the numbers of at most `size` images with the same grid, until every image has its turn."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for row, grid in enumerate(encoding.grids.tolist()):
-        groups.setdefault(tuple(grid), []).append(row)
-    for rows in groups.values():
-        yield from (rows[i : i + size] for i in range(0, len(rows), size))
+def _rows_by_grid(encoding: Encoding) -> Iterator[list[int]]:
+    """Yields the numbers of images with the same grid, fewer of large ones, until every image has its turn."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for row, (rows, columns) in enumerate(encoding.grids.tolist()):
+        groups.setdefault((rows, columns), []).append(row)
+    for (rows, columns), images in groups.items():
+        size = min(BATCH_SIZE, max(1, _DECODED_PATCHES // (rows * columns)))
+        yield from (images[i : i + size] for i in range(0, len(images), size))
 
 
 def pair(size: Size) -> tuple[int, int]:

@@ -151,6 +151,16 @@ def test_a_tokenizer_of_one_grid_says_so(tokenizer, photos):
         tokenizer.decode([[1, 2, 3]], grid=(4, 4))
 
 
+def test_large_pictures_are_decoded_a_few_at_a_time(tok):
+    """Memory follows the patches that are decoded together."""
+    at_once = []
+    tok.pixel_head.register_forward_hook(lambda module, inputs, pixels: at_once.append(len(pixels)))
+    for grid, expected in (((8, 8), [20]), ((32, 64), [4] * 5), ((128, 128), [1] * 2)):
+        tok.decode([[1]] * sum(expected), grid=grid)
+        assert at_once == expected
+        at_once.clear()
+
+
 def test_a_file_can_not_ask_for_a_huge_picture(tok, tmp_path, capsys):
     """One code on a huge grid: the decoder would compute every patch of it."""
     tok.save_pretrained(tmp_path / "model")
