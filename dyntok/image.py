@@ -229,7 +229,7 @@ def _check_size(width: int, height: int, name: str, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise ImageError(
             f"{name}: {width} x {height} = {width * height:,} pixels, the limit is {max_pixels:,}; "
-            "scale it down first, or pass a larger max_pixels= in Python"
+            "scale it down first, or raise the limit: max_pixels=, --max-pixels"
         )
     if max(width, height) > MAX_SIDE:
         raise ImageError(f"{name}: {width} x {height} pixels, the limit for a side is {MAX_SIDE:,}; cut it up first")

@@ -6,7 +6,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dyntok.encoding import Encoding
 from dyntok.errors import CodeError
-from dyntok.image import ImageSource, to_image, to_pixels
+from dyntok.image import DEFAULT_MAX_PIXELS, ImageSource, to_image, to_pixels
 from dyntok.tokenizer import Decoding, DynamicVisualTokenizer, Fit, Size
 from dyntok.validation import counted
 
@@ -26,6 +26,7 @@ def contact_sheet(
     max_patches: int | None = None,
     size: Size | None = None,
     decoding: Decoding | None = None,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
 ) -> Image.Image:
     """Returns a contact sheet with one panel per image, every picture in its own shape.
 
@@ -35,7 +36,7 @@ def contact_sheet(
     encoding: of exactly these images, in this order, with positions.
     side: pixels along the longer side of a picture; larger pictures keep their size.
     columns: panels side by side.
-    fit, max_patches, size, decoding: what `encode` was given.
+    fit, max_patches, size, decoding, max_pixels: what `encode` was given.
 
     Raises `CodeError` if there is no image or the encoding does not belong to the images.
     """
@@ -43,7 +44,7 @@ def contact_sheet(
         got = f"{counted(len(images), 'image')} and an encoding of {counted(len(encoding), 'image')}"
         raise CodeError(f"contact_sheet got {got}, expected at least one image and an encoding of the same images")
     config = tokenizer.image_config(fit=fit, max_patches=max_patches, size=size, decoding=decoding)
-    originals = [to_image(to_pixels(image, config), config) for image in images]
+    originals = [to_image(to_pixels(image, config, max_pixels=max_pixels), config) for image in images]
     for original, (rows, cols) in zip(originals, encoding.grids.tolist(), strict=True):
         patch = tokenizer.backbone.patch_size
         if original.size != (cols * patch, rows * patch):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from support.any_grid import any_grid_tokenizer
 
-from dyntok import CodeError, DynamicVisualTokenizer
+from dyntok import CodeError, DynamicVisualTokenizer, ImageError
 from dyntok.image import to_image, to_pixels
 from dyntok.visualize import contact_sheet
 
@@ -30,6 +30,11 @@ def test_each_row_shows_the_original_its_kept_patches_and_what_comes_back(tokeni
         assert np.array_equal(panel(sheet, i, 0), original) and np.array_equal(kept[mask], original[mask])
         assert np.unique(kept[~mask], axis=0).tolist() == [[32, 32, 40]]
         assert np.array_equal(panel(sheet, i, 2), np.asarray(tokenizer.decode(encoding)[i]))
+
+
+def test_it_has_the_limit_of_encode(tokenizer, photos):
+    with pytest.raises(ImageError, match="the limit is 99"):
+        contact_sheet(tokenizer, photos[:1], tokenizer.encode(photos[:1]), max_pixels=99)
 
 
 def test_without_a_pixel_head_there_are_two_pictures(small_config, photos):

@@ -222,6 +222,7 @@ def draw_sample_sheet(
         max_patches=options.max_patches,
         size=options.size,
         decoding=options.decoding,
+        max_pixels=options.max_pixels,
     )
 
 

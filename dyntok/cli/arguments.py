@@ -86,6 +86,22 @@ def add_shape_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_limit_option(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:
+    """Add `--max-pixels`. `limit_options` reads it."""
+    parser.add_argument(
+        "--max-pixels",
+        type=whole(1, LARGEST),
+        default=argparse.SUPPRESS,  # the number is in dyntok/image.py, which imports PyTorch
+        metavar="N",
+        help="refuse larger images (default: 67108864)",
+    )
+
+
+def limit_options(options: argparse.Namespace) -> "dict[str, Any]":
+    """Returns the option of `add_limit_option` as `encode` takes it."""
+    return {"max_pixels": options.max_pixels} if "max_pixels" in options else {}
+
+
 def size(text: str) -> tuple[int, int]:
     """Read height and width, such as 256x384, or one number for both."""
     sides = text.lower().split("x")

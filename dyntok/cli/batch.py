@@ -12,6 +12,7 @@ from dyntok.cli.arguments import (
     SOME_SKIPPED,
     add_command,
     add_json_option,
+    add_limit_option,
     add_model_option,
     add_policy_options,
     add_shape_options,
@@ -70,13 +71,7 @@ def _add_input_options(group: "argparse._ArgumentGroup") -> None:
         "--key-column", metavar="NAME", help="Parquet column of the keys (default: key or __key__, else file and row)"
     )
     group.add_argument("--interleaved", action="store_true", help="each row holds several images")
-    group.add_argument(
-        "--max-pixels",
-        type=whole(1, LARGEST),
-        default=argparse.SUPPRESS,
-        metavar="N",
-        help="refuse larger images (default: 67108864)",
-    )
+    add_limit_option(group)
     group.add_argument("--storage-options", metavar="FILE", help='options of fsspec as JSON: {"s3": {"key": ...}}')
 
 

@@ -14,10 +14,12 @@ from dyntok.cli.arguments import (
     add_command,
     add_device_option,
     add_json_option,
+    add_limit_option,
     add_model_option,
     add_policy_options,
     add_shape_options,
     keep_options,
+    limit_options,
     print_json,
     report,
     shape_options,
@@ -48,6 +50,7 @@ def add_encode(commands: "Commands") -> None:
     add_json_option(add)
     add_policy_options(add)
     add_shape_options(add)
+    add_limit_option(add)
     add.add_argument("images", nargs="+", metavar="IMAGE", help="image files; - reads one image from stdin")
     add.add_argument("-o", "--output", metavar="FILE", help="write the codes to FILE as JSON; - is stdout")
     add.add_argument("--skip-errors", action="store_true", help="skip images that can't be read, and exit with 3")
@@ -87,7 +90,11 @@ def _encode(options: argparse.Namespace) -> int:
     hidden = None if len(given) > 1 else True  # None: shown on a terminal only
     images = ProgressBar(sources, desc="encode", unit=" images", disable=hidden)
     encoding = tokenizer.encode(
-        images, errors="skip" if options.skip_errors else "raise", **keep_options(options), **shape_options(options)
+        images,
+        errors="skip" if options.skip_errors else "raise",
+        **keep_options(options),
+        **shape_options(options),
+        **limit_options(options),
     )
     for index, error in encoding.failures:
         reason = str(error).removeprefix(f"{given[index]}: ")

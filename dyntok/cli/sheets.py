@@ -9,10 +9,12 @@ from dyntok.cli.arguments import (
     add_command,
     add_device_option,
     add_json_option,
+    add_limit_option,
     add_model_option,
     add_policy_options,
     add_shape_options,
     keep_options,
+    limit_options,
     print_json,
     report,
     shape_options,
@@ -59,6 +61,7 @@ def add_show(commands: "Commands") -> None:
     add_json_option(add)
     add_policy_options(add)
     add_shape_options(add)
+    add_limit_option(add)
     add.add_argument("images", nargs="+", metavar="IMAGE", help="image files; - reads one image from stdin")
     add.add_argument("-o", "--output", required=True, metavar="FILE", help=_PICTURE)
     add.add_argument(
@@ -94,10 +97,9 @@ def _show(options: argparse.Namespace) -> int:
 
     images = image_sources(options.images)
     tokenizer = load(options.model, device=options.device)
-    encoding = tokenizer.encode(images, **keep_options(options), **shape_options(options))
-    save_picture(
-        contact_sheet(tokenizer, images, encoding, columns=options.columns, **shape_options(options)), options.output
-    )
+    given = {**shape_options(options), **limit_options(options)}
+    encoding = tokenizer.encode(images, **keep_options(options), **given)
+    save_picture(contact_sheet(tokenizer, images, encoding, columns=options.columns, **given), options.output)
     lengths = encoding.lengths.tolist()
     if options.output == "-":
         return OK

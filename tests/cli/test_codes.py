@@ -119,6 +119,14 @@ def test_an_impossible_budget_is_an_error(run, folder):
     assert code == 1 and re.fullmatch("dyntok: budget is 65 .*64 patches.*\n", err)
 
 
+@pytest.mark.parametrize("command", ["encode", "show"])
+def test_the_limit_of_pixels_is_an_option(run, command, folder, tmp_path):
+    output = ["-o", tmp_path / "out.png"] if command == "show" else []
+    code, _, err = run(command, folder / "cat.png", *output, "--max-pixels", "99")
+    assert code == 1 and "the limit is 99" in err and "--max-pixels" in err
+    assert run(command, folder / "cat.png", *output, "--max-pixels", "1000000")[0] == 0
+
+
 def test_bad_images_stop_the_command_or_are_skipped(run, folder, bad, tmp_path):
     photograph, missing = folder / "cat.png", tmp_path / "none.png"
     code, out, err = run("encode", bad, photograph)
