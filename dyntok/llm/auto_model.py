@@ -56,20 +56,36 @@ class DyntokModel(nn.Module):
 
     @torch.inference_mode()
     def get_image_tokens(
-        self, pixel_values: Tensor, vocab: VisualVocab | None = None, *, policy: KeepOptions | None = None
+        self,
+        pixel_values: Tensor | Sequence[Tensor],
+        vocab: VisualVocab | None = None,
+        *,
+        policy: KeepOptions | None = None,
     ) -> list[Tensor]:
         """Returns the tokens of each picture, int64 [T] with a length of its own: codes, or ids where vocab is given.
 
-        policy: `budget`, `threshold`, `max_tokens` or `places` of `encode`, as a dict. Ids have start and end.
+        pixel_values: [B, 3, H, W], or a list of [3, H, W] where pictures have shapes of their own.
+        policy: `budget`, `threshold`, `max_tokens` or `places` of `encode`, as a dict. Ids have start and end, and the
+            places that the layout of the vocabulary needs.
         """
-        encoding = self.tokenizer.encode_tensor(pixel_values, **(policy or {}))
+        if not isinstance(pixel_values, Tensor):
+            rows = (self.get_image_tokens(pixels[None], vocab, policy=policy) for pixels in pixel_values)
+            return [tokens for row in rows for tokens in row]
+        keep: KeepOptions = {**(policy or {})}
+        if vocab is not None and vocab.layout in ("map", "lattice"):
+            keep["places"] = vocab.layout
+        encoding = self.tokenizer.encode_tensor(pixel_values, **keep)
         return list(encoding.codes) if vocab is None else vocab.to_ids(encoding)
 
     @torch.inference_mode()
     def decode_image_tokens(
         self, image_tokens: Sequence[Tensor], vocab: VisualVocab | None = None
     ) -> list[Image.Image]:
-        """Returns the pictures of such tokens."""
+        """Returns the pictures of such tokens.
+
+        Ids say the places of their codes. Codes alone do not: they are read as a lattice on the tokenizer's own grid,
+        which is right for square pictures with `policy={"places": "lattice"}`.
+        """
         return self.tokenizer.decode(list(image_tokens) if vocab is None else vocab.to_encoding(image_tokens))
 
 

@@ -33,9 +33,10 @@ class DyntokImageProcessor(BaseImageProcessor):
     def __call__(
         self, images: ImageSource | Sequence[ImageSource], return_tensors: str | None = "pt", **options: Any
     ) -> BatchFeature:
-        """Returns `pixel_values`, float [B, 3, H, W]; a list of such pictures unless return_tensors is "pt".
+        """Returns `pixel_values`, float [B, 3, H, W]; with return_tensors=None a list of [3, H, W].
 
-        Raises `ImageError` on bad pictures, `ConfigError` on other options: the checkpoint decides on size and values.
+        Raises `ImageError` on bad pictures, `ConfigError` on other options (the checkpoint decides on size and values)
+        and on pictures of several shapes where no list is asked for.
         """
         if options or return_tensors not in (None, "pt", "np"):
             raise ConfigError(
@@ -44,6 +45,12 @@ class DyntokImageProcessor(BaseImageProcessor):
             )
         sources: Any = [images] if is_single(images) else images
         pixels = [to_pixels(source, self._config) for source in sources]
+        shapes = sorted({tuple(picture.shape[1:]) for picture in pixels})
+        if len(shapes) > 1 and return_tensors is not None:
+            raise ConfigError(
+                f"the pictures are fitted to {len(shapes)} shapes, such as {shapes[0]} and {shapes[1]}, which no tensor "
+                "holds together; give return_tensors=None, and its list to get_image_tokens"
+            )
         return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
 
     preprocess = __call__

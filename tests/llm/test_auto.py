@@ -8,6 +8,8 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
+from support.any_grid import any_grid_tokenizer  # noqa: E402
+
 import dyntok  # noqa: E402
 import dyntok.llm.auto as auto  # noqa: E402
 from dyntok.errors import CheckpointError, ConfigError  # noqa: E402
@@ -45,6 +47,29 @@ def test_one_picture_and_other_types(folder, photos):
     assert [row.shape for row in images(photos[:2], return_tensors=None)["pixel_values"]] == [(3, 64, 64)] * 2
     with pytest.raises(ConfigError, match="do_resize is not possible"):
         images(photos[0], do_resize=False)
+
+
+@pytest.mark.parametrize("layout", ["map", "lattice", "positions"])
+def test_pictures_of_several_shapes(layout, small_config, photos, tmp_path):
+    tokenizer = any_grid_tokenizer(small_config)
+    tokenizer.save_pretrained(tmp_path)
+    auto.add_transformers_files(tmp_path)
+    images = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    model = transformers.AutoModel.from_pretrained(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"fitted to 2 shapes, such as \(48, 72\) and \(64, 64\).*return_tensors=None"
+    ):
+        images(photos[:2])
+    pixels = images(photos[:2], return_tensors=None)["pixel_values"]
+    vocab = VisualVocab.of(tokenizer, after=100, layout=layout)
+    places = None if layout == "positions" else layout
+    encoding = tokenizer.encode(photos[:2], places=places)
+    ids = model.get_image_tokens(pixels, vocab)
+    assert vocab.to_encoding(ids) == encoding
+    assert [picture.size for picture in model.decode_image_tokens(ids, vocab)] == [
+        picture.shape[:0:-1] for picture in pixels
+    ]
+    assert all(map(torch.equal, model.get_image_tokens(pixels), tokenizer.encode(photos[:2]).codes))
 
 
 def test_the_processor_saves_and_loads_again(folder, photos, tmp_path):
