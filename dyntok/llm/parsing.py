@@ -39,6 +39,7 @@ class Segment:
     codes      codebook indices, empty for text
     positions  the patch of each code; None where the layout has none, or where the image does not keep to its layout
     grid       rows and columns of the image, None where neither the vocabulary nor the image says them
+    fingerprint  the vocabulary's: of the tokenizer that decodes the image
     """
 
     kind: Literal["text", "image", "truncated", "malformed"]
@@ -47,6 +48,7 @@ class Segment:
     codes: tuple[int, ...] = ()
     positions: tuple[int, ...] | None = None
     grid: tuple[int, int] | None = None
+    fingerprint: str | None = None
 
     @property
     def encoding(self) -> Encoding:
@@ -56,7 +58,8 @@ class Segment:
         """
         if self.grid is None:
             raise CodeError("the grid of this image is not known; VisualVocab.of(tok, ...) knows it")
-        return Encoding.pack([self.codes], None if self.positions is None else [self.positions], self.grid)
+        positions = None if self.positions is None else [self.positions]
+        return Encoding.pack([self.codes], positions, self.grid, self.fingerprint)
 
 
 def parse_ids(ids: Tensor | Sequence[int], vocab: VisualVocab) -> list[Segment]:
@@ -156,10 +159,9 @@ def _segment(kind: Any, lexemes: list[_Lexeme], vocab: VisualVocab) -> Segment:
         grid = (tokens[0][1], tokens[1][1]) if [k for k, _ in tokens[:2]] == ["rows", "columns"] else None
         tokens = tokens[2:]
         if grid is None:
-            return Segment(kind, start, stop, codes)
-    return Segment(
-        kind, start, stop, codes, _positions(tokens, grid, vocab, kind == "truncated") if codes else None, grid
-    )
+            return Segment(kind, start, stop, codes, fingerprint=vocab.fingerprint)
+    positions = _positions(tokens, grid, vocab, kind == "truncated") if codes else None
+    return Segment(kind, start, stop, codes, positions, grid, vocab.fingerprint)
 
 
 def _positions(

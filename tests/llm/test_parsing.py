@@ -1,11 +1,13 @@
 """Codes as text, and generated output taken apart: every round trip, and nothing that makes the parser fail."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dyntok import CodeError, Encoding, VisualVocab
+from dyntok import CodeError, Encoding, FingerprintError, VisualVocab
 from dyntok.llm import Segment, parse_ids, parse_text
 
 PLAIN = VisualVocab.after(100, size=12)
@@ -191,3 +193,14 @@ def test_white_space_between_tokens_belongs_to_the_image():
 def test_only_integers_are_ids():
     with pytest.raises(CodeError, match="ids: expected"):
         parse_ids([0.5], PLAIN)
+
+
+def test_a_parsed_image_is_refused_by_another_tokenizer(tokenizer, photos):
+    vocab = VisualVocab.of(tokenizer, after=100)
+    encoding = tokenizer.encode(photos[0])
+    (ids,) = vocab.to_ids(encoding)
+    for image in (*parse_ids(ids, vocab), *parse_text(vocab.to_text(encoding)[0], vocab)):
+        assert image.encoding == encoding and len(tokenizer.decode(image.encoding)) == 1
+    foreign = dataclasses.replace(vocab, fingerprint="0" * 16)
+    with pytest.raises(FingerprintError):
+        tokenizer.decode(parse_ids(ids, foreign)[0].encoding)
