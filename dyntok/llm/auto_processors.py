@@ -48,8 +48,8 @@ class DyntokImageProcessor(BaseImageProcessor):
         shapes = sorted({tuple(picture.shape[1:]) for picture in pixels})
         if len(shapes) > 1 and return_tensors is not None:
             raise ConfigError(
-                f"the pictures are fitted to {len(shapes)} shapes, such as {shapes[0]} and {shapes[1]}, which no tensor "
-                "holds together; give return_tensors=None, and its list to get_image_tokens"
+                f"the pictures are fitted to {len(shapes)} shapes, such as {shapes[0]} and {shapes[1]}, "
+                "which no tensor holds together; give return_tensors=None, and its list to get_image_tokens"
             )
         return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
 

@@ -21,7 +21,7 @@ from dyntok.llm.parsing import Segment, parse_ids
 from dyntok.llm.processor_files import load_parts, save_parts
 from dyntok.llm.row_batch import RowOptions, batch_of
 from dyntok.policy import KeepOptions
-from dyntok.tokenizer import DynamicVisualTokenizer
+from dyntok.tokenizer import DynamicVisualTokenizer, Fit, Size
 from dyntok.validation import counted
 from dyntok.vocab import VisualVocab
 
@@ -36,6 +36,7 @@ class VisualProcessor:
     placeholder    what stands for a picture in a text
     policy         how many tokens a picture gets: `budget`, `threshold`, `max_tokens` of
                    `DynamicVisualTokenizer.encode`
+    shape          how a picture meets its grid: `fit`, `max_patches`, `size` of `encode`
     visual_tokens  whether texts may spell pictures, such as `<|image|><|v:0001|><|/image|>`, as a model wrote them
                    before. By default such texts are refused, since a user's text could bring a picture that way.
     fetch          gets the pictures of chats that are at http addresses, such as `fetch_image`. By default such
@@ -60,6 +61,9 @@ class VisualProcessor:
         budget: int | float | None = None,
         threshold: float | None = None,
         max_tokens: int | None = None,
+        fit: Fit | None = None,
+        max_patches: int | None = None,
+        size: Size | None = None,
         visual_tokens: bool = False,
         fetch: Fetch | None = None,
     ) -> None:
@@ -82,6 +86,8 @@ class VisualProcessor:
         self.policy: KeepOptions = {"budget": budget, "threshold": threshold, "max_tokens": max_tokens}
         if vocab.layout in ("map", "lattice"):
             self.policy["places"] = vocab.layout
+        self.shape: dict[str, Any] = {"fit": fit, "max_patches": max_patches, "size": size}
+        visual.image_config(**self.shape)  # refuses now what every picture would fail at
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Writes the processor beside a language model: tokenizer, `dyntok.json`, options, pictures in `visual/`.
@@ -90,6 +96,7 @@ class VisualProcessor:
         """
         options: dict[str, Any] = {name: self.policy.get(name) for name in ("budget", "threshold", "max_tokens")}
         options |= {"placeholder": self.placeholder, "visual_tokens": self.visual_tokens}
+        options |= {name: value for name, value in self.shape.items() if value is not None}
         save_parts(folder, self.tokenizer, self.visual, self.vocab, options)
 
     @classmethod
@@ -241,4 +248,4 @@ class VisualProcessor:
             )
         if not images:
             return []
-        return self.vocab.to_text(self.visual.encode(images, **self.policy))
+        return self.vocab.to_text(self.visual.encode(images, **self.policy, **self.shape))

@@ -15,7 +15,7 @@ from dyntok.vocab import VOCAB_FILE, VisualVocab
 PROCESSOR_FILE = "processor_config.json"  # by this name AutoProcessor of transformers looks for it
 VISUAL = "visual"  # the folder of the tokenizer of pictures; config.json beside it is the language model's
 
-_SAVED = ("budget", "threshold", "max_tokens", "placeholder", "visual_tokens")
+_SAVED = ("budget", "threshold", "max_tokens", "fit", "max_patches", "size", "placeholder", "visual_tokens")
 _HUB = ("revision", "local_files_only", "token", "cache_dir", "force_download")
 _OF_AUTO = ("trust_remote_code", "_from_auto", "_commit_hash")  # AutoProcessor passes these to every class
 

@@ -51,8 +51,8 @@ def test_beside_a_tokenizer_of_pictures(tokenizer, photos, tmp_path):
 def test_what_does_not_fit_is_told(tokenizer, tmp_path):
     processor = made(tokenizer)
     processor.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="size: no options of a processor of pictures"):
-        transformers.AutoProcessor.from_pretrained(tmp_path, size=3)
+    with pytest.raises(ConfigError, match="pixels: no options of a processor of pictures"):
+        transformers.AutoProcessor.from_pretrained(tmp_path, pixels=3)
     file = tmp_path / "processor_config.json"
     file.write_text(file.read_text().replace("placeholder", "place"))
     with pytest.raises(CheckpointError, match="holds place, expected some of budget"):

@@ -64,6 +64,22 @@ def test_pictures_of_any_shape(small_config, photos):
         assert np.array_equal(np.asarray(image), np.asarray(wanted))
 
 
+@pytest.mark.parametrize(
+    "options", [{"max_patches": 128}, {"size": (96, 64), "fit": "pad"}, {"fit": "squash"}], ids=str
+)
+def test_pictures_have_the_shape_that_is_asked_for(options, small_config, photos, tmp_path):
+    visual = any_grid_tokenizer(small_config)
+    processor = made(visual, "map", **options)
+    processor.save_pretrained(tmp_path)
+    expected = visual.encode(photos[1], places="map", **options)
+    assert expected != visual.encode(photos[1], places="map")
+    for one in (processor, VisualProcessor.from_pretrained(tmp_path)):
+        (image,) = parse_ids(one("<image>", photos[1])["input_ids"][0].tolist(), one.vocab)
+        assert image.encoding == expected
+    with pytest.raises(ConfigError, match="max_patches is 9, expected"):
+        made(visual, "map", max_patches=9)
+
+
 def test_padding_is_on_the_tokenizers_side(tokenizer, photos):
     processor = made(tokenizer, budget=5)
     processor.tokenizer.padding_side = "left"
