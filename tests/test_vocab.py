@@ -197,7 +197,7 @@ def test_ids_and_text_carry_codes_positions_and_grid(name, sides, grid):
             (segment,) = parse(written, vocab)
             assert segment.kind == "image" and segment.grid == grid
             assert (segment.codes, segment.positions) == (tuple(codes.tolist()), tuple(positions.tolist()))
-            assert segment.encoding == Encoding.pack([codes], [positions], grid)
+            assert segment.encoding == Encoding.pack([codes], [positions], grid, "abc")
         assert vocab.to_positions(row).tolist() == positions.tolist()
 
 
