@@ -296,7 +296,7 @@ class TokenizerConfig:
     @classmethod
     def preset(cls, name: str) -> "TokenizerConfig":
         """Returns one of `PRESETS`: tiny, flex, small, lavit. Raises `ConfigError` on another name."""
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise ConfigError(f"there is no preset {name!r}; expected one of {', '.join(PRESETS)}")
         return PRESETS[name]
 

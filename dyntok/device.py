@@ -13,14 +13,15 @@ from dyntok.errors import ConfigError
 def check_device(device: torch.device | str | int) -> torch.device:
     """Returns the device. Raises `ConfigError`, which says what to use instead, where PyTorch has no such device."""
     try:
-        torch.zeros(1, device=device).item()
+        found = torch.device(device)
+        torch.zeros(1, device=found).item()
     # the type depends on what is missing: a name, a build of PyTorch, a driver or a package
     except (RuntimeError, AssertionError, ImportError, TypeError) as error:
         hint = "; a GPU of NVIDIA or AMD is 'cuda', one of Apple 'mps'" if str(device) == "gpu" else ""
         raise ConfigError(
             f"PyTorch {torch.__version__} has no device {str(device)!r} on this machine, expected {_available()}{hint}"
         ) from error
-    return torch.device(device)
+    return found
 
 
 def _available() -> str:

@@ -17,6 +17,7 @@ from dyntok.original import Original
 from dyntok.ragged import cu_seqlens_from_lengths, image_of_token, join_rows, pad_rows, split_rows
 from dyntok.structure import brief
 from dyntok.validation import (
+    as_list,
     check_computed,
     check_packed,
     check_tensor,
@@ -97,7 +98,9 @@ class Encoding:
             if self.margins.shape != (len(self), 2):
                 raise CodeError(f"margins has shape {list(self.margins.shape)}, expected [{len(self)}, 2]")
         if self.originals is not None:
-            object.__setattr__(self, "originals", tuple(self.originals))
+            object.__setattr__(
+                self, "originals", tuple(as_list(self.originals, "originals", "an Original for each image"))
+            )
             if len(self.originals) != len(self) or not all(isinstance(each, Original) for each in self.originals):
                 raise CodeError(f"originals is {brief(self.originals)}, expected an Original for each image, or None")
 
@@ -129,7 +132,7 @@ class Encoding:
                 found = brief([len(row) for row in position_rows])
                 raise CodeError(f"codes have lengths {brief(lengths)} and positions {found}, expected equal ones")
             packed_positions = join_rows(position_rows, device)
-        fields: dict[str, Any] = {"originals": None if originals is None else tuple(originals)}
+        fields: dict[str, Any] = {"originals": originals}
         if source_index is not None:
             fields["source_index"] = integers(source_index, "source_index").to(device)
         return cls(
@@ -152,7 +155,9 @@ class Encoding:
         Raises `FingerprintError` if the codes come from different tokenizers, and `CodeError` if only some batches have
         positions or if they are on different devices.
         """
-        parts = list(encodings)
+        parts = as_list(encodings, "encodings", "several of them, as a list")
+        if wrong := [part for part in parts if not isinstance(part, cls)]:
+            raise CodeError(f"Encoding.cat got {brief(wrong[0])}, expected encodings")
         if not parts:
             raise CodeError("Encoding.cat got no encodings, expected at least one")
         prints = sorted({str(p.fingerprint) for p in parts})

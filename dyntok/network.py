@@ -29,6 +29,7 @@ from dyntok.model.pixel_head import PixelHead
 from dyntok.model.selector import Selector
 from dyntok.policy import KeepPolicy, ranks
 from dyntok.ragged import cu_seqlens_from_mask
+from dyntok.structure import require_type
 from dyntok.target import shortest_mask
 from dyntok.validation import refuse
 from dyntok_kernels import compact
@@ -44,6 +45,7 @@ class TokenizerNetwork(PretrainedModule):
 
     def __init__(self, config: TokenizerConfig, *, pretrained_backbone: bool = False) -> None:
         """Makes an untrained tokenizer. pretrained_backbone: fetch the backbone's weights from timm's hub."""
+        require_type("config", config, TokenizerConfig, "a TokenizerConfig, such as TokenizerConfig.preset('tiny')")
         super().__init__(config)
         self.backbone = Backbone(config.backbone, config.image.img_size, pretrained=pretrained_backbone)
         width, code_dim = self.backbone.embed_dim, config.codebook.dim

@@ -22,7 +22,7 @@ def dtype_named(dtype: torch.dtype | str) -> torch.dtype:
     """Returns the dtype itself, or the one with this short name. Raises `ConfigError` on other values."""
     if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
         return dtype
-    if dtype in DTYPES:
+    if isinstance(dtype, str) and dtype in DTYPES:
         return DTYPES[dtype]
     raise ConfigError(f"dtype is {dtype!r}, expected {', '.join(DTYPES)} or a floating-point torch.dtype")
 

@@ -5,10 +5,12 @@ functions below.
 """
 
 import dataclasses
+import os
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any, Literal, TypeVar
 
 from dyntok.errors import ConfigError
@@ -98,6 +100,35 @@ def require(condition: bool, message: str) -> None:
     """Raises `ConfigError` with this message unless the condition holds."""
     if not condition:
         raise ConfigError(message)
+
+
+def require_type(name: str, value: Any, kinds: type | tuple[type, ...], expected: str) -> None:
+    """Raises `ConfigError` unless the value is of one of these types."""
+    require(isinstance(value, kinds), f"{name} is {_value_and_type(value)}, expected {expected}")
+
+
+def require_path(name: str, value: Any) -> None:
+    """Raises `ConfigError` unless the value is text or an object that stands for a path."""
+    require_type(name, value, (str, os.PathLike), "a path")
+
+
+def require_integer(name: str, value: Any, lowest: int) -> None:
+    """Raises `ConfigError` unless the value is an integer, of Python or NumPy, of at least `lowest`."""
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    require(whole and value >= lowest, f"{name} is {brief(value)}, expected an integer of {lowest} or more")
+
+
+def require_methods(name: str, value: Any, methods: Sequence[str], expected: str) -> None:
+    """Raises `ConfigError` unless the value has these methods."""
+    has = all(callable(getattr(value, method, None)) for method in methods)
+    require(has, f"{name} is {_value_and_type(value)}, expected {expected}")
+
+
+def names_of(name: str, values: Any) -> tuple[str, ...]:
+    """Returns a list of names as a tuple. Raises `ConfigError` on anything else, such as one text."""
+    found = tuple(values) if isinstance(values, Iterable) and not isinstance(values, str | bytes) else (None,)
+    require(all(isinstance(each, str) for each in found), f"{name} is {brief(values)}, expected a list of names")
+    return found
 
 
 def require_whole(name: str, value: Any, lowest: int, highest: int = MAX_COUNT) -> None:

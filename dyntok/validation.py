@@ -42,11 +42,18 @@ def integers(values: Tensor | Sequence[int], what: str) -> Tensor:
     return tensor.to(torch.long)
 
 
+def as_list(values: Any, what: str, expected: str) -> list:
+    """Returns several values as a list. Raises `CodeError` on what holds none."""
+    if not isinstance(values, Iterable) or isinstance(values, str | bytes):
+        raise CodeError(f"{what} is {brief(values)}, expected {expected}")
+    return list(values)
+
+
 def integer_rows(rows: Iterable[Tensor | Sequence[int]], what: str) -> list[Tensor]:
     """Returns one int64 tensor per image. A flat list is refused, because it is the row of a single image."""
-    rows = list(rows)
+    rows = as_list(rows, what, "one list per image")
     if rows and all(_is_scalar(row) for row in rows):
-        flat = brief([int(row) for row in rows])  # type: ignore[arg-type]  # _is_scalar has looked
+        flat = brief([int(row) for row in rows])
         raise CodeError(
             f"{what} are one list of integers, expected one list per image; for a single image pass [{flat}]"
         )
@@ -79,7 +86,7 @@ def _is_one_pair(grids: Any) -> bool:
 
 def failure_pairs(pairs: Iterable[tuple[int, ImageError]]) -> tuple[tuple[int, ImageError], ...]:
     """Returns the pairs as a tuple, once each is known to be (input index, ImageError)."""
-    pairs = tuple(pairs)
+    pairs = tuple(as_list(pairs, "failures", "pairs of an input index and an ImageError"))
     for pair in pairs:
         fits = isinstance(pair, tuple) and len(pair) == 2 and type(pair[0]) is int and isinstance(pair[1], ImageError)
         if not fits or pair[0] < 0:

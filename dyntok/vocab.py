@@ -26,7 +26,7 @@ from dyntok.layout import (
     mask_to_counts,
     num_blocks,
 )
-from dyntok.structure import brief
+from dyntok.structure import brief, require_path
 from dyntok.validation import counted, integer_rows, integers, refuse
 
 if TYPE_CHECKING:
@@ -84,6 +84,8 @@ class VisualVocab(IdRanges):
         >>> vocab = dyntok.VisualVocab.of(tok, after=len(tokenizer))
         >>> vocab.to_encoding(vocab.to_ids(tok.encode(photos)))
         """
+        if not hasattr(tok, "fingerprint") or not hasattr(tok, "config"):
+            raise CodeError(f"a vocabulary is made for a tokenizer, as dyntok.load() returns one, got {brief(tok)}")
         if layout is None:
             places = _LAYOUT_OF_PLACES[getattr(tok.config.selector, "places", "free")]
             layout = places if tok.config.decoder.placement == "grid" else "none"
@@ -127,6 +129,7 @@ class VisualVocab(IdRanges):
         """Returns the vocabulary that `save_pretrained` wrote into a model's folder (`dyntok.json`). Raises
         `CodeError`.
         """
+        require_path("folder", folder)
         path = Path(folder) / VOCAB_FILE
         try:
             values = json.loads(path.read_text(encoding="utf-8"))

@@ -18,6 +18,7 @@ from dyntok.batch.storage import Output
 from dyntok.encoding import Encoding
 from dyntok.errors import CodeError, ConfigError, DataError
 from dyntok.original import Original
+from dyntok.structure import names_of, require_integer
 from dyntok.tokenizer import Fit
 
 
@@ -91,13 +92,20 @@ class CodesDataset(IterableDataset):
         seed: int = 0,
         storage: StorageOptions | None = None,
     ) -> None:
-        if not 0 <= rank < world or batch_size < 1:
-            raise ConfigError(
-                f"rank {rank} of {world}, batches of {batch_size}; expected 0 to {world - 1}, and 1 or more"
-            )
+        for name, value, lowest in (("rank", rank, 0), ("world", world, 1), ("batch_size", batch_size, 1)):
+            require_integer(name, value, lowest)
+        if rank >= world:
+            raise ConfigError(f"rank is {rank} of {world}, expected 0 to {world - 1}")
+        if pad_to is not None:
+            require_integer("pad_to", pad_to, 1)
         if remainder not in ("repeat", "drop"):
             raise ConfigError(f"remainder is {remainder!r}, expected 'repeat' or 'drop'")
-        self.batch_size, self.columns, self.shuffle, self.seed = batch_size, list(columns), shuffle, seed
+        self.batch_size, self.columns, self.shuffle, self.seed = (
+            batch_size,
+            list(names_of("columns", columns)),
+            shuffle,
+            seed,
+        )
         self.rank, self.world, self.remainder, self.pad_to, self.epoch = rank, world, remainder, pad_to, 0
         self._output = Output(folder, storage or {})
         self.description = read_description(self._output)

@@ -3,6 +3,7 @@
 Each takes an output folder of `dyntok batch`. Megatron's own files are a format of the run itself (`formats.py`).
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from dyntok.addresses import StorageOptions
+from dyntok.addresses import StorageOptions, wrap_storage_errors
 from dyntok.batch.dataset import CodesDataset
 from dyntok.batch.manifest import recorded_files
-from dyntok.errors import BatchError, CodeError, ConfigError, FingerprintError, MissingDependencyError
+from dyntok.errors import BatchError, CodeError, ConfigError, DyntokError, FingerprintError, MissingDependencyError
+from dyntok.structure import require_path, require_type
 from dyntok.texts import draw_text, parse_texts
 from dyntok.vocab import VisualVocab
 
@@ -39,6 +41,7 @@ def document_ids(
     Raises `ConfigError` where `text` and `encode` do not go together, `FingerprintError` where the vocabulary is
     another tokenizer's, `DataError` on what is no such folder.
     """
+    require_type("vocab", vocab, VisualVocab, "a VisualVocab")
     if (text is None) != (encode is None):
         raise ConfigError("text= names the column and encode= makes ids of it; give both, or neither")
     if eod is not None and not (type(eod) is int and 0 <= eod < 2**32):
@@ -67,25 +70,34 @@ def write_memmap(folder: str, path: str | Path, vocab: VisualVocab, **options: A
     """Writes all ids one after another into one file, as small trainers map it; returns their number.
 
     The ids are uint16 or uint32, whichever is the narrowest (`vocab.dtype`). A JSON file beside it says which, and
-    where documents begin. options and errors are those of `document_ids`.
+    where documents begin. options and errors are those of `document_ids`; `BatchError` where a file can't be written.
 
     >>> write_memmap("codes/", "train.bin", vocab, eod=50256)
     >>> ids = np.memmap("train.bin", dtype=np.uint16, mode="r")
     """
+    require_path("the file to write", path)
     path, starts, count = Path(path), [], 0
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        for ids in document_ids(folder, vocab, **options):
-            if ids.max() > np.iinfo(vocab.dtype).max:
-                raise CodeError(
-                    f"id {ids.max()} of a text does not fit {vocab.dtype}, the type of the vocabulary's ids"
-                )
-            file.write(ids.astype(vocab.dtype).tobytes())
-            starts.append(count)
-            count += len(ids)
-    facts = {"dtype": vocab.dtype, "ids": count, "documents": starts, "fingerprint": vocab.fingerprint}
-    path.with_suffix(".json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
-    part.replace(path)
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            for ids in document_ids(folder, vocab, **options):
+                if ids.max() > np.iinfo(vocab.dtype).max:
+                    raise CodeError(
+                        f"id {ids.max()} of a text does not fit {vocab.dtype}, the type of the vocabulary's ids"
+                    )
+                file.write(ids.astype(vocab.dtype).tobytes())
+                starts.append(count)
+                count += len(ids)
+        facts = {"dtype": vocab.dtype, "ids": count, "documents": starts, "fingerprint": vocab.fingerprint}
+        path.with_suffix(".json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        if isinstance(error, DyntokError):
+            raise
+        raise BatchError(f"can't write {path}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
     return count
 
 
@@ -104,10 +116,13 @@ def write_litdata(folder: str, output: str | Path, vocab: VisualVocab, **options
     except ModuleNotFoundError as error:
         raise MissingDependencyError.of("litdata", "litdata") from error
 
+    require_path("the folder to write", output)
+    require_type("vocab", vocab, VisualVocab, "a VisualVocab")
     output, number = Path(output), 0
-    if output.exists() and any(output.iterdir()):
-        raise BatchError(f"{output} is not empty; name a new folder")
-    output.mkdir(parents=True, exist_ok=True)
+    with wrap_storage_errors("write", str(output)):
+        if output.exists() and any(output.iterdir()):
+            raise BatchError(f"{output} is not empty; name a new folder")
+        output.mkdir(parents=True, exist_ok=True)
     writer = BinaryWriter(str(output), chunk_bytes=_LITDATA_CHUNK, item_loader=TokensLoader())
     kind = np.uint16 if vocab.dtype == "uint16" else np.int32  # PyTorch computes with these
     for ids in document_ids(folder, vocab, **options):
@@ -132,6 +147,7 @@ def prepare_energon(folder: str | Path, *, workers: int = 1) -> int:
     except ModuleNotFoundError as error:
         raise MissingDependencyError.of("megatron-energon", "energon") from error
 
+    require_path("folder", folder)
     folder = Path(folder)
     tars = [file.name for file in recorded_files(folder) if file.name.endswith(".tar")]
     if not tars:

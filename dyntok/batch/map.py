@@ -15,6 +15,7 @@ from dyntok.batch.shapes import check_shapes, code_type, position_type
 from dyntok.errors import DataError, FingerprintError, ImageError
 from dyntok.image import DEFAULT_MAX_PIXELS
 from dyntok.loading import load
+from dyntok.structure import require_methods
 from dyntok.tokenizer import Decoding, DynamicVisualTokenizer, Fit, Size
 
 _IMPORTED_IN = os.getpid()
@@ -96,6 +97,7 @@ class TokenizeColumn:
         return self._tokenizer
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+        require_methods("the batch", batch, ["keys"], "columns by name, as map(..., batched=True) gives them")
         pictures = [self._picture(image) for image in self._images(batch)]
         good = [picture for picture in pictures if isinstance(picture, DecodedImage)]
         results = iter(tokenize_pictures(good, self.tokenizer, self.options))

@@ -11,6 +11,7 @@ from dyntok.errors import ConfigError
 from dyntok.ids import Layout
 from dyntok.image import DEFAULT_MAX_PIXELS
 from dyntok.policy import KeepPolicy
+from dyntok.structure import names_of
 from dyntok.tokenizer import pair
 from dyntok.vocab import VisualVocab
 
@@ -60,9 +61,7 @@ class BatchOptions:
         for name in ("shard_size", "max_pixels"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, expected an integer of 1 or more")
-        if isinstance(self.keep_columns, str):
-            raise ConfigError(f"keep_columns is {self.keep_columns!r}, expected a list of names, such as ['txt']")
-        object.__setattr__(self, "keep_columns", tuple(self.keep_columns))
+        object.__setattr__(self, "keep_columns", names_of("keep_columns", self.keep_columns))
         if self.size is not None:
             object.__setattr__(self, "size", pair(tuple(self.size) if isinstance(self.size, list) else self.size))
         taken = sorted(OWN_COLUMNS & set(self.keep_columns))
@@ -140,7 +139,7 @@ class EngineOptions:
                 raise ConfigError(f"{name} is {value!r}, expected an integer of {low} or more")
         if type(self.time_limit) not in (int, float) or not 0 < self.time_limit < float("inf"):
             raise ConfigError(f"time_limit is {self.time_limit!r}, expected a number of seconds above 0")
-        object.__setattr__(self, "devices", tuple(self.devices))
+        object.__setattr__(self, "devices", names_of("devices", self.devices))
         others = {"local": ("address", "actors"), "ray": ("workers", "devices")}[self.name]
         if useless := [name for name in others if getattr(self, name) not in (None, ())]:
             raise ConfigError(

@@ -20,6 +20,7 @@ from dyntok.batch.options import BatchOptions, EngineOptions
 from dyntok.batch.summary import Summary
 from dyntok.batch.task import Task, prepare
 from dyntok.errors import BatchError, ConfigError, DyntokError
+from dyntok.structure import brief, is_number, require_type
 from dyntok.tokenizer import DynamicVisualTokenizer
 
 _ENOUGH = 100  # rows, before a rate of errors means something
@@ -54,8 +55,9 @@ def tokenize(
     finished stays.
     """
     engine = engine or EngineOptions()
-    if not 0 <= max_error_rate <= 1:
-        raise ConfigError(f"max_error_rate is {max_error_rate}, expected a share from 0 to 1")
+    require_type("engine", engine, EngineOptions, "EngineOptions")
+    if not (is_number(max_error_rate) and 0 <= max_error_rate <= 1):
+        raise ConfigError(f"max_error_rate is {brief(max_error_rate)}, expected a share from 0 to 1")
     engine = with_devices(engine)
     task = prepare(inputs, output, model=model, options=options, engine=engine, storage=storage)
     if retry_errors and task.options.interleaved:

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -20,6 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from dyntok.addresses import StorageOptions, locate, redact, wrap_storage_errors
 from dyntok.errors import BatchError
+from dyntok.structure import require_path, require_type
 
 try:
     import fcntl
@@ -40,6 +41,8 @@ class Output:
     """
 
     def __init__(self, address: str | os.PathLike, options: StorageOptions) -> None:
+        require_path("the output", address)
+        require_type("storage", options, Mapping, "options of fsspec by protocol, such as {'s3': {'key': ...}}")
         self.address, self.options = os.fspath(address), options
         self.fs, self.root = locate(self.address, options)
         self.local = isinstance(self.fs, LocalFileSystem)

@@ -1,7 +1,7 @@
 """What a run is about: its input, output, tokenizer and options, opened and checked before anything is written."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from dyntok.device import device_kind
 from dyntok.errors import ConfigError
 from dyntok.loading import load
 from dyntok.precision import dtype_name
+from dyntok.structure import require_path, require_type
 from dyntok.tokenizer import DynamicVisualTokenizer
 
 
@@ -49,12 +50,16 @@ def prepare(
     engine: with its devices filled in, as `with_devices` does.
     """
     options, storage = options or BatchOptions(), storage or {}
+    require_type("options", options, BatchOptions, "BatchOptions")
     given = [inputs] if isinstance(inputs, str | os.PathLike) else inputs
-    sources = [os.fspath(source) for source in given]
+    require_type("inputs", given, Iterable, "a path, or a list of paths")
+    for path in (given := list(given)):
+        require_path("an input", path)
+    sources = [os.fspath(path) for path in given]
     target = Output(output, storage)
     for name in sources:
-        fs, path = locate(name, storage)
-        if type(fs) is type(target.fs) and f"{target.root}/".startswith(f"{path.rstrip('/')}/"):
+        fs, root = locate(name, storage)
+        if type(fs) is type(target.fs) and f"{target.root}/".startswith(f"{root.rstrip('/')}/"):
             raise ConfigError(
                 f"the output {redact(target.address)} lies inside the input {redact(name)}; name another folder"
             )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from torch import Tensor
 
 from dyntok.errors import DataError, MissingDependencyError
+from dyntok.structure import require_path, require_type
 from dyntok.texts import draw_text, parse_texts, share
 from dyntok.vocab import VisualVocab
 
@@ -58,6 +59,9 @@ def read_documents(
     Raises `DataError` where there are no such files, and where a column is missing or of the wrong type;
     `MissingDependencyError` without pyarrow.
     """
+    require_path("source", source)
+    if text is not None:
+        require_type("text", text, str, "the name of a column, or None")
     found = False
     for path, recorded in _files(Path(source)):
         for row, fingerprint in _rows(path, recorded, text, positions):
@@ -193,6 +197,7 @@ def in_drawn_order(document: Document, *, epoch: int = 0, seed: int = 0) -> Docu
     Other documents stay as they are. Image first teaches to describe, text first to paint.
     The draw depends on the key, the epoch and the seed.
     """
+    require_type("document", document, Document, "a Document")
     kinds = [isinstance(segment, str) for segment in document.segments]
     if sorted(kinds) != [False, True] or share(f"{seed} {epoch} order {document.key}") < 0.5:
         return document

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dyntok.errors import CodeError, ConfigError, MissingDependencyError
 from dyntok.ids import IdRange
 from dyntok.layout import MAX_SIDE, map_digits
-from dyntok.structure import brief
+from dyntok.structure import brief, require_methods, require_type
 from dyntok.vocab import VisualVocab
 
 
@@ -37,6 +37,8 @@ def extend_tokenizer(tokenizer: Any, vocab: VisualVocab) -> int:
     except ModuleNotFoundError as error:
         raise MissingDependencyError.of("tokenizers", "transformers") from error
 
+    require_methods("tokenizer", tokenizer, ["get_vocab", "add_tokens"], "a tokenizer of transformers")
+    require_type("vocab", vocab, VisualVocab, "a VisualVocab")
     known = tokenizer.get_vocab()
     wanted = vocab.tokens
     taken = {token: known[token] for token, id in wanted.items() if known.get(token, id) != id}
@@ -84,6 +86,8 @@ def extend_model(
 
     Raises `ConfigError` where the codebook has not K rows, or the model has no embedding that can grow.
     """
+    require_methods("model", model, ["get_input_embeddings"], "a causal language model of transformers")
+    require_type("vocab", vocab, VisualVocab, "a VisualVocab")
     if (
         isinstance(init, Tensor)
         and (init.dim() != 2 or len(init) != vocab.size)

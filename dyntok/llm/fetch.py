@@ -6,6 +6,7 @@ import urllib.error
 import urllib.request
 
 from dyntok.errors import ConfigError, ImageError
+from dyntok.structure import brief
 
 _CHUNK = 1 << 16
 
@@ -22,10 +23,10 @@ def fetch_image(address: str, *, timeout: float = 20.0, max_bytes: int = 20_000_
     Raises `ImageError` on another kind of address, an answer that is no file, too many bytes, and when time is up;
     `ConfigError` on limits that are not positive.
     """
-    if not (timeout > 0 and max_bytes > 0):
+    if not all(isinstance(limit, int | float) and limit > 0 for limit in (timeout, max_bytes)):
         raise ConfigError(f"timeout is {timeout!r} and max_bytes is {max_bytes!r}, expected positive numbers")
-    shown = address[:200]
-    if not address.startswith(("http://", "https://")):
+    shown = address[:200] if isinstance(address, str) else brief(address)
+    if not isinstance(address, str) or not address.startswith(("http://", "https://")):
         raise ImageError(f"{shown} is no address of a picture, expected http:// or https://")
     limit = f"; max_bytes is {max_bytes:,}, allow more with fetch_image(..., max_bytes=)"
     end = time.monotonic() + timeout

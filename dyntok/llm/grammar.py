@@ -19,6 +19,8 @@ from dyntok.errors import ConfigError
 from dyntok.layout import MAP_VALUES, block_capacities, map_digits, num_blocks
 from dyntok.llm import dialects
 from dyntok.llm.rules import Language
+from dyntok.structure import require_type
+from dyntok.validation import integers
 from dyntok.vocab import VisualVocab
 
 UNLIMITED = 2**31 - 1
@@ -79,9 +81,10 @@ class ImageGrammar:
     grid: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
+        require_type("vocab", self.vocab, VisualVocab, "a VisualVocab")
         most = self.vocab.max_tokens or UNLIMITED
         if self.grid is not None:
-            grid = tuple(self.grid)
+            grid = tuple(self.grid) if isinstance(self.grid, Iterable) else ()
             if len(grid) != 2 or not all(type(side) is int and 1 <= side <= self.vocab.sides for side in grid):
                 raise ConfigError(
                     f"grid is {self.grid!r}, expected rows and columns of 1 to {self.vocab.sides}; "
@@ -133,7 +136,7 @@ class ImageGrammar:
     def start(self, prompt: Sequence[int] = ()) -> GrammarState:
         """Returns the state after a prompt. Images that are complete there do not count; one that is left open does."""
         state = GrammarState()
-        for id in prompt:
+        for id in integers(prompt, "prompt").tolist():
             state = self.step(state, id)
         return state._replace(images=0)
 

@@ -1,6 +1,6 @@
 """`GrammarMask`: `ImageGrammar` for batches, as tensor operations that never wait for the device."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from dyntok.errors import ConfigError
 from dyntok.layout import map_digits
 from dyntok.llm.grammar import UNLIMITED, ImageGrammar, as_tuple
+from dyntok.structure import require_type
 
 
 class MaskState(NamedTuple):
@@ -45,7 +46,11 @@ class GrammarMask:
     """
 
     def __init__(self, grammars: ImageGrammar | Sequence[ImageGrammar], device: torch.device | str = "cpu") -> None:
-        grammars = [grammars] if isinstance(grammars, ImageGrammar) else list(grammars)
+        grammars = [grammars] if isinstance(grammars, ImageGrammar) else grammars
+        require_type("grammars", grammars, Iterable, "an ImageGrammar, or a list of them")
+        grammars = list(grammars)
+        for grammar in grammars:
+            require_type("a grammar", grammar, ImageGrammar, "an ImageGrammar")
         if not grammars or len({(g.vocab, g.eos, g.vocab_size) for g in grammars}) > 1:
             raise ConfigError(
                 f"got {len(grammars)} grammars, expected at least one, all with equal vocab, eos and vocab_size"

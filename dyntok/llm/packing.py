@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dyntok.errors import CodeError, ConfigError, FingerprintError
 from dyntok.llm.documents import Document, ImageCodes
+from dyntok.structure import brief, require, require_integer, require_type
 from dyntok.vocab import VisualVocab
 
 IGNORED = -100  # the label of what takes no part in the loss, as PyTorch and transformers have it
@@ -94,8 +95,10 @@ class Packer:
     ) -> None:
         if loss not in ("both", "text", "image"):
             raise ConfigError(f"loss is {loss!r}, expected 'both', 'text' or 'image'")
-        if length < 2 or open_rows < 1:
-            raise ConfigError(f"rows of {length} tokens, {open_rows} open at once; expected at least 2 and 1")
+        require_integer("length", length, 2)
+        require_integer("open_rows", open_rows, 1)
+        require_type("vocab", vocab, VisualVocab, "a VisualVocab")
+        require(callable(encode), f"encode is {brief(encode)}, expected a function of a text")
         self.length, self.vocab, self.encode, self.bos, self.eos, self.pad = length, vocab, encode, bos, eos, pad
         self.loss, self.open_rows = loss, open_rows
         self._open: list[_Open] = []
@@ -106,6 +109,7 @@ class Packer:
         Raises `CodeError` on an image that is longer than a row, and on bad codes; `FingerprintError` on codes of
         another tokenizer than the vocabulary's.
         """
+        require_type("a document", document, Document, "a Document, such as read_documents gives")
         expected = self.vocab.fingerprint
         if None not in (document.fingerprint, expected) and document.fingerprint != expected:
             raise FingerprintError(
@@ -132,6 +136,7 @@ class Packer:
 
     def pack(self, documents: Iterable[Document]) -> Iterator[PackedRow]:
         """Yields all rows of these documents."""
+        require_type("documents", documents, Iterable, "several documents")
         for document in documents:
             yield from self.add(document)
         yield from self.flush()

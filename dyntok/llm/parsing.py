@@ -15,6 +15,7 @@ from dyntok.encoding import Encoding
 from dyntok.errors import CodeError
 from dyntok.ids import END_TOKEN, START_TOKEN, Kind
 from dyntok.layout import counts_to_mask, lattice_positions, map_to_counts, num_blocks
+from dyntok.structure import require_type
 from dyntok.validation import integers
 from dyntok.vocab import VisualVocab
 
@@ -67,6 +68,7 @@ def parse_ids(ids: Tensor | Sequence[int], vocab: VisualVocab) -> list[Segment]:
 
     Raises `CodeError` only if these are no integers.
     """
+    require_type("vocab", vocab, VisualVocab, "a VisualVocab")
     ranges, low, high = vocab.ranges, vocab.offset, vocab.ranges[-1].stop
 
     def lexemes() -> Iterator[_Lexeme]:
@@ -89,6 +91,8 @@ def parse_text(text: str, vocab: VisualVocab) -> list[Segment]:
     White space between the tokens of an image, which some tokenizers add, belongs to the image. Numbers may have fewer
     or more digits than usual; a number too large for the vocabulary is text.
     """
+    require_type("text", text, str, "a text; parse_ids takes ids")
+    require_type("vocab", vocab, VisualVocab, "a VisualVocab")
     ranges = {part.letter: part for part in vocab.ranges}
 
     def lexemes() -> Iterator[_Lexeme]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dyntok.errors import CodeError, ConfigError
 from dyntok.features import Features
 from dyntok.llm.packing import IGNORED
+from dyntok.structure import require_whole
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class VisualPrefix(nn.Module):
         super().__init__()
         if kind not in ("linear", "mlp"):
             raise ConfigError(f"kind is {kind!r}, expected 'linear' or 'mlp'")
+        require_whole("width", width, 1)
+        require_whole("embed_dim", embed_dim, 1)
         layers: list[nn.Module] = [nn.Linear(width, embed_dim)]
         if kind == "mlp":
             layers += [nn.GELU(), nn.Linear(embed_dim, embed_dim)]

@@ -21,6 +21,7 @@ from dyntok.llm.parsing import Segment, parse_ids
 from dyntok.llm.processor_files import load_parts, save_parts
 from dyntok.llm.row_batch import RowOptions, batch_of
 from dyntok.policy import KeepOptions
+from dyntok.structure import require_methods, require_type
 from dyntok.tokenizer import DynamicVisualTokenizer, Fit, Size
 from dyntok.validation import counted
 from dyntok.vocab import VisualVocab
@@ -67,6 +68,9 @@ class VisualProcessor:
         visual_tokens: bool = False,
         fetch: Fetch | None = None,
     ) -> None:
+        require_type("visual", visual, DynamicVisualTokenizer, "a tokenizer, as dyntok.load() returns one")
+        require_type("vocab", vocab, VisualVocab, "a VisualVocab")
+        require_methods("tokenizer", tokenizer, ["get_vocab"], "a tokenizer of transformers")
         if vocab.size != visual.config.codebook.size:
             raise ConfigError(
                 f"the vocabulary has {vocab.size} codes, but the tokenizer has {visual.config.codebook.size}; "

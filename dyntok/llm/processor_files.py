@@ -54,8 +54,15 @@ def load_parts(
     origin = Origin(name, **hub)
     visual = origin.path if origin.path and not (origin.path / VISUAL).is_dir() else origin.folder(VISUAL)
     options = _saved(origin) | {option: given[option] for option in (*_SAVED, "fetch") if option in given}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(origin.path or name), **hub)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{name} holds no tokenizer of a language model that transformers can load "
+            f"({(str(error).splitlines() or [''])[0]}); VisualProcessor.save_pretrained writes one"
+        ) from error
     return (
-        AutoTokenizer.from_pretrained(str(origin.path or name), **hub),
+        tokenizer,
         load(str(visual), device=given.get("device", "cpu")),
         VisualVocab.from_pretrained(origin.file(VOCAB_FILE).parent),
         options,

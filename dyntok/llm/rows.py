@@ -21,6 +21,7 @@ from dyntok.chunks import batched
 from dyntok.errors import ConfigError
 from dyntok.llm.documents import Document
 from dyntok.llm.packing import PackedRow, Packer
+from dyntok.structure import brief, require, require_integer
 
 
 class RowInputs(dict[str, Any]):
@@ -47,6 +48,7 @@ class RowInputs(dict[str, Any]):
 
 def collate_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Returns a batch of rows with `use_cache=False`, for loaders and trainers whose own collate does not add it."""
+    _require_rows(rows, Mapping)
     return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]} | {"use_cache": False}
 
 
@@ -56,6 +58,7 @@ def flatten_rows(rows: Sequence[RowInputs]) -> dict[str, Any]:
     input_ids, labels, position_ids int64 [1, T]; cu_seq_lens_q, cu_seq_lens_k int32 [documents + 1]; max_length_q,
     max_length_k; and `use_cache=False`, with which other attention keeps the documents apart by position_ids.
     """
+    _require_rows(rows, RowInputs)
     packed = [row.row for row in rows]
     filled = [row.document >= 0 for row in packed]
     lengths = torch.cat([row.lengths for row in packed])
@@ -73,6 +76,11 @@ def flatten_rows(rows: Sequence[RowInputs]) -> dict[str, Any]:
         "max_length_k": longest,
         "use_cache": False,
     }
+
+
+def _require_rows(rows: Any, kind: type) -> None:
+    fits = isinstance(rows, Sequence) and len(rows) > 0 and all(isinstance(row, kind) for row in rows)
+    require(fits, f"rows is {brief(rows)}, expected a list of at least one row of a PackedDataset")
 
 
 class PackedDataset(IterableDataset):
@@ -109,8 +117,11 @@ class PackedDataset(IterableDataset):
         remainder: Literal["repeat", "drop"] = "repeat",
         mask: torch.dtype | None = None,
     ) -> None:
-        if not 0 <= rank < world:
-            raise ConfigError(f"rank {rank} of {world}, expected 0 to {world - 1}")
+        for name, value in (("documents", documents), ("packer", packer)):
+            require(callable(value), f"{name} is {brief(value)}, expected a function; see the example of PackedDataset")
+        require_integer("rank", rank, 0)
+        require_integer("world", world, 1)
+        require(rank < world, f"rank is {rank} of {world}, expected 0 to {world - 1}")
         if remainder not in ("repeat", "drop"):
             raise ConfigError(f"remainder is {remainder!r}, expected 'repeat' or 'drop'")
         if not (mask is None or isinstance(mask, torch.dtype) and mask.is_floating_point):

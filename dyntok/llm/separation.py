@@ -8,6 +8,7 @@ from torch import Tensor
 from dyntok.errors import ConfigError
 from dyntok.llm.packing import PackedRow
 from dyntok.llm.rows import RowInputs
+from dyntok.structure import require_methods
 
 _LENGTH = 12  # tokens in a document
 _ROUNDING = 1e-5  # of kernels that sum masked values in another order
@@ -23,6 +24,7 @@ def document_leak(model: Any, *, mask: torch.dtype | None = None) -> float:
 
     Raises `ConfigError` where the model can't compute such rows.
     """
+    require_methods("model", model, ["get_input_embeddings"], "a language model of transformers")
     size = len(model.get_input_embeddings().weight)
     generator = torch.Generator().manual_seed(0)
     first, second, own = torch.randint(0, size, (3, _LENGTH), generator=generator)

@@ -1,0 +1,107 @@
+"""Objects of a wrong type, given to public calls: an error of ours that says what came and what was expected."""
+
+import numpy as np
+import pytest
+
+import dyntok
+from dyntok import batch, llm
+from dyntok.errors import DyntokError
+
+VOCAB = dyntok.VisualVocab.after(300, size=256, patches=64)
+GRAMMAR = llm.ImageGrammar(VOCAB)
+WRONG = {"None": None, "3": 3, "'x'": "x", "[]": [], "[3]": [3], "no folder": "/no/such folder", "bytes": b"x"}
+
+
+def encode(text):
+    return list(text.encode())
+
+
+def packer(**options):
+    given = {"length": 64, "vocab": VOCAB, "encode": encode, "bos": None, "eos": None, "pad": 0}
+    return llm.Packer(**(given | options))
+
+
+CALLS = {  # each with the values that are right there
+    "load": (lambda wrong: dyntok.load(wrong), ["None"]),
+    "load(device=)": (lambda wrong: dyntok.load("tiny", device=wrong), []),
+    "load(dtype=)": (lambda wrong: dyntok.load("tiny", dtype=wrong), []),
+    "TokenizerConfig.preset": (dyntok.TokenizerConfig.preset, []),
+    "DynamicVisualTokenizer": (dyntok.DynamicVisualTokenizer, []),
+    "Encoding.cat": (dyntok.Encoding.cat, []),
+    "Encoding.pack(codes)": (lambda wrong: dyntok.Encoding.pack(wrong, None, (2, 2)), ["[]"]),
+    "Encoding.pack(positions)": (lambda wrong: dyntok.Encoding.pack([[1]], wrong, (2, 2)), ["None"]),
+    "Encoding.pack(failures)": (lambda wrong: dyntok.Encoding.pack([[1]], None, (2, 2), failures=wrong), ["[]"]),
+    "Encoding.pack(originals)": (lambda wrong: dyntok.Encoding.pack([[1]], None, (2, 2), originals=wrong), ["None"]),
+    "KeepPolicy": (lambda wrong: dyntok.KeepPolicy(budget=wrong), ["None", "3"]),
+    "VisualVocab.of": (lambda wrong: dyntok.VisualVocab.of(wrong, 300), []),
+    "VisualVocab.from_pretrained": (dyntok.VisualVocab.from_pretrained, []),
+    "VisualVocab.to_encoding": (VOCAB.to_encoding, ["[]"]),
+    "tokenize(inputs)": (lambda wrong: batch.tokenize(wrong, "out"), []),
+    "tokenize(output)": (lambda wrong: batch.tokenize("in", wrong), ["'x'", "no folder"]),
+    "tokenize(options=)": (lambda wrong: batch.tokenize("in", "out", options=wrong), ["None", "[]"]),
+    "tokenize(engine=)": (lambda wrong: batch.tokenize("in", "out", engine=wrong), ["None", "[]"]),
+    "tokenize(storage=)": (lambda wrong: batch.tokenize("in", "out", storage=wrong), ["None", "[]"]),
+    "BatchOptions(keep_columns=)": (lambda wrong: batch.BatchOptions(keep_columns=wrong), ["[]"]),
+    "EngineOptions(devices=)": (lambda wrong: batch.EngineOptions(devices=wrong), ["[]"]),
+    "CodesDataset": (batch.CodesDataset, []),
+    "read": (batch.read, []),
+    "inspect": (batch.inspect, []),
+    "write_memmap(folder)": (lambda wrong: batch.write_memmap(wrong, "ids.bin", VOCAB), []),
+    "write_memmap(path)": (lambda wrong: batch.write_memmap("out", wrong, VOCAB), []),
+    "write_memmap(vocab)": (lambda wrong: batch.write_memmap("out", "ids.bin", wrong), []),
+    "TokenizeColumn": (lambda wrong: batch.TokenizeColumn("tiny")(wrong), []),
+    "read_documents": (lambda wrong: list(llm.read_documents(wrong)), []),
+    "read_documents(text=)": (lambda wrong: list(llm.read_documents("out", text=wrong)), []),
+    "in_drawn_order": (llm.in_drawn_order, []),
+    "extend_tokenizer": (lambda wrong: llm.extend_tokenizer(wrong, VOCAB), []),
+    "extend_model": (lambda wrong: llm.extend_model(wrong, VOCAB), []),
+    "check_packing": (llm.check_packing, []),
+    "document_leak": (llm.document_leak, []),
+    "fetch_image": (llm.fetch_image, []),
+    "fetch_image(timeout=)": (lambda wrong: llm.fetch_image("http://127.0.0.1:9/x", timeout=wrong), []),
+    "ImageGrammar": (llm.ImageGrammar, []),
+    "ImageGrammar(grid=)": (lambda wrong: llm.ImageGrammar(VOCAB, grid=wrong), ["None"]),
+    "ImageGrammar.start": (GRAMMAR.start, ["[]", "[3]"]),
+    "GrammarMask": (llm.GrammarMask, []),
+    "ImageLogitsProcessor": (lambda wrong: llm.ImageLogitsProcessor(wrong, 1), []),
+    "parse_ids": (lambda wrong: llm.parse_ids(wrong, VOCAB), ["[]", "[3]"]),
+    "parse_ids(vocab)": (lambda wrong: llm.parse_ids([1], wrong), []),
+    "parse_text": (lambda wrong: llm.parse_text(wrong, VOCAB), ["'x'", "no folder"]),
+    "parse_text(vocab)": (lambda wrong: llm.parse_text("x", wrong), []),
+    "Packer(length)": (lambda wrong: packer(length=wrong), ["3"]),
+    "Packer(vocab)": (lambda wrong: packer(vocab=wrong), []),
+    "Packer(encode)": (lambda wrong: packer(encode=wrong), []),
+    "Packer.pack": (lambda wrong: list(packer().pack(wrong)), ["[]"]),
+    "PackedDataset(documents)": (lambda wrong: llm.PackedDataset(wrong, packer), []),
+    "PackedDataset(packer)": (lambda wrong: llm.PackedDataset(lambda epoch: [], wrong), []),
+    "PackedDataset(rank=)": (lambda wrong: llm.PackedDataset(lambda epoch: [], packer, rank=wrong), []),
+    "collate_rows": (llm.collate_rows, []),
+    "flatten_rows": (llm.flatten_rows, []),
+    "VisualPrefix": (lambda wrong: llm.VisualPrefix(wrong, 8), ["3"]),
+    "VisualProcessor": (lambda wrong: llm.VisualProcessor(wrong, dyntok.load("tiny"), VOCAB), []),
+    "VisualProcessor(visual)": (lambda wrong: llm.VisualProcessor(None, wrong, VOCAB), []),
+    "VisualProcessor.from_pretrained": (llm.VisualProcessor.from_pretrained, []),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_wrong_type_is_an_error_of_ours(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "in").mkdir()
+    call, right = CALLS[name]
+    for label in WRONG.keys() - set(right):
+        with pytest.raises(DyntokError) as caught:
+            call(WRONG[label])
+        assert len(str(caught.value)) > 20, (label, caught.value)
+
+
+@pytest.mark.parametrize("option", ["rank", "world", "batch_size", "pad_to", "columns", "storage"])
+@pytest.mark.parametrize("wrong", ["x", 1.5, [3], True])
+def test_options_of_a_dataset(option, wrong, tmp_path):
+    with pytest.raises(DyntokError, match=option):
+        batch.CodesDataset(tmp_path, **{option: wrong})
+
+
+def test_whole_numbers_of_numpy_are_numbers():
+    assert packer(length=np.int64(64)).length == 64
