@@ -58,7 +58,7 @@ def pictures() -> dict[str, np.ndarray]:
 
 
 def write(tokenizer: DynamicVisualTokenizer, path: Path) -> None:
-    """Write the golden codes of a tokenizer."""
+    """Write the golden codes of a tokenizer. Raises `DataError` where the file can't be written."""
     named = pictures()
     encoding = tokenizer.encode(list(named.values()))
     positions = encoding.positions or []
@@ -68,7 +68,10 @@ def write(tokenizer: DynamicVisualTokenizer, path: Path) -> None:
     }
     lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
     text = f'{{"fingerprint": {json.dumps(tokenizer.fingerprint)}, "pictures": {{\n{lines}\n}}}}\n'
-    path.write_text(text, encoding="utf-8")
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"can't write {path}: {error.strerror or error}; name a file in a folder of yours") from error
 
 
 def compare(tokenizer: DynamicVisualTokenizer, path: Path = GOLDEN) -> list[Comparison] | None:
@@ -76,24 +79,28 @@ def compare(tokenizer: DynamicVisualTokenizer, path: Path = GOLDEN) -> list[Comp
 
     Raises `DataError` where the file can't be read.
     """
+    named = pictures()
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        fingerprint, golden = stored["fingerprint"], dict(stored["pictures"])
+        fingerprint, rows = stored["fingerprint"], dict(stored["pictures"])
+        golden = {name: set(zip(row["positions"], row["codes"], strict=True)) for name, row in rows.items()}
+        images = [named[name] for name in golden]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"can't read the golden codes {path}: {error}; write them with `dyntok doctor`") from error
+        reason = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        raise DataError(
+            f"can't read the golden codes {path} ({reason}); `dyntok doctor --write-golden FILE` writes such a file"
+        ) from error
     if fingerprint != tokenizer.fingerprint:
         return None
-    named = pictures()
-    encoding = tokenizer.encode([named[name] for name in golden], margins=True)
+    encoding = tokenizer.encode(images, margins=True)
     return [_comparison(name, row, golden[name]) for name, row in zip(golden, encoding, strict=True)]
 
 
-def _comparison(name: str, row: Encoding, golden: dict[str, list[int]]) -> Comparison:
+def _comparison(name: str, row: Encoding, golden: set[tuple[int, int]]) -> Comparison:
     assert row.packed_positions is not None and row.margins is not None
     own = set(zip(row.packed_positions.tolist(), row.packed_codes.tolist(), strict=True))
     close_codes, close_choices = row.margins[0].tolist()
-    theirs = set(zip(golden["positions"], golden["codes"], strict=True))
-    return Comparison(name, len(own), len(own ^ theirs), close_codes, close_choices)
+    return Comparison(name, len(own), len(own ^ golden), close_codes, close_choices)
 
 
 def _stack(*channels: np.ndarray) -> np.ndarray:

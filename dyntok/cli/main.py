@@ -5,9 +5,11 @@ skipped; 130 interrupted. Each command imports what it needs when it runs, so `d
 """
 
 import argparse
+import contextlib
+import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from dyntok import __version__
 from dyntok.cli import batch, codes, doctor, evaluate, inspect, models, page, sheets, train
@@ -24,7 +26,25 @@ GROUPS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    options = build_parser().parse_args(arguments)
+    with _streams():
+        return _run(build_parser().parse_args(arguments))
+
+
+@contextlib.contextmanager
+def _streams() -> Iterator[None]:
+    """Sends what is printed nowhere where standard output or error is closed.
+
+    Python would print the messages of a closed standard error to standard output.
+    """
+    with contextlib.ExitStack() as stack:
+        if None in (sys.stdout, sys.stderr):
+            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(sys.stdout or nowhere))
+            stack.enter_context(contextlib.redirect_stderr(sys.stderr or nowhere))
+        yield
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         code = options.run(options)
         sys.stdout.flush()
@@ -38,6 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has closed it, as `head` does
         _discard_stdout()
         return OK
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"dyntok: can't write: {error.strerror}; free space on the disk, and run again", file=sys.stderr)
+        _discard_stdout()
+        return FAILED
 
 
 def build_parser() -> argparse.ArgumentParser:

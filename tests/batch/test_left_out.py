@@ -4,6 +4,7 @@ import errno
 import gzip
 import io
 import json
+import os
 import tarfile
 import zipfile
 from pathlib import Path
@@ -11,12 +12,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.batch_data import codes, errors, pictures, rows, run, write_table, write_tar
+from support.batch_data import codes, errors, pictures, rows, run, write_folder, write_table, write_tar
 
 from dyntok.batch import storage
+from dyntok.batch.inputs import listing
 from dyntok.batch.manifest import recorded_files
 from dyntok.cli.main import main
-from dyntok.errors import ConfigError
+from dyntok.errors import BatchError, ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -289,3 +291,18 @@ def test_a_dry_run_over_images_that_all_fail(checkpoint_folder, tmp_path, capsys
     assert main(command) == 3
     told = capsys.readouterr().out
     assert "every image of the sample failed" in told and "not a readable image" in told and "minutes" not in told
+
+
+def test_a_folder_that_can_not_be_read_is_named(images, checkpoint_folder, tmp_path, monkeypatch):
+    """Root may read everything, so the refusal of the system is made here."""
+    write_folder(tmp_path / "in", {"a/0": images[0], "locked/1": images[1]})
+    scan = os.scandir
+
+    def refuse(folder):
+        if str(folder).endswith("locked"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return scan(folder)
+
+    monkeypatch.setattr(listing.os, "scandir", refuse)
+    with pytest.raises(BatchError, match=f"can't read the folder {tmp_path}/in/locked: Permission denied"):
+        run(tmp_path / "in", tmp_path / "out", checkpoint_folder)

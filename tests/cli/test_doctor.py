@@ -34,6 +34,7 @@ def test_other_codes_are_told(run, tmp_path):
     golden = tmp_path / "golden.json"
     code, out, _ = run("doctor", "--write-golden", golden)
     assert code == 0 and "golden codes of the tokenizer" in out
+    other_picture = golden.read_text().replace('"gray"', '"grey"')
     code, out, _ = run("doctor", "--golden", golden)
     assert code == 0 and out.count("equal (close:") == 11 and "torch" in out
     stored = json.loads(golden.read_text())
@@ -41,9 +42,12 @@ def test_other_codes_are_told(run, tmp_path):
     golden.write_text(json.dumps(stored))
     code, out, _ = run("doctor", "--golden", golden)
     assert "gray              " in out and "tokens differ" in out and out.count("equal (close:") == 10
-    golden.write_text("no JSON")
-    code, out, err = run("doctor", "--golden", golden)
-    assert code == 1 and "can't read the golden codes" in err
+    for content in ("no JSON", "[]", '{"fingerprint": "", "pictures": {"a": 1}}', other_picture):
+        golden.write_text(content)
+        code, out, err = run("doctor", "--golden", golden)
+        assert code == 1 and "can't read the golden codes" in err
+    code, out, err = run("doctor", "--write-golden", tmp_path)
+    assert code == 1 and f"can't write {tmp_path}" in err
 
 
 def test_golden_codes_of_another_tokenizer_are_not_compared(run):

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -181,3 +182,28 @@ def test_a_reader_that_closes_the_pipe_is_no_error(checkpoint_folder, folder):
 def test_python_m_starts_the_same_command():
     out, _ = start("--version").communicate(timeout=300)
     assert out.decode().strip() == f"dyntok {cli.__version__}"
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&- <&-"])
+@pytest.mark.parametrize("command", ["encode in/0.png --json", "batch in out --workers 1"])
+def test_closed_streams(command, closed, photos, checkpoint_folder, tmp_path):
+    (tmp_path / "in").mkdir()
+    Image.fromarray(photos[0]).save(tmp_path / "in" / "0.png")
+    line = f"{shlex.quote(sys.executable)} -m dyntok.cli {command} --model {checkpoint_folder} {closed}"
+    done = subprocess.run(line, shell=True, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    if closed == "2>&-" and "json" in command:
+        assert len(json.loads(done.stdout)["codes"]) == 1  # no message among it
+    assert (tmp_path / "out" / "000000-000000.parquet").exists() == ("batch" in command)
+
+
+@pytest.mark.parametrize("command", ["info", "encode 0.png", "encode 0.png --json"])
+def test_a_full_disk_behind_standard_output(command, photos, checkpoint_folder, tmp_path):
+    Image.fromarray(photos[0]).save(tmp_path / "0.png")
+    arguments = [sys.executable, "-m", "dyntok.cli", *command.split(), "--model", str(checkpoint_folder)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            arguments, cwd=tmp_path, env=environment(), stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 1 and done.stderr.startswith("dyntok: can't write: No space left"), done.stderr
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr

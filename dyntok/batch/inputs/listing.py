@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from dyntok.addresses import version_stamp
+from dyntok.addresses import version_stamp, wrap_storage_errors
 from dyntok.batch.inputs.left_out import HIDDEN, LeftOut
 from dyntok.batch.inputs.names import suffix_of
 from dyntok.chunks import batched
@@ -94,10 +94,11 @@ def _list_local(
 
     parents: device and inode of the folders above; links: how many of them are links.
     """
-    status = os.stat(folder)
+    with wrap_storage_errors("read the folder", folder):
+        status = os.stat(folder)
     parents += ((status.st_dev, status.st_ino),)
     with ExitStack() as stack:
-        with os.scandir(folder) as entries:
+        with wrap_storage_errors("read the folder", folder), os.scandir(folder) as entries:
             names = _sort(((entry.name, _is_folder(entry), entry.is_symlink()) for entry in entries), stack)
         for name, is_folder, is_link in names:
             path, key = f"{folder.rstrip('/')}/{name}", below + name
