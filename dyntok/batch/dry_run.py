@@ -17,7 +17,6 @@ from dyntok.batch.inputs.left_out import LeftOut
 from dyntok.batch.storage import Output
 from dyntok.batch.summary import reason_kind
 from dyntok.batch.task import Task
-from dyntok.errors import DataError
 from dyntok.validation import counted
 
 _SAMPLE = 96  # rows
@@ -34,7 +33,7 @@ class DryRun:
 
     kind: str
     output: str
-    input_shards: int  # to be read
+    input_shards: int  # to be read; 0 where everything is finished
     input_shards_finished: int
     input_bytes: int
     rows: int  # to be read, about
@@ -58,9 +57,11 @@ class DryRun:
     @property
     def found_nothing(self) -> bool:
         """Returns whether what is left of the input holds no images, neither good nor bad ones."""
-        return not (self.sampled or self.errors)
+        return self.input_shards > 0 and not (self.sampled or self.errors)
 
     def __str__(self) -> str:
+        if not self.input_shards:
+            return f"nothing is left to be done in {self.output}"
         finished = f"; {self.input_shards_finished:,} are finished" if self.input_shards_finished else ""
         lines = [
             f"would read   {counted(self.input_shards, 'input shard')} ({self.kind}) "
@@ -97,7 +98,7 @@ class DryRun:
 def dry_run(task: Task, device: str | None = None) -> DryRun:
     """Measures on `device`, by default where the tokenizer is.
 
-    Raises what `tokenize` raises before it writes; `DataError` where nothing is left to be done.
+    Raises what `tokenize` raises before it writes.
     """
     if device is not None:
         task.tokenizer.to(device)
@@ -108,8 +109,6 @@ def dry_run(task: Task, device: str | None = None) -> DryRun:
         shards += 1
         extent += work.shard.begin + work.shard.extent - work.start
         size += work.shard.size if work.shard.rows is None or work.shard.rows[0] == 0 else 0
-    if not shards:
-        raise DataError(f"nothing is left to be done in {redact(task.output.address)}")
     failures = [failure for row in sampling.rows for failure in row.failures]
     reasons = Counter(reason_kind(failure.reason) for failure in failures)
     tokens = [len(image.codes) for row in sampling.rows for image in row.present]

@@ -185,6 +185,7 @@ class Manifest:
                 output.remove(name)
             output.publish_json(f"{RUN}/run.json", description)
         self.finished_before = 0  # images in the records that were met, and input shards as far as they are finished
+        self.failed_before = 0  # images, in these records
         self.finished_shards = 0.0
         self.finished_left_out = LeftOut()
 
@@ -200,6 +201,7 @@ class Manifest:
                     )
             done = {number: record for number, record in done.items() if self._files_intact(record)}
             self.finished_before += sum(record.images for record in done.values())
+            self.failed_before += sum(record.errors for record in done.values())
             for record in done.values():
                 self.finished_left_out.merge(record.left_out)
             self.finished_shards += sum(record.next - record.start for record in done.values()) / max(shard.extent, 1)

@@ -185,7 +185,8 @@ def _counted_shards(source: Input, summary: Summary) -> Iterator[None]:
 
 
 def _update(summary: Summary, manifest: Manifest, begin: float) -> None:
-    summary.finished_before, summary.input_shards_before = manifest.finished_before, manifest.finished_shards
+    summary.finished_before, summary.failed_before = manifest.finished_before, manifest.failed_before
+    summary.input_shards_before = manifest.finished_shards
     summary.seconds = time.monotonic() - begin
 
 

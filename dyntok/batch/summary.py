@@ -29,6 +29,7 @@ class Summary:
     shards: int = 0  # output shards that were completed
     bytes: int = 0  # of those
     finished_before: int = 0  # images, by earlier runs
+    failed_before: int = 0  # images, in earlier runs; those of a run with `retry_errors` count as errors
     seconds: float = 0.0
     input_shards: float = 0.0  # read, partly read ones in proportion
     input_shards_before: float = 0.0  # finished by earlier runs
@@ -106,6 +107,9 @@ class Summary:
             rest = len(self.reasons) - _TOP_REASONS
             if rest > 0:
                 lines.append(f"  and {rest:,} other reasons")
+        if self.failed_before:
+            lines.append(f"{counted(self.failed_before, 'image')} failed in earlier runs")
+        if self.errors or self.failed_before:
             lines.append(f"list them: dyntok inspect {self.output} -o report; try them again: --retry-errors")
         return "\n".join(lines)
 

@@ -219,7 +219,7 @@ def _batch(options: argparse.Namespace) -> int:
         raise
     _print(summary, options.json)
     report(f"next: dyntok inspect {shlex.quote(options.output)}", to_stderr=options.json)
-    return SOME_SKIPPED if summary.errors or summary.found_nothing else OK
+    return SOME_SKIPPED if summary.errors or summary.failed_before or summary.found_nothing else OK
 
 
 def _print(result: "Summary | DryRun", as_json: bool) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support.batch_data import codes, files, pictures, run, tar_members, write_table, write_tar
+from support.batch_data import codes, files, pictures, run, tar_members, write_folder, write_table, write_tar
 
 from dyntok import DynamicVisualTokenizer, VisualVocab, load
 from dyntok.cli.main import main
@@ -37,8 +37,10 @@ def test_batch_and_again(tar, checkpoint_folder, tmp_path, capsys):
     first = json.loads(capsys.readouterr().out)
     assert (first["images"], first["errors"], first["shards"]) == (20, 1, 3)
     before = files(tmp_path / "out")
-    assert main(command) == 0
-    assert json.loads(capsys.readouterr().out)["finished_before"] == 20 and files(tmp_path / "out") == before
+    assert main(command) == 3
+    again = json.loads(capsys.readouterr().out)
+    assert (again["finished_before"], again["failed_before"], again["errors"]) == (20, 1, 0)
+    assert files(tmp_path / "out") == before
     run(tar, tmp_path / "api", checkpoint_folder, shard_size=8, keep_columns=["txt"])
     assert codes(tmp_path / "api") == codes(tmp_path / "out")
     assert main([*command, "--budget", "7"]) == 1
@@ -71,6 +73,21 @@ def test_a_log_gets_lines_and_the_summary_says_why_and_where(tar, checkpoint_fol
     assert "1  not a readable image" in told.out and f"next: dyntok inspect {output}" in told.out
 
 
+def test_a_second_run_says_what_failed_in_the_first_until_it_is_tried_again(
+    photos, checkpoint_folder, tmp_path, capsys
+):
+    images, folder = pictures(photos, 4), tmp_path / "in"
+    write_folder(folder, images | {"a/bad": b"broken"})
+    command = ["batch", str(folder), str(tmp_path / "out"), "--model", str(checkpoint_folder), "--workers", "0"]
+    assert main(command) == 3 and "earlier runs" not in capsys.readouterr().out
+    assert main(command) == 3
+    told = capsys.readouterr().out
+    assert "1 image failed in earlier runs\nlist them: " in told and "--retry-errors" in told
+    assert main([*command, "--retry-errors"]) == 3 and "earlier runs" not in capsys.readouterr().out
+    (folder / "a" / "bad.jpg").write_bytes(images["a/000"])
+    assert main([*command, "--retry-errors"]) == 0
+
+
 def test_dry_run_writes_nothing(tar, photos, checkpoint_folder, tmp_path, capsys):
     model = ["--model", str(checkpoint_folder)]
     table = write_table(tmp_path / "in.parquet", pictures(photos))
@@ -85,8 +102,9 @@ def test_dry_run_writes_nothing(tar, photos, checkpoint_folder, tmp_path, capsys
     assert "would read   1 input shard (tar)" in told and "failed       1 image of the sample" in told
     run(tar, tmp_path / "out", checkpoint_folder)
     before = files(tmp_path / "out")
-    assert main(["batch", "--dry-run", tar, str(tmp_path / "out"), *model]) == 1
-    assert "nothing is left" in capsys.readouterr().err and files(tmp_path / "out") == before
+    assert main(["batch", "--dry-run", tar, str(tmp_path / "out"), *model]) == 0
+    assert capsys.readouterr().out == f"nothing is left to be done in {tmp_path / 'out'}\n"
+    assert files(tmp_path / "out") == before
 
 
 def test_the_estimate_comes_near(photos, checkpoint_folder, tmp_path, capsys):
