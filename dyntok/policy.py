@@ -133,6 +133,10 @@ class KeepPolicy:
             raise ConfigError(f"budget is {count} tokens, but an image has {num_patches} patches")
         return count if self.max_tokens is None else min(count, self.max_tokens)
 
+    def may_miss(self, tokens: int, patches: int) -> bool:
+        """Returns whether an image of that many tokens may miss `psnr`: it keeps as many patches as it may."""
+        return self.psnr is not None and tokens == min(patches, self.max_tokens or patches)
+
     def distance(self, log_probs: Tensor, input_indices: Sequence[int] | None = None) -> Tensor:
         """Returns how far each score lies from where its decision changes, in logits: [B, N], positive where kept.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dyntok.config import ImageConfig
+from dyntok.validation import counted
 
 Reconstruct = Callable[[Tensor], Tensor]  # keep mask [B, N] -> normalized pixels [B, 3, H, W]
 
@@ -33,6 +34,11 @@ def shortest_mask(
         high = torch.where(searching & reached, middle, high)
         low = torch.where(searching & ~reached, middle + 1, low)
     return ranks < high[:, None]
+
+
+def missed_in_words(missed: int, images: int) -> str:
+    """Returns the line that says how many of the images may not have reached the quality."""
+    return f"{missed:,} of {counted(images, 'image')} may not reach the psnr, even with all the patches allowed"
 
 
 def visible_psnr(decoded: Tensor, pixels: Tensor, image: ImageConfig) -> Tensor:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 import dyntok
 from dyntok import CodeError, ConfigError, DynamicVisualTokenizer
@@ -62,6 +63,22 @@ def test_the_command_line_takes_a_target(flex, tmp_path, capsys):
     dyntok.example_image().save(path)
     assert main(["encode", str(path), "--psnr", str(TARGET), "-o", "-"]) == 0
     assert json.loads(capsys.readouterr().out)["codes"][0] == flex.encode(path, psnr=TARGET).codes[0].tolist()
+
+
+def test_the_command_line_counts_the_pictures_that_miss_the_target(tmp_path, capsys):
+    picture, plain = dyntok.example_image(), Image.new("RGB", (128, 128))
+    (tmp_path / "in").mkdir()
+    for name, image in (("a", picture), ("b", plain)):
+        image.save(tmp_path / "in" / f"{name}.png")
+    names = [str(tmp_path / "in" / name) for name in ("a.png", "b.png")]
+    told = "1 of 2 images may not reach the psnr, even with all the patches allowed\n"
+    assert main(["encode", *names, "--psnr", "35"]) == 0 and told in capsys.readouterr().out
+    assert main(["encode", *names, "--psnr", "35", "-o", "-"]) == 0 and told in capsys.readouterr().err
+    assert main(["encode", *names, "--psnr", "10"]) == 0 and "may not reach" not in capsys.readouterr().out
+    assert main(["encode", *names, "--budget", "256"]) == 0 and "may not reach" not in capsys.readouterr().out
+    command = ["batch", str(tmp_path / "in"), "--workers", "0"]
+    assert main([*command, str(tmp_path / "out"), "--psnr", "35", "--max-tokens", "99"]) == 0
+    assert told in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("psnr", [0, -3, True, "20", 1000])

@@ -78,7 +78,7 @@ def _run(
     manifest, begin = task.manifest(), time.monotonic()
     writer = make_writer(task.options, task.tokenizer, task.description)
     work = manifest.failed_work(task.source) if retry_errors else manifest.unfinished_work(task.source)
-    summary, open_ranges = Summary(output=redact(task.output.address)), _OpenRanges()
+    policy, summary, open_ranges = task.options.policy, Summary(output=redact(task.output.address)), _OpenRanges()
     chunks: Any = _engine(engine)(work, task.source, task.options, engine, task.tokenizer)
 
     def commit(completed: Iterable[tuple[RangeEnd, list[TokenizedRow]]]) -> None:
@@ -91,7 +91,7 @@ def _run(
         for chunk in chunks:
             commit(open_ranges.expect(chunk.ends))
             for row in chunk.rows:
-                summary.add_row(row)
+                summary.add_row(row, policy)
                 commit(open_ranges.add(row))
                 _update(summary, manifest, begin)
                 if progress is not None:

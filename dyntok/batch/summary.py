@@ -1,5 +1,6 @@
 """What a run has done so far, for progress displays and for its last words."""
 
+import math
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 from dyntok.batch.engines.rows import RangeEnd, Row, TokenizedImage
 from dyntok.batch.inputs.left_out import LeftOut
 from dyntok.batch.manifest import Record
+from dyntok.policy import KeepPolicy
+from dyntok.target import missed_in_words
 from dyntok.validation import counted
 
 _TOP_REASONS = 3
@@ -24,6 +27,7 @@ class Summary:
     errors: int = 0
     reasons: Counter[str] = field(default_factory=Counter)  # of the errors, without names of files
     area_used: float = 0.0  # sum over images of the share of the original's area that is inside the crop box
+    missed_psnr: int = 0  # images that keep as many patches as they may, and may not reach the wanted quality
     left_out: LeftOut = field(default_factory=LeftOut)  # input files that were not read, by suffix; earlier runs' too
     duplicates: int = 0  # rows whose key came before in their output shard
     shards: int = 0  # output shards that were completed
@@ -60,12 +64,13 @@ class Summary:
     def images_per_second(self) -> float:
         return self.images / max(self.seconds, 1e-9)
 
-    def add_row(self, row: Row[TokenizedImage]) -> None:
+    def add_row(self, row: Row[TokenizedImage], policy: KeepPolicy) -> None:
         """Counts a row that is encoded."""
         self.rows += 1
         self.images += len(row.present)
         self.tokens += sum(len(image.codes) for image in row.present)
         self.area_used += sum(image.used for image in row.present)
+        self.missed_psnr += sum(policy.may_miss(len(image.codes), math.prod(image.grid)) for image in row.present)
         self.errors += len(row.failures)
         self.reasons.update(reason_kind(failure.reason) for failure in row.failures)
         self.input_shards += row.share
@@ -95,6 +100,8 @@ class Summary:
                 f"{100 * (1 - self.area_used / self.images):.1f} % of the originals' area was cut off to fit the grid; "
                 "--fit squash or pad uses all of it"
             )
+        if self.missed_psnr:
+            lines.append(missed_in_words(self.missed_psnr, self.images))
         if self.finished_before:
             lines.append(f"{self.finished_before:,} images were finished by earlier runs")
         if self.duplicates:

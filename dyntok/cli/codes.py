@@ -84,15 +84,18 @@ def add_decode(commands: "Commands") -> None:
 def _encode(options: argparse.Namespace) -> int:
     from dyntok import load
     from dyntok.cli.progress import ProgressBar
+    from dyntok.policy import KeepPolicy
+    from dyntok.target import missed_in_words
 
     given, sources = options.images, image_sources(options.images)
     tokenizer = load(options.model, device=options.device)
+    policy = KeepPolicy(**keep_options(options))
     hidden = None if len(given) > 1 else True  # None: shown on a terminal only
     images = ProgressBar(sources, desc="encode", unit=" images", disable=hidden)
     encoding = tokenizer.encode(
         images,
         errors="skip" if options.skip_errors else "raise",
-        **keep_options(options),
+        policy=policy,
         **shape_options(options),
         **limit_options(options),
     )
@@ -111,6 +114,9 @@ def _encode(options: argparse.Namespace) -> int:
     else:
         for name, codes in zip(kept, encoding.codes, strict=True):
             print(f"{name}: {len(codes)} tokens" + ("" if to_file else ": " + " ".join(map(str, codes.tolist()))))
+    patches = encoding.grids.prod(1).tolist()
+    if missed := sum(map(policy.may_miss, encoding.lengths.tolist(), patches)):
+        report(missed_in_words(missed, len(encoding)), to_stderr=to_stdout)
     report(_encoded(encoding, options.output if to_file else None), to_stderr=to_stdout)
     return SOME_SKIPPED if encoding.failures else OK
 
