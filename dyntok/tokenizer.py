@@ -259,6 +259,8 @@ class DynamicVisualTokenizer(TokenizerNetwork):
             raise ConfigError(
                 f"this tokenizer knows the grid {rows} x {columns} alone; leave out max_patches, size and fit='keep'"
             )
+        if max_patches is not None and size is not None:
+            raise ConfigError(f"max_patches={max_patches} and size={size} were both given, expected one of them")
         if decoding not in (None, "full", "scaled"):
             raise ConfigError(f"decoding is {decoding!r}, expected 'full' or 'scaled'")
         options = {"resize": fit, "max_patches": max_patches, "size": None if size is None else pair(size)}

@@ -9,10 +9,12 @@ from PIL import Image
 from support.any_grid import any_grid_config, any_grid_tokenizer
 
 from dyntok import CodeError, ConfigError, DynamicVisualTokenizer, ImageError, VisualVocab
+from dyntok.batch import TokenizeColumn
 from dyntok.cli.main import main
 from dyntok.config import ImageConfig
 from dyntok.fitting import choose_grid, fit
 from dyntok.layout import mask_to_counts
+from dyntok.visualize import contact_sheet
 
 KEEP = ImageConfig(resize="keep", max_patches=256, patch_size=8)
 
@@ -62,6 +64,24 @@ def test_every_fit_says_what_it_uses():
     assert fitted(resize="keep", size=(64, 64)).size == (32, 64)
     keep = fitted(resize="keep")
     assert keep.box == (0, 0, 200, 100) and keep.size[1] > keep.size[0]
+
+
+def test_size_and_max_patches_are_one_choice(tok, shapes, tmp_path, capsys):
+    both = {"size": (64, 96), "max_patches": 128}
+    doors = [
+        lambda: tok.encode(shapes[0], **both),
+        lambda: contact_sheet(tok, [shapes[0]], tok.encode(shapes[0]), **both),
+        lambda: TokenizeColumn("flex", **both)({"image": [np.asarray(shapes[0])]}),
+    ]
+    for door in doors:
+        with pytest.raises(ConfigError, match=r"max_patches=128 and size=\(64, 96\) were both given, expected one"):
+            door()
+    shapes[0].save(tmp_path / "a.png")
+    for command in (["encode"], ["batch", "--dry-run"], ["show", "-o", str(tmp_path / "b.png")], ["eval"]):
+        output = [str(tmp_path / "out")] if command[0] == "batch" else []
+        options = ["--size", "64x96", "--max-patches", "128"]
+        assert main([*command, str(tmp_path / "a.png"), *output, *options]) == 1
+        assert "max_patches=128 and size=(64, 96) were both given" in capsys.readouterr().err
 
 
 def test_padding_is_white_and_the_picture_is_whole(tok):

@@ -78,6 +78,8 @@ def test_pictures_have_the_shape_that_is_asked_for(options, small_config, photos
         assert image.encoding == expected
     with pytest.raises(ConfigError, match="max_patches is 9, expected"):
         made(visual, "map", max_patches=9)
+    with pytest.raises(ConfigError, match="max_patches=128 and size=64 were both given"):
+        made(visual, "map", max_patches=128, size=64)
 
 
 def test_padding_is_on_the_tokenizers_side(tokenizer, photos):
