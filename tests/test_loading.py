@@ -30,6 +30,11 @@ def test_a_bundled_tokenizer_is_loaded_by_name(flex, tmp_path, monkeypatch):
         dyntok.load("./flex")  # a path, not the name
 
 
+def test_batch_invariance_is_an_option_of_both_ways_to_load():
+    for make in (dyntok.load, dyntok.DynamicVisualTokenizer.from_pretrained):
+        assert make(BUNDLED, batch_invariant=True).batch_invariant and not make(BUNDLED).batch_invariant
+
+
 def test_list_models_names_what_load_takes(flex):
     models = dyntok.list_models()
     assert models == {

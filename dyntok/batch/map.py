@@ -24,7 +24,7 @@ _IMPORTED_IN = os.getpid()
 class TokenizeColumn:
     """Turns a batch with a column of images into one with their codes.
 
-    The new columns are codes, positions, grid, width, height, crop_box and error.
+    The new columns are codes, positions, grid, width, height, crop_box and error, and margins on request.
 
     >>> dataset.map(dyntok.batch.TokenizeColumn(), batched=True, remove_columns="image")  # Hugging Face datasets
     >>> ray.data.read_parquet(...).map_batches(dyntok.batch.TokenizeColumn, concurrency=4)  # Ray Data
@@ -34,8 +34,8 @@ class TokenizeColumn:
     model, device, batch_invariant, other options: as in `dyntok.load` and `encode`. Each process loads the tokenizer
         when it first needs it.
 
-    A bad image has no codes (empty arrays, zeros for grid, size and box) and a reason in `error`, which is empty
-    otherwise. The columns have the same types in every batch.
+    A bad image has no codes (empty arrays, zeros for grid, size, box and margins) and a reason in `error`, which is
+    empty otherwise. The columns have the same types in every batch.
 
     The fingerprint of the tokenizer is part of the pickled object, so the cache of `datasets` notices other weights.
     Raises `DataError` where the image column is missing or holds a single image, `FingerprintError` where the
@@ -59,6 +59,7 @@ class TokenizeColumn:
         max_pixels: int = DEFAULT_MAX_PIXELS,
         device: str = "cpu",
         batch_invariant: bool = False,
+        margins: bool = False,
     ) -> None:
         self.model, self.image, self.device = model, image, device
         self.options = BatchOptions(
@@ -73,6 +74,7 @@ class TokenizeColumn:
             decoding=decoding,
             max_pixels=max_pixels,
             batch_invariant=batch_invariant,
+            margins=margins,
         )
         self._tokenizer: DynamicVisualTokenizer | None = None
         self._fingerprint: str | None = None  # of the tokenizer in the process that pickled this object
@@ -140,7 +142,7 @@ class TokenizeColumn:
         positions = np.zeros(0, position_type(self.tokenizer, self.options))
         none = TokenizedImage(codes, positions, (0, 0), (0, 0), (0, 0, 0, 0))
         images = [result if isinstance(result, TokenizedImage) else none for result in results]
-        return {
+        columns: dict[str, Any] = {
             "codes": [image.codes for image in images],
             "positions": [image.positions for image in images],
             "grid": [np.array(image.grid, np.uint16) for image in images],
@@ -149,3 +151,6 @@ class TokenizeColumn:
             "crop_box": [np.array(image.crop_box, np.uint32) for image in images],
             "error": ["" if isinstance(result, TokenizedImage) else str(result) for result in results],
         }
+        if self.options.margins:
+            columns["margins"] = [np.array(image.margins or (0, 0), np.float32) for image in images]
+        return columns

@@ -177,13 +177,16 @@ class PretrainedModule(nn.Module):
         force_download: bool = False,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | str = torch.float32,
+        batch_invariant: bool = False,
     ) -> Self:
-        """Returns a tokenizer from a folder or a hub repository, in evaluation mode; dtype: see `in_precision`.
+        """Returns a tokenizer from a folder or a hub repository, in evaluation mode; options as in `dyntok.load`.
 
         Raises `CheckpointError` on files that do not fit.
         """
         origin = Origin(name_or_path, revision, local_files_only, token, cache_dir, force_download)
-        return cls.from_origin(origin, device=device, dtype=dtype)
+        tokenizer = cls.from_origin(origin, device=device, dtype=dtype)
+        tokenizer.batch_invariant = batch_invariant
+        return tokenizer
 
     @classmethod
     def from_origin(cls, origin: Origin, *, device: torch.device | str, dtype: torch.dtype | str) -> Self:

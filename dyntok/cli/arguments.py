@@ -38,7 +38,7 @@ def add_command(
     return parser
 
 
-def add_model_option(parser: argparse.ArgumentParser) -> None:
+def add_model_option(parser: "argparse.ArgumentParser | argparse._MutuallyExclusiveGroup") -> None:
     parser.add_argument(
         "--model", metavar="NAME", help="a folder, a name on the hub, or a bundled one: flex, tiny (default: flex)"
     )

@@ -10,11 +10,13 @@ from dyntok.cli.arguments import (
     add_command,
     add_device_option,
     add_json_option,
+    add_limit_option,
     add_model_option,
     add_policy_options,
     add_shape_options,
     json_object,
     keep_options,
+    limit_options,
     print_json,
     report,
     shape_options,
@@ -43,6 +45,7 @@ def add_eval(commands: "Commands") -> None:
     add_json_option(add)
     add_policy_options(add)
     add_shape_options(add)
+    add_limit_option(add)
     add.add_argument("data", nargs="+", metavar="SOURCE", help="folders of images, or webdataset tars")
     add.add_argument(
         "--split",
@@ -118,6 +121,7 @@ def _eval(options: argparse.Namespace) -> int:
             probe_samples=find_samples(options.data, "train") if options.probe else None,
             probe_prefix=options.probe_keys,
             **shape_options(options),
+            **limit_options(options),
             limit=options.limit,
             progress=progress,
         )

@@ -26,9 +26,11 @@ def add_info(commands: "Commands") -> None:
         _info,
         summary="Describe a tokenizer.",
         details="Shows its fingerprint, input size, codebook and the parameters of each part.",
-        example="dyntok info --model flex",
+        example="dyntok info tiny",
     )
-    add_model_option(add)
+    either = add.add_mutually_exclusive_group()
+    either.add_argument("model", nargs="?", default=argparse.SUPPRESS, metavar="NAME", help="the same as --model NAME")
+    add_model_option(either)
     add_device_option(add)
     add_json_option(add)
 

@@ -43,7 +43,8 @@ class DyntokModel(nn.Module):
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike, *, config: Any = None, **options: Any) -> "DyntokModel":
         """Returns the tokenizer of a folder or a hub repository; options: those of `DynamicVisualTokenizer`."""
-        known = ("revision", "local_files_only", "token", "cache_dir", "force_download", "device", "dtype")
+        hub = ("revision", "local_files_only", "token", "cache_dir", "force_download")
+        known = (*hub, "device", "dtype", "batch_invariant")
         ignored = ("trust_remote_code", "adapter_kwargs", "_from_auto", "_commit_hash", "code_revision")
         given = {name: value for name, value in options.items() if name not in ignored and value is not None}
         if other := sorted(set(given) - set(known)):

@@ -16,7 +16,7 @@ from dyntok.chunks import batched
 from dyntok.config import ImageConfig
 from dyntok.encoding import Encoding
 from dyntok.errors import ImageError
-from dyntok.image import to_image, to_pixels
+from dyntok.image import DEFAULT_MAX_PIXELS, to_image, to_pixels
 from dyntok.policy import KeepPolicy
 from dyntok.tokenizer import DynamicVisualTokenizer
 from dyntok.training.masks import even_mask, random_mask, seed_of
@@ -54,6 +54,7 @@ class SampleEncoder:
     total: int
     image: ImageConfig
     progress: Callable[[int, int], None] | None = None
+    max_pixels: int = DEFAULT_MAX_PIXELS
     done: int = 0
 
     def batches(self, samples: Sequence[ImageSample], failed: list[Failure]) -> Iterator[EncodedBatch]:
@@ -77,7 +78,7 @@ class SampleEncoder:
     def _read(self, samples: Sequence[ImageSample], failed: list[Failure]) -> Iterator[tuple[ImageSample, Tensor]]:
         for sample in samples:
             try:
-                yield sample, to_pixels(sample.read(), self.image)
+                yield sample, to_pixels(sample.read(), self.image, max_pixels=self.max_pixels)
             except (ImageError, OSError) as error:
                 failed.append((sample.key, str(error)))
 

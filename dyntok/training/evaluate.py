@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyntok.errors import ConfigError, DataError
+from dyntok.image import DEFAULT_MAX_PIXELS
 from dyntok.model.codebook import perplexity
 from dyntok.policy import KeepPolicy
 from dyntok.tokenizer import Decoding, DynamicVisualTokenizer, Fit, Size
@@ -41,6 +42,7 @@ def evaluate(
     max_patches: int | None = None,
     size: Size | None = None,
     decoding: Decoding | None = None,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
     batch_size: int = 16,
     limit: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -52,7 +54,7 @@ def evaluate(
         its own seed and the image's key.
     positions: whether to decode with positions, or from the codes alone.
     selection: which patches to keep. "random" and "even" keep the same number per image as `policy`, but others.
-    fit, max_patches, size, decoding: how pictures are prepared, as in `encode`.
+    fit, max_patches, size, decoding, max_pixels: how pictures are prepared, as in `encode`.
     teacher: a timm network with its classifier (see `load_classifier`) that compares originals and reconstructions.
     probe_samples: labeled images, none of `samples`, to search for nearest neighbors. Without them the search is among
     the
@@ -72,7 +74,7 @@ def evaluate(
     probed = [] if neighbors is None else _choose_probe_samples(probe_samples, neighbors, chosen)
     image = tokenizer.image_config(fit=fit, max_patches=max_patches, size=size, decoding=decoding)
     total = len(chosen) + len(probed)
-    encoder = SampleEncoder(tokenizer, policy, selection, batch_size, total, image, progress)
+    encoder = SampleEncoder(tokenizer, policy, selection, batch_size, total, image, progress, max_pixels)
     # the classes are those of all samples, so that a limit does not make the task easier
     classifier = Classifier(teacher, [sample.label for sample in samples]) if teacher is not None else None
     tally = _Tally(torch.zeros(len(tokenizer.codebook.embedding), dtype=torch.long))

@@ -2,6 +2,7 @@
 
 import pickle
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -234,7 +235,10 @@ def test_map_options(images, checkpoint_folder):
     column = TokenizeColumn(str(checkpoint_folder), image="picture", budget=5, batch_invariant=True)
     mapped = column({"picture": content[:3], "x": [1, 2, 3]})
     assert column.tokenizer.batch_invariant
-    assert [len(row) for row in mapped["codes"]] == [5] * 3 and mapped["x"] == [1, 2, 3]
+    assert [len(row) for row in mapped["codes"]] == [5] * 3 and mapped["x"] == [1, 2, 3] and "margins" not in mapped
+    closer = TokenizeColumn(str(checkpoint_folder), margins=True)({"image": [*content[:3], b"no image"]})["margins"]
+    expected = column.tokenizer.encode(content[:3], margins=True).margins
+    assert np.array_equal(np.stack(closer), [*expected.numpy(), (0, 0)]) and closer[0].dtype == np.float32
     with pytest.raises(DataError, match="no column 'picture'; it has image"):
         TokenizeColumn(str(checkpoint_folder), image="picture")({"image": content})
     with pytest.raises(ConfigError):

@@ -14,6 +14,11 @@ def test_eval_measures_a_folder(run, folder, bad):
     assert code == 0 and json.loads(out)["images"] == 1
 
 
+def test_eval_refuses_pictures_above_the_limit(run, folder):
+    code, _, err = run("eval", folder, "--budget", 9, "--max-pixels", 99)
+    assert code == 1 and "the limit is 99" in err
+
+
 def test_eval_without_images_is_an_error(run, folder):
     for arguments, message in (((folder, "--keys", "x"), "no key of an image"), ((folder / "none",), "does not exist")):
         code, _, err = run("eval", *arguments)

@@ -23,6 +23,15 @@ def test_info_on_a_tokenizer_of_any_shape(capsys):
     assert re.search("input +any shape; fit: keep\n", out) and re.search("patches +up to 256 of 8 pixels\n", out)
 
 
+def test_info_takes_the_name_with_and_without_the_option(capsys):
+    assert main(["info", "--model", "tiny"]) == 0
+    tiny = capsys.readouterr().out
+    assert main(["info", "tiny"]) == 0 and capsys.readouterr().out == tiny and "128 x 128" in tiny
+    with pytest.raises(SystemExit, match="2"):
+        main(["info", "tiny", "--model", "flex"])
+    assert "not allowed with" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["demo", "encode x", "decode x -o y.png", "show x -o y.png", "info", "eval ."])
 def test_an_unknown_device_is_an_error_of_every_command(run, command):
     for device in ("meta", "quantum"):  # a device that computes nothing, and no device at all
