@@ -72,7 +72,7 @@ class _ZipReader:
                 images, columns = images_and_columns(group, self.zips.options)
                 passed = dict(self.left_out)
                 self.left_out.clear()
-                yield InputSample(key, images, columns, position, source, passed)
+                yield InputSample(group.key, images, columns, position, source, passed)
             else:
                 for extension in group.columns:
                     self.left_out.count(f"{key}.{extension}")
@@ -111,6 +111,8 @@ class _ZipReader:
                 content = self._read(member, extension, role)
             if role is Role.UNNAMED:
                 role = Role.IMAGE if isinstance(content, bytes) and sniff(content) else Role.LEFT_OUT
+            if role is Role.IMAGE:
+                group.key = without_surrogates(split_key(member.filename)[0])
             group.add(member.filename, role, extension, content)
         return group
 
