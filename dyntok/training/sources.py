@@ -17,7 +17,7 @@ from dyntok.addresses import is_remote, locate, wrap_storage_errors
 from dyntok.errors import DataError
 from dyntok.image import IMAGE_SUFFIXES
 from dyntok.names import is_hidden, split_key
-from dyntok.tars import is_link, tar_members
+from dyntok.tars import follow, is_link, link_target, tar_members
 
 Split = Literal["all", "train", "validation"]
 
@@ -180,10 +180,14 @@ def _add_tar(path: Path, inventory: Inventory) -> None:
     images: dict[str, list[tarfile.TarInfo]] = {}
     labels: dict[str, str] = {}
     members: dict[str, tarfile.TarInfo] = {}
+    links: dict[str, str] = {}
     try:
         with open(path, "rb") as file:
             for tar, member in tar_members(file, 0):
-                members[posixpath.normpath(member.name)] = member
+                name = posixpath.normpath(member.name)
+                members[name] = member
+                if is_link(member):
+                    links[name] = link_target(member)
                 key, extension = split_key(member.name)
                 suffix = suffix_of_member(extension)
                 if member.isdir():
@@ -202,8 +206,8 @@ def _add_tar(path: Path, inventory: Inventory) -> None:
     for key, several in images.items():
         member = image_of_key(several)
         inventory.left_out += Counter({REPEATED: len(several) - 1})
-        target = _resolve(member, members)
-        if target is None:
+        target = members.get(follow(link_target(member), links) or "") if is_link(member) else member
+        if target is None or not target.isreg() or target.issparse():
             inventory.problems.append(f"{member.name} in {path} is a link to nothing or no ordinary file")
         else:
             inventory.samples.append(ImageSample(key, str(path), target.offset_data, target.size, labels.get(key)))
@@ -217,15 +221,3 @@ def suffix_of_member(extension: str) -> str:
 def image_of_key(images: Sequence[tarfile.TarInfo]) -> tarfile.TarInfo:
     """Returns the image of a key that has several: `KEY.jpg` rather than `KEY.seg.png`, else the first."""
     return min(images, key=lambda member: "." in split_key(member.name)[1])
-
-
-def _resolve(member: tarfile.TarInfo, members: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:
-    """Follows links to the member that has the bytes; None if there is none."""
-    for _ in range(len(members)):
-        if not is_link(member):
-            return member if member.isreg() and not member.issparse() else None
-        folder = posixpath.dirname(member.name) if member.issym() else ""
-        member = members.get(posixpath.normpath(posixpath.join(folder, member.linkname)))
-        if member is None:
-            return None
-    return None

@@ -142,7 +142,13 @@ def test_links_in_a_tar_lead_to_the_bytes(tmp_path, photos):
         link = tarfile.TarInfo("1.jpg")
         link.type, link.linkname = tarfile.LNKTYPE, "0.jpg"
         tar.addfile(link)
-    assert [sample.read() for sample in find_samples([tmp_path])] == [content, content]
+        for name, target in {"others": "b/..", "a/2.jpg": "../others/1.jpg", "3.jpg": "../0.jpg", "o": "o"}.items():
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = tarfile.SYMTYPE, target
+            tar.addfile(link)
+    inventory = take_inventory([tmp_path])
+    assert {sample.key: sample.read() for sample in inventory.samples} == dict.fromkeys(("0", "1", "a/2"), content)
+    assert inventory.problems == [f"3.jpg in {tmp_path}/a.tar is a link to nothing or no ordinary file"]
 
 
 def test_tars_in_one_file_and_repeated_keys(tmp_path, photos):

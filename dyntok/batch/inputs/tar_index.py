@@ -9,9 +9,7 @@ from typing import IO
 from dyntok.batch.inputs.names import sample_of, without_surrogates
 from dyntok.batch.inputs.samples import Broken
 from dyntok.names import is_hidden, split_key
-from dyntok.tars import is_link, tar_members
-
-_MAX_LINKS = 16  # links to links
+from dyntok.tars import follow, is_link, link_target, tar_members
 
 
 class TarIndex:
@@ -26,29 +24,18 @@ class TarIndex:
         self._targets: dict[str, tarfile.TarInfo] = {}
         self._scattered: dict[str, list[tarfile.TarInfo]] = defaultdict(list)
         scattered = self._survey()
-        wanted = {self._followed(name) for name in self._links.values()}
+        wanted = {follow(name, self._links) for name in self._links.values()}
         if wanted or scattered:
             self._collect(wanted, scattered)
 
     def target(self, link: tarfile.TarInfo) -> tarfile.TarInfo | Broken:
         """Returns the file that a link leads to, or an error."""
-        name = self._followed(_target_name(link))
+        name = follow(link_target(link), self._links)
         if name is None:
             return Broken(f"is a link to {link.linkname}, and the links lead in a circle")
         if not name:
             return Broken(f"is a link to {link.linkname}, which leads out of the tar")
         return self._targets.get(name) or Broken(f"is a link to {link.linkname}, which is not in the tar")
-
-    def _followed(self, name: str) -> str | None:
-        """Returns the name at the end of links to files and folders; None for a circle, "" where they lead out."""
-        for _ in range(_MAX_LINKS):
-            parts = name.split("/")
-            heads = ("/".join(parts[:i]) for i in range(1, len(parts) + 1))
-            link = next((head for head in heads if head in self._links), None)
-            if link is None:
-                return name
-            name = self._links[link] and posixpath.normpath(self._links[link] + name.removeprefix(link))
-        return None
 
     def parts(self, key: str) -> list[tarfile.TarInfo]:
         """Returns the members of a key whose members are apart from each other; none for all other keys."""
@@ -60,7 +47,7 @@ class TarIndex:
         current, scattered = None, set()
         for member in self._members():
             if is_link(member):
-                self._links[posixpath.normpath(member.name)] = _target_name(member)
+                self._links[posixpath.normpath(member.name)] = link_target(member)
             key = sample_of(split_key(member.name)[0])
             if key != current:
                 closed.add(hash(current))
@@ -85,10 +72,3 @@ class TarIndex:
                     yield member
         except (tarfile.TarError, EOFError):
             return
-
-
-def _target_name(link: tarfile.TarInfo) -> str:
-    """Returns the name that a link leads to. A symbolic link starts at its own folder, a hard link at the top."""
-    folder = "" if link.islnk() else posixpath.dirname(link.name)
-    name = posixpath.normpath(posixpath.join(folder, link.linkname))
-    return "" if name.startswith(("/", "../")) or name == ".." else name
