@@ -5,8 +5,10 @@ used. Not here: the order in which shards and images are drawn (`stream.py`).
 """
 
 import logging
+import posixpath
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING
@@ -26,6 +28,7 @@ from dyntok.training.sources import (
     is_validation,
     suffix_of_member,
 )
+from dyntok.validation import counted
 
 if TYPE_CHECKING:
     from dyntok.tables import RowGroup
@@ -86,30 +89,36 @@ def _files(source: str, inventory: Inventory) -> list[str]:
     if not is_remote(source):
         if Path(source).is_dir():
             return [str(file) for file in sorted(files_below(Path(source), inventory))]
-        return [source] * Path(source).exists()
+        return [source] if Path(source).exists() else []
     try:
         fs, path = locate(source, {})
         with wrap_storage_errors("list", source):
-            files = sorted(fs.find(path)) if fs.isdir(path) else [path] * fs.exists(path)
+            if not fs.isdir(path):
+                return [source] if fs.exists(path) else []
+            files = sorted(fs.find(path))
     except BatchError as error:
         raise DataError(str(error)) from error
-    return [address_of(source, fs, file) for file in files]
+    hidden = {file for file in files if is_hidden(posixpath.dirname(posixpath.relpath(file, path)))}
+    inventory.left_out += Counter({"hidden": len(hidden)})
+    return [address_of(source, fs, file) for file in files if file not in hidden]
 
 
-def images_of(shard: str, split: Split) -> Iterator[ImageSample]:
-    """Yields the images of a shard as it is read. It warns of those that are left out: links, and what follows damage.
+def images_of(shard: str, split: Split, warn: Callable[[str], None] = _log.warning) -> Iterator[ImageSample]:
+    """Yields the images of a shard as it is read.
+
+    warn: is told which ones are left out: links, further images of a key, and what follows damage.
 
     Raises `DataError` where a Parquet file has no column of images, or several.
     """
     try:
-        for image in (_in_tar if _suffix(shard) == ".tar" else _in_table)(shard):
+        for image in _in_tar(shard, warn) if _suffix(shard) == ".tar" else _in_table(shard):
             if split == "all" or is_validation(image.key) == (split == "validation"):
                 yield image
     except (BatchError, tarfile.TarError, OSError, EOFError) as error:
-        _log.warning("left out the rest of %s: %s", redact(shard), error)
+        warn(f"left out the rest of {redact(shard)}: {error}")
 
 
-def _in_tar(shard: str) -> Iterator[ImageSample]:
+def _in_tar(shard: str, warn: Callable[[str], None]) -> Iterator[ImageSample]:
     fs, path = locate(shard, {})
     links = further = 0
     try:
@@ -125,9 +134,9 @@ def _in_tar(shard: str) -> Iterator[ImageSample]:
                     yield ImageSample(key, shard, member.offset_data, member.size)
     finally:
         if links:
-            _log.warning("left out %d images of %s that are links; stream: 0 resolves them", links, redact(shard))
+            warn(f"left out {counted(links, 'link')} of {redact(shard)} to images; stream: 0 resolves them")
         if further:
-            _log.warning("left out %d %s, of %s", further, REPEATED, redact(shard))
+            warn(f"left out {further} {REPEATED}, of {redact(shard)}")
 
 
 def _images_by_key(file: IO[bytes]) -> Iterator[tuple[str, list[tarfile.TarInfo]]]:

@@ -39,7 +39,9 @@ class StreamedImages:
         if len(shards) < crops.world:
             raise DataError(f"{len(shards)} shards for {crops.world} processes, expected at least one for each")
         self.shards, self.crops, self.split, self.buffer = list(shards), crops, split, buffer
-        self._failed = torch.zeros(1, dtype=torch.long).share_memory_()  # seen from worker processes, too
+        # both are seen from worker processes, too
+        self._failed = torch.zeros(1, dtype=torch.long).share_memory_()
+        self._told = torch.zeros(len(self.shards), dtype=torch.bool).share_memory_()  # what was left out of a shard
 
     @property
     def keys(self) -> list[str]:
@@ -56,13 +58,15 @@ class StreamedImages:
         """Returns a number for each image that was drawn and could not be read."""
         return [self.crops.rank + self.crops.world * i for i in range(int(self._failed))]
 
-    def order(self) -> Iterator[ImageSample]:
+    def order(self, *, tell: bool = True) -> Iterator[ImageSample]:
         """Yields this rank's images in the order in which they are used, without end.
+
+        tell: warn of what is left out of a shard, unless that was done before.
 
         Raises `DataError` where a whole pass has no image.
         """
         draw, waiting = random.Random(self.crops.seed * 1_009 + self.crops.rank), list[ImageSample]()
-        for image in self._passes():
+        for image in self._passes(tell):
             if len(waiting) < self.buffer:
                 waiting.append(image)
                 continue
@@ -70,15 +74,17 @@ class StreamedImages:
             yield waiting[index]
             waiting[index] = image
 
-    def _passes(self) -> Iterator[ImageSample]:
+    def _passes(self, tell: bool) -> Iterator[ImageSample]:
         for number in count():
             order = list(range(len(self.shards)))
             random.Random(self.crops.seed * 1_000_003 + number).shuffle(order)
             found = False
             for index in order[self.crops.rank :: self.crops.world]:
-                for image in images_of(self.shards[index], self.split):
+                warn = _log.warning if tell and not self._told[index] else _say_nothing
+                for image in images_of(self.shards[index], self.split, warn):
                     found = True
                     yield image
+                self._told[index] |= tell
             if not found:
                 raise DataError(f"no images of the split {self.split!r} in the shards of this process")
 
@@ -91,7 +97,7 @@ class StreamedImages:
 
         Raises `DataError` if no image can be read.
         """
-        images = self.order()
+        images = self.order(tell=worker == 0)
         for number in count() if last is None else range(last):
             places = self.crops.places(number)
             samples = [next(images) for _ in places]
@@ -111,6 +117,10 @@ class StreamedImages:
                 _log.warning("left out %s of %s: %s", sample.key, sample.path, error)
             else:
                 yield self.crops.crop(image, place, size)
+
+
+def _say_nothing(text: str) -> None:
+    pass
 
 
 class StreamedPart(torch.utils.data.IterableDataset):

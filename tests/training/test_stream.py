@@ -24,7 +24,7 @@ from dyntok.training.crops import Crops
 from dyntok.training.data import open_data
 from dyntok.training.recipe import Recipe
 from dyntok.training.shards import find_shards
-from dyntok.training.sources import is_validation
+from dyntok.training.sources import Inventory, is_validation
 from dyntok.training.stream import StreamedImages
 
 CONFIG = ImageConfig(img_size=16)
@@ -154,7 +154,33 @@ def test_two_tars_in_one_file_and_links(folder, tmp_path, caplog):
     with tarfile.open(folder / "0.tar", "a") as tar:
         tar.addfile(link)
     keys(stream(folder, buffer=1), SHARDS * EACH)
-    assert "left out 1 images of" in caplog.text and "links" in caplog.text
+    assert "left out 1 link of" in caplog.text
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_a_shard_leaves_out_is_told_once(folder, photos, workers, capfd):
+    """Not in every pass and by every worker process; in a run as in these, warnings go to standard error."""
+    write_tar(folder / "5.tar", [(f"x.{i}.jpg", jpeg(photos[0])) for i in range(3)])
+    streamed = stream(folder)
+    logging.getLogger("dyntok").addHandler(handler := logging.StreamHandler())
+    try:
+        for first, last in ((0, 30), (30, 34)):
+            dataset, _ = streamed.for_loader(first, last)
+            assert len(list(torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers))) == last - first
+    finally:
+        logging.getLogger("dyntok").removeHandler(handler)
+    assert capfd.readouterr().err.count("left out 2 further images of a key that has one") == 1
+
+
+def test_hidden_folders_at_an_address_are_left_out(folder):
+    fs, root = url_to_fs("memory://hidden")
+    for name in ("0.tar", "more/1.TAR", ".cache/2.tar", "__MACOSX/3.tar"):
+        fs.pipe_file(f"{root}/{name}", (folder / "0.tar").read_bytes())
+    inventory = Inventory()
+    assert find_shards(["memory://hidden"], inventory) == ["memory:///hidden/0.tar", "memory:///hidden/more/1.TAR"]
+    assert inventory.report() == ["left out: 2 hidden"]
+    assert len(keys(stream("memory://hidden", buffer=1), 2 * EACH)) == 2 * EACH
+    fs.rm(root, recursive=True)
 
 
 def test_names_with_several_dots(photos, tmp_path, caplog):
