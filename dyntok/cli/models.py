@@ -85,7 +85,7 @@ def _info(options: argparse.Namespace) -> int:
         "input": f"{shape}; fit: {config.image.resize}",
         "patches": patches,
         "codebook": f"{config.codebook.size:,} codes of dimension {config.codebook.dim}",
-        "parameters": f"{sum(parts.values()):,}",
+        "parameters": f"{sum(parts.values()):,}, codebook included",
         **{f"  {name}": f"{count:,}" for name, count in parts.items()},
         "makes pixels": _pixel_decoder(tokenizer),
     }

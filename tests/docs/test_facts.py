@@ -7,7 +7,9 @@ import pytest
 from support.pages import FOLDER, ROOT
 
 import dyntok
+from dyntok.cli.main import main
 from dyntok.config import TokenizerConfig
+from dyntok.loading import PRETRAINED
 
 SIZES = re.compile(r"^\| `(\w)` \| [^|]+ \| ([\d,]+) \| ([\d,]+) \|$", re.MULTILINE)
 ENTRY = re.compile(r"^\*\*`([^`]+)`\.\*\*", re.MULTILINE)
@@ -23,6 +25,15 @@ def test_the_sizes_of_tokenizers():
     ):
         codebook = config.codebook
         assert sizes == {"D": width, "H": config.merger.num_heads, "C": codebook.dim, "K": codebook.size}
+
+
+@pytest.mark.parametrize("name", ["flex", "tiny"])
+def test_the_number_of_parameters_is_that_of_info(name, capsys):
+    assert main(["info", name]) == 0
+    (count,) = re.findall(r"^parameters +([\d,]+), codebook included$", capsys.readouterr().out, re.MULTILINE)
+    words = f"has {int(count.replace(',', '')) / 1e6:.1f} million parameters, codebook included,"
+    assert words in (PRETRAINED / name / "README.md").read_text(encoding="utf-8")
+    assert name != "flex" or words in (FOLDER / "quality.md").read_text(encoding="utf-8")
 
 
 def messages():
