@@ -16,14 +16,19 @@ _KEY_COLUMNS = ("key", "__key__")
 
 
 @contextmanager
-def open_table(address: str, storage: StorageOptions) -> Iterator[pq.ParquetFile]:
-    """Opens a Parquet file. Raises `BatchError` where it can't be read."""
+def open_table(
+    address: str, storage: StorageOptions, footer: pq.FileMetaData | None = None
+) -> Iterator[pq.ParquetFile]:
+    """Opens a Parquet file. Raises `BatchError` where it can't be read.
+
+    footer: the `metadata` of the file, where it was opened before.
+    """
     fs, path = locate(address, storage)
     with wrap_storage_errors("read", address, storage):
         stream = fs.open(path, "rb", block_size=BLOCK)
     with stream:
         with wrap_storage_errors("read", address, storage):
-            file = pq.ParquetFile(stream, buffer_size=2**20, pre_buffer=False)
+            file = pq.ParquetFile(stream, metadata=footer, buffer_size=2**20, pre_buffer=False)
         yield file
 
 
@@ -66,14 +71,14 @@ def row_key(stem: str, row: int) -> str:
 class RowGroup:
     """The images of a row group, which are read together when the first of them is wanted."""
 
-    def __init__(self, address: str, number: int, column: str) -> None:
-        self.address, self.number, self.column = address, number, column
+    def __init__(self, address: str, number: int, column: str, footer: pq.FileMetaData) -> None:
+        self.address, self.number, self.column, self.footer = address, number, column, footer
         self._images: list | None = None
 
     def image(self, row: int) -> bytes:
         """Returns the bytes of an image. Raises `ImageError` where there are none, `BatchError` as `open_table`."""
         if self._images is None:
-            with open_table(self.address, {}) as file, wrap_storage_errors("read", self.address):
+            with open_table(self.address, {}, self.footer) as file, wrap_storage_errors("read", self.address):
                 self._images = file.read_row_group(self.number, [self.column]).column(0).to_pylist()
         value = self._images[row]
         content = value["bytes"] if isinstance(value, dict) else value

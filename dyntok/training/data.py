@@ -6,7 +6,7 @@ would. Not here: finding the images (`sources.py`), decoding a single one (`dynt
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import count, islice
 
 import torch
@@ -99,6 +99,13 @@ class TrainingImages(torch.utils.data.Dataset):
     def for_loader(self, first: int, last: int) -> tuple[torch.utils.data.Dataset, range | None]:
         """Returns the dataset and the sampler of the batches `first` to `last`."""
         return self, range(first, last)
+
+    def from_loader(self, batches: Iterable[Tensor | DataError], workers: int) -> Iterator[Tensor]:
+        """Yields the batches of a loader with `workers` processes. Raises `DataError` as `batch`."""
+        for batch in batches:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
 
     def _item(self, place: int, size: tuple[int, int]) -> Tensor:
         return self.crops.crop(self._large_enough(*divmod(place, len(self.samples)), size), place, size)

@@ -19,7 +19,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor
 
 from dyntok.checkpoint import format as checkpoint
-from dyntok.errors import CheckpointError, DataError, DyntokError
+from dyntok.errors import CheckpointError, DyntokError
 from dyntok.tokenizer import DynamicVisualTokenizer
 from dyntok.training.average import WeightAverage
 from dyntok.training.codebook import gather_rows_of_ranks
@@ -217,9 +217,7 @@ class Trainer:
             prefetch_factor=4 if workers else None,
         )  # fmt: skip
         step: list[Tensor] = []
-        for pixels in loader:
-            if isinstance(pixels, DataError):
-                raise pixels
+        for pixels in self.data.from_loader(loader, workers):
             step.append(pixels)
             if len(step) == count:
                 yield step

@@ -50,6 +50,10 @@ class TableSample(ImageSample):
         assert self.group is not None  # one of the two is always there
         return self.group.image(self.offset)
 
+    @property
+    def read_with(self) -> object:
+        return self.group
+
     def alone(self) -> "TableSample":
         """Returns the sample with its own bytes, so that the images around it need not stay in memory."""
         try:
@@ -170,7 +174,7 @@ def _in_table(shard: str) -> Iterator[ImageSample]:
     with open_table(shard, {}) as file:
         image, key = image_column(file.schema_arrow, redact(shard)), key_column(file.schema_arrow)
         for number in range(file.num_row_groups):
-            group, rows = RowGroup(shard, number, image), file.metadata.row_group(number).num_rows
+            group, rows = RowGroup(shard, number, image, file.metadata), file.metadata.row_group(number).num_rows
             keys = [None] * rows
             if key is not None:
                 with wrap_storage_errors("read", shard):

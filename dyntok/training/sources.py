@@ -46,6 +46,11 @@ class ImageSample:
             file.seek(self.offset)
             return file.read() if self.size is None else file.read(self.size)
 
+    @property
+    def read_with(self) -> object:
+        """Returns what is read at once with the image: the image itself, or all images of a row group."""
+        return self
+
     def alone(self) -> "ImageSample":
         """Returns the sample in a form that keeps nothing else in memory."""
         return self

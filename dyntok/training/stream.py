@@ -2,20 +2,23 @@
 
 Shards are read in random order, and a buffer shuffles the images of several of them. The order follows from the seed
 alone: a resumed run goes through the headers and keys that it has read before, without reading or decoding images.
-Every worker process goes through all headers of its rank, but reads only the images of its own batches.
+Every worker process goes through all headers of its rank, but reads only its share of the images. The images of a row
+group belong to one worker process, so that no other reads it; a batch is joined from the parts that each of them makes.
 
 Not here: the shards (`shards.py`), and images that are listed first, with random access (`data.py`).
 """
 
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import count
 from pathlib import PurePosixPath
 
 import torch
 from torch import Tensor
 
+from dyntok.chunks import batched
 from dyntok.errors import DataError, DyntokError
 from dyntok.image import load_image
 from dyntok.training.crops import Crops
@@ -65,14 +68,25 @@ class StreamedImages:
 
         Raises `DataError` where a whole pass has no image.
         """
-        draw, waiting = random.Random(self.crops.seed * 1_009 + self.crops.rank), list[ImageSample]()
-        for image in self._passes(tell):
+        return (image for _, image in self._shuffled(tell))
+
+    def _shuffled(self, tell: bool) -> Iterator[tuple[int, ImageSample]]:
+        draw, waiting = random.Random(self.crops.seed * 1_009 + self.crops.rank), list[tuple[int, ImageSample]]()
+        for image in self._numbered(tell):
             if len(waiting) < self.buffer:
                 waiting.append(image)
                 continue
             index = draw.randrange(len(waiting))
             yield waiting[index]
             waiting[index] = image
+
+    def _numbered(self, tell: bool) -> Iterator[tuple[int, ImageSample]]:
+        """Yields the images of all passes; those that are read together have the same number."""
+        number, last = 0, None
+        for image in self._passes(tell):
+            number += image.read_with is not last
+            last = image.read_with
+            yield number, image
 
     def _passes(self, tell: bool) -> Iterator[ImageSample]:
         for number in count():
@@ -89,50 +103,81 @@ class StreamedImages:
                 raise DataError(f"no images of the split {self.split!r} in the shards of this process")
 
     def for_loader(self, first: int, last: int) -> tuple[torch.utils.data.Dataset, range | None]:
-        """Returns the dataset of the batches `first` to `last`; it needs no sampler."""
-        return StreamedPart(self, first, last), None
+        """Returns the dataset of the parts of the batches `first` to `last`; it needs no sampler."""
+        return StreamedParts(self, first, last), None
 
-    def batches(self, first: int, last: int | None = None, worker: int = 0, workers: int = 1) -> Iterator[Tensor]:
-        """Yields every `workers`-th batch from number `first + worker` on, before `last`.
+    def from_loader(self, parts: "Iterable[Part | DataError]", workers: int) -> Iterator[Tensor]:
+        """Yields the batches that a loader with `workers` processes, which takes turns, gives in parts.
 
         Raises `DataError` if no image can be read.
         """
-        images = self.order(tell=worker == 0)
+        for several in batched(parts, max(workers, 1)):
+            rows: dict[int, Tensor] = {}
+            for part in several:
+                if isinstance(part, DataError):
+                    raise part
+                rows.update(zip(part.rows, part.pixels, strict=True))
+            if not rows:
+                raise DataError(f"{part.count} images in a row can't be read, the last one {part.last_key}")
+            tensors = [rows[row] for row in sorted(rows)]
+            # others of the batch stand in for an unreadable image, so that the order does not depend on it
+            yield torch.stack([tensors[i % len(tensors)] for i in range(part.count)])
+
+    def batches(self, first: int, last: int | None = None) -> Iterator[Tensor]:
+        """Yields the batches from number `first` on, before `last`. Raises `DataError` if no image can be read."""
+        return self.from_loader(self.parts(first, last), 1)
+
+    def parts(self, first: int, last: int | None = None, worker: int = 0, workers: int = 1) -> "Iterator[Part]":
+        """Yields a worker's part of every batch from number `first` on, before `last`."""
+        images = self._shuffled(tell=worker == 0)
         for number in count() if last is None else range(last):
             places = self.crops.places(number)
-            samples = [next(images) for _ in places]
-            if number >= first and (number - first) % workers == worker:
-                tensors = list(self._read(samples, places, self.crops.size(number)))
-                if not tensors:
-                    raise DataError(f"{len(samples)} images in a row can't be read, the last one {samples[-1].key}")
-                # others of the batch stand in for an unreadable image, so that the order does not depend on it
-                yield torch.stack([tensors[i % len(tensors)] for i in range(len(samples))])
+            drawn = [next(images) for _ in places]
+            if number >= first:
+                own = [row for row, (turn, _) in enumerate(drawn) if turn % workers == worker]
+                samples = [(row, drawn[row][1], places[row]) for row in own]
+                read = dict(self._read(samples, self.crops.size(number)))
+                pixels = torch.stack(list(read.values())) if read else torch.empty(0)
+                yield Part(list(read), pixels, len(drawn), drawn[-1][1].key)
 
-    def _read(self, samples: Sequence[ImageSample], places: range, size: tuple[int, int]) -> Iterator[Tensor]:
-        for sample, place in zip(samples, places, strict=True):
+    def _read(
+        self, samples: Sequence[tuple[int, ImageSample, int]], size: tuple[int, int]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yields the crops of the images that can be read; samples: row of the batch, image, place in the run."""
+        for row, sample, place in samples:
             try:
                 image = load_image(sample.read(), color=self.crops.config.color)
             except (DyntokError, OSError) as error:
                 self._failed += 1
                 _log.warning("left out %s of %s: %s", sample.key, sample.path, error)
             else:
-                yield self.crops.crop(image, place, size)
+                yield row, self.crops.crop(image, place, size)
 
 
 def _say_nothing(text: str) -> None:
     pass
 
 
-class StreamedPart(torch.utils.data.IterableDataset):
-    """Some batches of a stream, in their order, for any number of worker processes."""
+@dataclass
+class Part:
+    """The images of a batch that one worker process has read."""
+
+    rows: list[int]  # of the batch
+    pixels: Tensor  # [len(rows), 3, H, W]
+    count: int  # images of the whole batch
+    last_key: str  # of the whole batch
+
+
+class StreamedParts(torch.utils.data.IterableDataset):
+    """Parts of some batches of a stream, in their order: one of each batch from each worker process."""
 
     def __init__(self, stream: StreamedImages, first: int, last: int) -> None:
         self.stream, self.first, self.last = stream, first, last
 
-    def __iter__(self) -> Iterator[Tensor | DataError]:
+    def __iter__(self) -> Iterator[Part | DataError]:
         info = torch.utils.data.get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         try:
-            yield from self.stream.batches(self.first, self.last, worker, workers)
+            yield from self.stream.parts(self.first, self.last, worker, workers)
         except DataError as error:  # raised by the loop, not by a worker process, which would add its traceback
             yield error

@@ -75,9 +75,7 @@ def test_every_kind_of_shard_is_complete_and_disjoint_between_ranks(source, fold
 @pytest.mark.parametrize("workers", [0, 2])
 def test_every_kind_of_shard_goes_on_where_it_was(source, workers):
     expected = list(islice(stream(source).batches(0), 14))
-    dataset, sampler = stream(source).for_loader(5, 14)
-    loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=workers)
-    assert all(torch.equal(a, b) for a, b in zip(loader, expected[5:], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(loaded(stream(source), 5, 14, workers), expected[5:], strict=True))
 
 
 @pytest.mark.parametrize("source", ["memory://, parquet"], indirect=True)
@@ -103,6 +101,33 @@ def test_a_resumed_stream_reads_no_image_that_it_has_used(folder, tmp_path, monk
     assert keys(stream(tmp_path / "gray.parquet", buffer=1), 40)[0] == "gray-00000000"
 
 
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_worker_processes_read_no_row_group_twice(workers, tmp_path, monkeypatch):
+    images = [jpeg(gray(6 * i)) for i in range(40)]
+    pq.write_table(pa.table({"image": images}), tmp_path / "a.parquet", row_group_size=4)
+    read, opened = pq.ParquetFile.read_row_group, pq.ParquetFile.__init__
+
+    def note(line):
+        with open(tmp_path / "read.txt", "a") as file:  # of all processes
+            file.write(f"{line}\n")
+
+    def read_noted(file, number, columns):
+        note(number)
+        return read(file, number, columns)
+
+    def opened_noted(file, *arguments, metadata=None, **options):
+        note("footer" if metadata is None else "again")
+        opened(file, *arguments, metadata=metadata, **options)
+
+    expected = list(stream(tmp_path / "a.parquet", buffer=4).batches(0, 9))
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", read_noted)
+    monkeypatch.setattr(pq.ParquetFile, "__init__", opened_noted)
+    got = loaded(stream(tmp_path / "a.parquet", buffer=4), 0, 9, workers)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    counts = Counter((tmp_path / "read.txt").read_text().split())
+    assert counts == {**{str(group): 1 for group in range(10)}, "again": 10, "footer": max(workers, 1)}
+
+
 def test_tables_without_bytes_or_a_column_of_images_are_told(photos, tmp_path, caplog):
     rows = [{"bytes": jpeg(photos[0]) if i % 4 else None, "path": "a.jpg"} for i in range(8)]
     pq.write_table(pa.table({"image": rows}), tmp_path / "holes.parquet")
@@ -126,6 +151,13 @@ def gray(value):
 def stream(source, buffer=10, split="all", **options):
     crops = Crops(CONFIG, 4, seed=3, min_crop=0.8, **options)
     return StreamedImages(find_shards([source]), crops, split=split, buffer=buffer)
+
+
+def loaded(streamed, first, last, workers):
+    """The batches, as a run loads them."""
+    dataset, sampler = streamed.for_loader(first, last)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=workers)
+    return list(streamed.from_loader(loader, workers))
 
 
 def keys(streamed, number):
@@ -165,8 +197,7 @@ def test_what_a_shard_leaves_out_is_told_once(folder, photos, workers, capfd):
     logging.getLogger("dyntok").addHandler(handler := logging.StreamHandler())
     try:
         for first, last in ((0, 30), (30, 34)):
-            dataset, _ = streamed.for_loader(first, last)
-            assert len(list(torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers))) == last - first
+            assert len(loaded(streamed, first, last, workers)) == last - first
     finally:
         logging.getLogger("dyntok").removeHandler(handler)
     assert capfd.readouterr().err.count("left out 2 further images of a key that has one") == 1
@@ -235,9 +266,7 @@ def test_a_streamed_run_validates_on_what_it_leaves_out(folder, values, tmp_path
 def test_a_later_start_and_other_worker_processes_give_the_same_batches(folder, workers):
     expected = list(islice(stream(folder).batches(0), 14))
     assert len({float(batch.sum()) for batch in expected}) == 14
-    dataset, sampler = stream(folder).for_loader(5, 14)
-    loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=workers)
-    got = list(loader)
+    got = loaded(stream(folder), 5, 14, workers)
     assert len(got) == 9 and all(torch.equal(a, b) for a, b in zip(got, expected[5:], strict=True))
 
 
