@@ -141,7 +141,7 @@ def join_margins(parts: Sequence[Rows], device: torch.device) -> Tensor:
     margins = [part.margins for part in parts if part.margins is not None]
     indices = [index for part in parts for index in part.input_indices]
     order = integers_on(device, sorted(range(len(indices)), key=indices.__getitem__))
-    return torch.cat([torch.empty(0, 2, device=device), *margins])[order]
+    return torch.cat([torch.empty(0, 2, dtype=torch.float32, device=device), *margins])[order]
 
 
 def split_chunks(pixels: Tensor, size: int) -> Iterator[Chunk]:

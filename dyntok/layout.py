@@ -45,7 +45,8 @@ def _table(make: _Table) -> _Table:
 
 def bayer_pattern(grid: tuple[int, int], device: torch.device | None = None) -> Tensor:
     """Returns the thresholds of an ordered dither (Bayer 1973) for a grid: float [N], evenly spaced within -1 to 1."""
-    matrix = torch.zeros(1, 1, device=device)  # below, sides stay positive: ONNX divides negative numbers otherwise
+    # below, sides stay positive: ONNX divides negative numbers otherwise
+    matrix = torch.zeros(1, 1, dtype=torch.float32, device=device)
     for _ in range(3):
         matrix = torch.cat([torch.cat([4 * matrix, 4 * matrix + 2], 1), torch.cat([4 * matrix + 3, 4 * matrix + 1], 1)])
     tiled = matrix.repeat((grid[0] + 7) // 8, (grid[1] + 7) // 8)[: grid[0], : grid[1]]

@@ -55,5 +55,5 @@ def shares(codes: Tensor, choices: Tensor, cu_seqlens: Tensor) -> Tensor:
     """
     lengths = cu_seqlens.diff()
     image = image_of_token(cu_seqlens, len(codes))
-    counted = torch.zeros(len(lengths), device=codes.device).index_add_(0, image, codes.float())
+    counted = torch.zeros(len(lengths), dtype=torch.float32, device=codes.device).index_add_(0, image, codes.float())
     return torch.stack([counted / lengths, choices.float().mean(1)], 1)

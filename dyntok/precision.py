@@ -1,6 +1,8 @@
 """Numeric precision: the names of dtypes, and modules in half precision whose sensitive parts stay float32."""
 
 import contextlib
+import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
@@ -57,29 +59,61 @@ def autocast(device_type: str, dtype: torch.dtype) -> AbstractContextManager:
     return torch.autocast(device_type, enabled=False) if outside else contextlib.nullcontext()
 
 
+class _LegacyPrecision:
+    """The precision of products on a CPU before PyTorch 2.9, as a setting like the later ones."""
+
+    @property
+    def fp32_precision(self) -> str:
+        return torch.get_float32_matmul_precision()
+
+    @fp32_precision.setter
+    def fp32_precision(self, value: str) -> None:
+        torch.set_float32_matmul_precision(value)
+
+
+_settings_lock = threading.Lock()
+_users: Counter[str] = Counter()  # threads that need full precision, by kind of device
+_changed: dict[str, list[tuple[Any, str, Any]]] = {}  # what they found: setting, name, value
+
+
 @contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
-    """Computes convolutions and products of float32 in float32 on a GPU.
+    """Computes convolutions and products of float32 in float32.
 
-    By default cuDNN rounds the factors of a convolution to TF32, which changes codes.
+    By default cuDNN rounds the factors of a convolution to TF32. `torch.set_float32_matmul_precision` lets a GPU do so
+    in products, and a CPU round to bfloat16. The last of several threads restores what the first one found.
     """
-    if device.type != "cuda":
-        yield
-        return
-    convolutions: Any = torch.backends.cudnn
-    value: Any = False
-    name = "allow_tf32"
-    if hasattr(convolutions, "conv"):  # PyTorch 2.9 and later name the precision
-        convolutions, name, value = convolutions.conv, "fp32_precision", "ieee"
-    settings = [convolutions, torch.backends.cuda.matmul]
-    before = [getattr(setting, name) for setting in settings]
+    kind = device.type
+    with _settings_lock:
+        if not _users[kind]:
+            found = [(setting, name, value, getattr(setting, name)) for setting, name, value in _settings(kind)]
+            _changed[kind] = [(setting, name, old) for setting, name, value, old in found if old not in (value, "none")]
+            for setting, name, value, old in found:
+                if old not in (value, "none"):
+                    setattr(setting, name, value)
+        _users[kind] += 1
     try:
-        for setting in settings:
-            setattr(setting, name, value)
         yield
     finally:
-        for setting, old in zip(settings, before, strict=True):
-            setattr(setting, name, old)
+        with _settings_lock:
+            _users[kind] -= 1
+            if not _users[kind]:
+                for setting, name, old in _changed.pop(kind):
+                    setattr(setting, name, old)
+
+
+def _settings(kind: str) -> list[tuple[Any, str, Any]]:
+    """Returns the settings that lower the precision on a kind of device, with the values that do not."""
+    cudnn: Any = torch.backends.cudnn
+    mkldnn: Any = torch.backends.mkldnn
+    named = hasattr(cudnn, "conv")  # PyTorch 2.9 and later name the precision
+    if kind == "cuda" and named:
+        return [(part, "fp32_precision", "ieee") for part in (cudnn.conv, torch.backends.cuda.matmul)]
+    if kind == "cuda":
+        return [(part, "allow_tf32", False) for part in (cudnn, torch.backends.cuda.matmul)]
+    if kind == "cpu" and named:
+        return [(part, "fp32_precision", "ieee") for part in (mkldnn.conv, mkldnn.matmul)]
+    return [(_LegacyPrecision(), "fp32_precision", "highest")] if kind == "cpu" else []
 
 
 @contextmanager

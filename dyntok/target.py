@@ -43,7 +43,7 @@ def missed_in_words(missed: int, images: int) -> str:
 
 def visible_psnr(decoded: Tensor, pixels: Tensor, image: ImageConfig) -> Tensor:
     """Returns the PSNR in dB, float [B], of normalized pixels [B, 3, H, W] after clipping to what a file can hold."""
-    std = torch.tensor(image.std, device=pixels.device).view(3, 1, 1)
-    mean = torch.tensor(image.mean, device=pixels.device).view(3, 1, 1)
+    std = torch.tensor(image.std, dtype=torch.float32, device=pixels.device).view(3, 1, 1)
+    mean = torch.tensor(image.mean, dtype=torch.float32, device=pixels.device).view(3, 1, 1)
     painted, original = ((values.float() * std + mean).clamp(0, 1) for values in (decoded, pixels))
     return -10 * (painted - original).square().mean((1, 2, 3)).clamp(min=1e-10).log10()

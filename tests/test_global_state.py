@@ -8,6 +8,8 @@ import signal
 import sys
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from torch.nn.modules import module as torch_module
 
 import dyntok
 import dyntok.batch
+import dyntok_kernels
 from dyntok.cli.main import main
 from dyntok.export import FixedEncoder, export
 from dyntok.llm import Document, ImageCodes, ImageGrammar, PackedDataset, Packer, parse_ids, read_documents
@@ -218,6 +221,73 @@ def test_scikit_learn_works_after_encode(loaded):
     ensemble = pytest.importorskip("sklearn.ensemble")
     loaded.encode(dyntok.example_image())
     ensemble.RandomForestClassifier(2, n_jobs=1).fit(np.eye(4), [0, 1, 0, 1])
+
+
+@contextmanager
+def default_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@contextmanager
+def matmul_precision(precision):
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+SETTINGS = {
+    "float64": lambda: default_dtype(torch.float64),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "high": lambda: matmul_precision("high"),
+    "medium": lambda: matmul_precision("medium"),
+    "inference": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "errors of NumPy": lambda: np.errstate(all="raise"),
+}
+
+
+def everything(name):
+    """What a freshly loaded tokenizer computes."""
+    tokenizer, image = dyntok.load(name), dyntok.example_image()
+    encoding = tokenizer.encode([image, image.crop((0, 0, 200, 100))], margins=True)
+    vocab = dyntok.VisualVocab.of(tokenizer, 300)
+    return [
+        *encoding.codes,
+        encoding.margins,
+        *(tokenizer.encode(image, **policy).packed_codes for policy in ({"budget": 9}, {"sample": 3}, {"psnr": 20})),
+        *(torch.from_numpy(np.array(picture)) for picture in tokenizer.decode(encoding)),
+        *vocab.to_encoding(vocab.to_ids(encoding)).codes,
+        *dyntok_kernels.codebook_stats(torch.ones(3, 4, dtype=torch.float32), torch.tensor([0, 1, 1]), 2),
+    ]
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return {name: everything(name) for name in ("tiny", "flex")}
+
+
+@pytest.mark.parametrize("name", ["tiny", "flex"])
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())
+def test_settings_of_a_program_do_not_matter(setting, name, expected):
+    with setting():
+        found = everything(name)
+    for one, other in zip(found, expected[name], strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+
+
+def test_threads_share_the_settings_that_they_change(loaded):
+    """The last thread restores what the first one found."""
+    image, wanted = dyntok.example_image(), loaded.encode(dyntok.example_image()).packed_codes
+    with matmul_precision("medium"), ThreadPoolExecutor(4) as pool:
+        encodings = list(pool.map(lambda _: loaded.encode(image), range(24)))
+    assert all(torch.equal(encoding.packed_codes, wanted) for encoding in encodings)
 
 
 def test_the_default_device_of_a_program_does_not_matter():

@@ -110,8 +110,8 @@ class PretrainedModule(nn.Module):
     def inference(self) -> Iterator[None]:
         """Runs a block without gradients and in evaluation mode.
 
-        Half-precision weights compute under autocast, float32 on a GPU without TF32. With `batch_invariant` a GPU runs
-        the same programs every time.
+        Half-precision weights compute under autocast, float32 ones without rounding to less. With `batch_invariant` a
+        GPU runs the same programs every time.
         """
         training = [part for part in self.modules() if part.training]
         for part in training:

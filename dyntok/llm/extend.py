@@ -163,10 +163,11 @@ def _coordinates(part: IdRange, vocab: VisualVocab) -> Tensor:
 
 def _sinusoids(coordinates: Tensor) -> Tensor:
     """Returns sines and cosines of coordinates [n, d] at eight frequencies: [n, 16 d]."""
-    angles = (coordinates[..., None] * MAX_SIDE ** -torch.linspace(0, 1, 8)).flatten(1)
+    angles = (coordinates[..., None] * MAX_SIDE ** -torch.linspace(0, 1, 8, dtype=torch.float32)).flatten(1)
     return torch.cat([angles.sin(), angles.cos()], 1)
 
 
 def _projection(rows: int, columns: int, seed: int) -> Tensor:
     """Returns a random matrix [rows, columns], always the same for a seed, that keeps distances on average."""
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) / math.sqrt(columns)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float32) / math.sqrt(columns)

@@ -141,7 +141,7 @@ def coordinate_features(grid: tuple[int, int], device: torch.device | None = Non
 
 def coordinate_waves(grid: tuple[int, int], device: torch.device | None = None) -> Tensor:
     """Returns cosines, then sines, of each patch's coordinates at four frequencies: float [N, 16]."""
-    axes = [(torch.arange(side, device=device) + 0.5) / side for side in grid]
+    axes = [(torch.arange(side, dtype=torch.float32, device=device) + 0.5) / side for side in grid]
     places = torch.stack([axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")], 1)  # [N, 2]
     angles = (places[:, :, None] * math.pi * torch.arange(1, _WAVES + 1, device=device)).flatten(1)
     return torch.cat([angles.cos(), angles.sin()], 1)

@@ -92,7 +92,7 @@ class PictureGraph(nn.Module):
         self.decoder, self.head = tokenizer.require_decoder(), _require_head(tokenizer)
         self.register_buffer("embedding", tokenizer.codebook.embedding.float())
         for name, values in (("mean", tokenizer.config.image.mean), ("std", tokenizer.config.image.std)):
-            self.register_buffer(name, torch.tensor(values).view(3, 1, 1))
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(3, 1, 1))
 
     def forward(self, codes: Tensor, keep: Tensor, known: Tensor) -> Tensor:
         decoder, grid = self.decoder, (keep.shape[0], keep.shape[1])

@@ -166,7 +166,7 @@ def scatter_rows(rows: Tensor, index: Tensor, base: Tensor | None, total: int) -
 
 def codebook_stats(z: Tensor, codes: Tensor, size: int) -> tuple[Tensor, Tensor]:
     counts = torch.bincount(codes, minlength=size).float()
-    return counts, torch.zeros(size, z.shape[1], device=z.device).index_add_(0, codes, z.float())
+    return counts, torch.zeros(size, z.shape[1], dtype=torch.float32, device=z.device).index_add_(0, codes, z.float())
 
 
 def merge_similar(

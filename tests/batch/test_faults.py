@@ -1,6 +1,7 @@
 """What goes wrong in daily use of `dyntok batch` is an error with a reason: slow, damaged and unusual pictures."""
 
 import io
+import multiprocessing
 import zipfile
 
 import numpy as np
@@ -12,6 +13,7 @@ from support.batch_data import codes, errors, pictures, rows, run, write_folder,
 import dyntok
 from dyntok.batch import EngineOptions, TokenizeColumn
 from dyntok.cli.main import main
+from dyntok.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +124,17 @@ def test_a_device_that_is_not_there(checkpoint_folder, tmp_path, capsys):
     assert main([*command, "--devices", "cuda:99"]) == 1
     told = capsys.readouterr().err
     assert "has no device 'cuda:99' here" in told and told.count("\n") == 1
+
+
+def _run_in_pool(arguments):
+    table, output, model, workers = arguments
+    return run(table, output, model, engine=EngineOptions(workers=workers)).images
+
+
+def test_a_run_in_a_worker_of_a_pool(images, checkpoint_folder, tmp_path):
+    """Such processes are daemonic and may have no children."""
+    table = write_table(tmp_path / "a.parquet", {str(i): image for i, image in enumerate(images)})
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.map(_run_in_pool, [(table, tmp_path / "out", checkpoint_folder, None)]) == [4]
+        with pytest.raises(ConfigError, match="workers is 2, but this is a daemonic process"):
+            pool.map(_run_in_pool, [(table, tmp_path / "other", checkpoint_folder, 2)])

@@ -3,6 +3,7 @@
 Each device gives its rows in the order of the input, so that one output shard after the other gets complete.
 """
 
+import multiprocessing
 import os
 from collections.abc import Iterable, Iterator
 
@@ -14,6 +15,7 @@ from dyntok.batch.engines.process import CAN_FORK
 from dyntok.batch.engines.rows import Row, RowChunk, TokenizedImage, Work
 from dyntok.batch.inputs.samples import Input
 from dyntok.batch.options import BatchOptions, EngineOptions
+from dyntok.errors import ConfigError
 from dyntok.tokenizer import DynamicVisualTokenizer
 
 _MAX_WORKERS = 16
@@ -41,6 +43,13 @@ def run_local(
 def _decoding_processes(engine: EngineOptions, devices: int) -> int:
     """Returns how many each copy of the model has."""
     if not CAN_FORK:
+        return 0
+    if devices == 1 and multiprocessing.current_process().daemon:
+        if engine.workers:
+            raise ConfigError(
+                f"workers is {engine.workers}, but this is a daemonic process, such as those of multiprocessing.Pool, "
+                "and may have no children; workers=0 decodes in it"
+            )
         return 0
     if engine.workers is not None:
         return -(-engine.workers // devices)
