@@ -98,7 +98,7 @@ def test_a_damaged_zip_says_so(images, checkpoint_folder, tmp_path, capsys):
     assert set(codes(tmp_path / "out")) == {"0", "2", "3"} and len(errors(tmp_path / "out")) == 1
     (tmp_path / "cut.zip").write_bytes(content[: len(content) // 2])
     command = ["batch", str(tmp_path / "cut.zip"), str(tmp_path / "cut"), "--model", str(checkpoint_folder)]
-    assert main(command) == 3 and "images failed" in capsys.readouterr().out
+    assert main(command) == 3 and "1 image failed" in capsys.readouterr().out
 
 
 def test_the_home_folder_in_paths(images, checkpoint_folder, tmp_path, monkeypatch):
