@@ -76,6 +76,7 @@ def test_a_language_model_learns_captions_and_pictures(script, codes, language_m
 def test_vllm_serves_what_was_trained(script, codes, language_model, tmp_path, monkeypatch):
     pytest.importorskip("vllm")
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, where it runs on a CPU
     script("finetune.py", codes, "--model", language_model, "--steps", 1, "--length", 256, "-o", tmp_path / "model")
     script("serve.py", tmp_path / "model", "a cat", "a red chair", "--max-tokens", 20, "-o", tmp_path / "pictures")
     sizes = [Image.open(tmp_path / "pictures" / f"{i}.png").size for i in (0, 1)]  # the model chooses the grids

@@ -287,10 +287,13 @@ class ImageGrammar:
 
 @lru_cache
 def _shortest_header(grammar: ImageGrammar, least: int) -> int:
-    if not grammar.vocab.sides:
-        return grammar.header(grammar.vocab.grid)
-    sides = range(1, grammar.vocab.sides + 1)
-    return min(grammar.header((r, c)) for r in sides for c in sides if grammar._fits(r, c, least, UNLIMITED))
+    vocab = grammar.vocab
+    if not vocab.sides:
+        return grammar.header(vocab.grid)
+    if grammar.grid is not None:
+        return grammar.header(grammar.grid)
+    sides = range(1, vocab.sides + 1)
+    return min(grammar.header((r, -(-least // r))) for r in sides if -(-least // r) <= vocab.sides)
 
 
 @lru_cache(maxsize=4096)

@@ -1,6 +1,7 @@
 """`GrammarMask`: `ImageGrammar` for batches, as tensor operations that never wait for the device."""
 
 from collections.abc import Iterable, Sequence
+from copy import copy
 from typing import NamedTuple
 
 import torch
@@ -38,6 +39,9 @@ class _Next(NamedTuple):
     positions: Tensor | None = None
 
 
+_OF_GRAMMARS = ("_least", "_most", "_shortest", "_min_images", "_max_images", "_text", "_grids")  # [G, ...]
+
+
 class GrammarMask:
     """One grammar for all rows, or one for each prompt of a batch (with beams or several sequences per prompt, prompt
     by prompt).
@@ -71,10 +75,20 @@ class GrammarMask:
         self._min_images, self._max_images = table(lambda g: g.min_images), table(lambda g: g.max_images)
         self._text = table(lambda g: g.text)
         self._digits = map_digits().to(device)  # [625, 4]
-        sides = range(1, vocab.sides + 1)
-        self._headers = torch.tensor([[self.grammar.header((r, c)) for c in sides] for r in sides], device=device)
-        self._patches = torch.tensor([[r * c for c in sides] for r in sides], device=device)  # [sides, sides]
-        self._grids = table(lambda g: [[g.grid in (None, (r, c)) for c in sides] for r in sides])  # [G, sides, sides]
+        sides = torch.arange(1, vocab.sides + 1)
+        rows, columns = torch.meshgrid(sides, sides, indexing="ij")
+        blocks = (rows + 3) // 4 * ((columns + 3) // 4) * (vocab.layout == "map")
+        self._headers = (2 + blocks).to(device)  # as `ImageGrammar.header`
+        self._patches = (rows * columns).to(device)  # [sides, sides]
+        grids = [((rows == g.grid[0]) & (columns == g.grid[1])) if g.grid else rows > 0 for g in grammars]
+        self._grids = torch.stack(grids).to(device)  # [G, sides, sides]
+
+    def of_rows(self, numbers: Tensor) -> "GrammarMask":
+        """Returns the mask of R rows, each with the grammar of its number, int64 [R]."""
+        chosen = copy(self)
+        for name in _OF_GRAMMARS:
+            setattr(chosen, name, getattr(self, name)[numbers])
+        return chosen
 
     def start(self, rows: int) -> MaskState:
         """Returns the state of R rows at the beginning."""
@@ -252,7 +266,7 @@ class GrammarMask:
         across = (columns + 3) // 4
         left = (rows + 3) // 4 * across - state.blocks
         top, edge = state.blocks // across * 4, state.blocks % across * 4
-        cells = torch.tensor([0, 2], device=rows.device)
+        cells = torch.arange(0, 4, 2, device=rows.device)
         heights = ((rows - top)[:, None] - cells).clamp(0, 2)  # of the two rows of cells, [R, 2]
         widths = ((columns - edge)[:, None] - cells).clamp(0, 2)
         capacities = (heights[:, :, None] * widths[:, None]).flatten(1)  # [R, 4]

@@ -147,6 +147,13 @@ def test_each_prompt_may_have_its_grammar(data):
     for i, (row, room) in enumerate(zip(rows, rooms.tolist(), strict=True)):
         alone = GrammarMask(several[i // 2])
         assert torch.equal(together[i], alone.forbidden(alone.scan(row[None]), width, room)[0])
+    numbers = torch.tensor(
+        data.draw(st.lists(st.integers(0, len(several) - 1), min_size=len(rows), max_size=len(rows)))
+    )
+    together = mask.of_rows(numbers).forbidden(mask.scan(rows), width, rooms)  # in any order
+    for i, (row, number, room) in enumerate(zip(rows, numbers.tolist(), rooms.tolist(), strict=True)):
+        alone = GrammarMask(several[number])
+        assert torch.equal(together[i], alone.forbidden(alone.scan(row[None]), width, room)[0])
 
 
 def test_budgets_are_per_image():

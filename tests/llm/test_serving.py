@@ -61,6 +61,9 @@ def test_without_arguments_everything_decodes():
         ({"dyntok_max_tokens": "3"}, "dyntok_max_tokens is '3', expected an integer"),
         ({"dyntok_max_images": [3]}, "expected an integer"),
         ({"dyntok_text": "no"}, "expected true or false"),
+        ({"dyntok_max_tokens": [2] * 1001}, "has 1001 numbers, expected at most 1000"),
+        ({"dyntok_min_tokens": 3, "dyntok_max_tokens": 2}, "must have 3 to 2 tokens"),
+        ({"dyntok_grid": [2, 129]}, "expected rows and columns of 1 to"),
         ({"dyntok_max_tokens": 13}, "<= 12"),
     ],
     ids=str,
@@ -68,6 +71,47 @@ def test_without_arguments_everything_decodes():
 def test_arguments_that_do_not_fit_are_refused(arguments, message):
     with pytest.raises(ConfigError, match=message):
         SERVED.grammar(arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"dyntok_max_tokens": 0}, {"dyntok_min_images": 2, "dyntok_max_images": 1}, {"dyntok_grid": [0, 9]}]
+)
+def test_values_that_fit_no_model_are_refused_before_the_model_is_known(arguments):
+    with pytest.raises(ConfigError):
+        request_rules(arguments)
+
+
+def test_what_does_not_fit_the_model_ends_no_server(caplog):
+    """A server checks a request before it knows the model; in the middle of a batch an error would end everything."""
+    arguments = {"dyntok_max_tokens": 13, "dyntok_min_images": 1}
+    request_rules(arguments)
+    grammar = SERVED.grammar_or_text(arguments)
+    assert "limits do not fit the model: image 0 must have 1 to 13 tokens" in caplog.text
+    ids = written(RequestGrammar(grammar, [], 100), 40, 0)
+    assert {segment.kind for segment in parse_ids(ids, VOCAB)} == {"text"}
+    assert SERVED.grammar_or_text({"dyntok_max_tokens": 12}) == SERVED.grammar({"dyntok_max_tokens": 12})
+
+
+def test_a_vocabulary_without_a_grid_needs_a_limit():
+    """LaVIT's, for example: nothing else says how many codes still make a picture."""
+    served = Served(VisualVocab.lavit(), (EOS,), 48500)
+    assert served.grammar_or_text(None).max_images == 0
+    assert served.grammar_or_text({"dyntok_max_tokens": 256}).max_images > 0
+
+
+def test_another_rule_of_the_server_can_not_break_an_image():
+    """Scores of -inf, as servers give them to ids that a request excludes, decide as long as they leave anything."""
+    rules, inside = RequestGrammar(SERVED.grammar({}), [], 50), [VOCAB.image_start]
+    scores = torch.full((40,), -torch.inf)
+    scores[VOCAB.offset + 3] = 0.5
+    probabilities = rules.constrain(inside, scores).softmax(0)
+    assert probabilities[VOCAB.offset + 3] == 1 and probabilities.sum() == 1
+    scores[VOCAB.offset + 3] = -torch.inf
+    nothing_left = (rules.constrain(inside, scores) / 0.01).softmax(0)
+    allowed = nothing_left.nonzero()[:, 0].tolist()
+    assert allowed == list(range(VOCAB.codes.offset, VOCAB.codes.stop)) and torch.allclose(
+        nothing_left.sum(), torch.ones(())
+    )
 
 
 def test_the_vocabulary_is_found_beside_the_model(tmp_path):

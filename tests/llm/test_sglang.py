@@ -19,6 +19,8 @@ def request(prompt, most):
     return SimpleNamespace(
         origin_input_ids=prompt,
         output_ids=[],
+        decode_batch_idx=0,
+        to_finish=None,
         eos_token_ids={EOS},
         tokenizer=None,
         sampling_params=SimpleNamespace(max_new_tokens=most, stop_token_ids=None),
@@ -45,12 +47,30 @@ def test_requests_write_what_they_asked_for(tmp_path):
         for row, r in zip(processor(logits, params), requests, strict=True):
             if EOS not in r.output_ids and len(r.output_ids) < r.sampling_params.max_new_tokens:
                 r.output_ids.append(int(row.argmax()))
+                r.decode_batch_idx += 1
     first, second = (r.origin_input_ids[1:] + [id for id in r.output_ids if id != EOS] for r in requests)
     assert [len(segment.codes) for segment in parse_ids(first, VOCAB)] == [5]
     assert {segment.kind for segment in parse_ids(second, VOCAB)} <= {"text", "image"} and len(second) > 4
 
 
 def test_what_can_not_work_is_refused(tmp_path):
-    for params, message in (({}, 'has no "dyntok"'), ({"dyntok": str(tmp_path)}, "has no dyntok.json")):
-        with pytest.raises(ConfigError, match=message):
-            SglangImageGrammar()(torch.zeros(1, 50), [params | {"__req__": request([1], 5)}])
+    """The request alone ends, with a message for its client; an error would end the server."""
+    VOCAB.save_pretrained(tmp_path / "model")
+    ahead, wrong = request([1], 5), {"dyntok_max_tokens": 0}
+    ahead.decode_batch_idx = 1
+    model = {"dyntok": str(tmp_path / "model")}
+    for params, asked, message in (
+        ({}, request([1], 5), 'has no "dyntok"'),
+        ({"dyntok": str(tmp_path)}, request([1], 5), "has no dyntok.json"),
+        (model | wrong, request([1], 5), "image 0 must have 1 to 0 tokens"),
+        (model, ahead, "start it with --disable-overlap-schedule"),
+    ):
+        other, logits = request([1], 5), torch.zeros(2, 50)
+        SglangImageGrammar()(logits, [params | {"__req__": asked}, model | {"__req__": other}])
+        assert message in asked.to_finish.message and asked.to_finish.status_code == 400
+        assert other.to_finish is None and logits[0].isfinite().all() and not logits[1].isfinite().all()
+    twice = model | {"__req__": request([1], 5)}
+    SglangImageGrammar()(torch.zeros(2, 50), [twice, twice])
+    assert "speculative decoding" in twice["__req__"].to_finish.message
+    with pytest.raises(ConfigError, match='has no "dyntok"'):
+        SglangImageGrammar()(torch.zeros(1, 50), [None])

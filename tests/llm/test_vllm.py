@@ -1,4 +1,4 @@
-"""The plug-in in vLLM: its two interfaces, and a real engine with a toy model."""
+"""The plug-in for vLLM, called as each of vLLM's two interfaces calls it; engines are in `test_vllm_engine.py`."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,15 +37,23 @@ def plugin():
 def config(tmp_path):
     VOCAB.save_pretrained(tmp_path)
     model = SimpleNamespace(
-        model=str(tmp_path), max_model_len=64, hf_config=SimpleNamespace(eos_token_id=EOS), get_vocab_size=lambda: SIZE
+        model=str(tmp_path),
+        revision=None,
+        max_model_len=64,
+        hf_config=SimpleNamespace(eos_token_id=EOS),
+        try_get_generation_config=dict,
+        get_vocab_size=lambda: SIZE,
+        logits_processors=None,
     )
-    return SimpleNamespace(model_config=model, speculative_config=None, additional_config={})
+    scheduler = SimpleNamespace(async_scheduling=False)
+    return SimpleNamespace(model_config=model, scheduler_config=scheduler, speculative_config=None)
 
 
 def params(**arguments):
     return SimpleNamespace(extra_args={f"dyntok_{name}": value for name, value in arguments.items()}, max_tokens=40)
 
 
+STATES = SimpleNamespace(device=torch.device("cpu"), max_num_reqs=6)
 ASKED = [dict(max_tokens=5, min_tokens=5, max_images=1, text=0), dict(min_images=1, max_tokens=3), {}]
 PROMPTS = [[1, 3], [4], [5, VOCAB.image_start]]
 
@@ -131,15 +139,39 @@ def test_other_models_are_left_alone(plugin, config, tmp_path):
     (tmp_path / "dyntok.json").unlink()
     processor = plugin.VllmImageGrammar(config, torch.device("cpu"), False)
     assert processor.new_req_logits_processor(params()) is None
-    assert not plugin.VllmImageGrammar(config, SimpleNamespace()).add_request(0, params())
+    assert not plugin.VllmImageGrammar(config, STATES).add_request(0, params())
 
 
 def test_what_can_not_work_is_refused(plugin, config):
     config.speculative_config = object()
     with pytest.raises(ConfigError, match="speculative decoding"):
-        plugin.VllmImageGrammar(config, SimpleNamespace())
+        plugin.VllmImageGrammar(config, STATES)
     with pytest.raises(ConfigError, match="dyntok_tokens is no argument"):
         plugin.VllmImageGrammar.validate_params(params(tokens=3))
+    with pytest.raises(ConfigError, match="image 0 must have 1 to 0 tokens"):
+        plugin.VllmImageGrammar.validate_params(params(max_tokens=0))
+
+
+def test_ids_that_come_late_are_refused_at_the_start(plugin, config):
+    """Where vLLM runs ahead, it passes every id in time to the processors that are named, not to those it finds."""
+    config.scheduler_config.async_scheduling = True
+    with pytest.raises(ConfigError, match="--no-async-scheduling"):
+        plugin.VllmImageGrammar(config, torch.device("cpu"), False)
+    config.model_config.logits_processors = ["dyntok.llm.vllm_plugin:VllmImageGrammar"]
+    assert plugin.VllmImageGrammar(config, torch.device("cpu"), False).served is not None
+
+
+def test_a_model_without_rows_for_pictures_is_refused(plugin, config):
+    config.model_config.get_vocab_size = lambda: 30
+    with pytest.raises(ConfigError, match="has 30 ids, but its dyntok.json goes up to 655; .*extend_model"):
+        plugin.VllmImageGrammar(config, torch.device("cpu"), False)
+
+
+def test_what_ends_a_text_comes_from_both_of_the_models_files(plugin, config):
+    config.model_config.hf_config.eos_token_id = [EOS, 5]
+    config.model_config.try_get_generation_config = lambda: {"eos_token_id": 6}
+    grammar = plugin.VllmImageGrammar(config, torch.device("cpu"), False).served.grammar({})
+    assert grammar.eos == (EOS, 5, 6)
 
 
 def test_vllm_takes_the_class_for_both(plugin):
@@ -148,36 +180,3 @@ def test_vllm_takes_the_class_for_both(plugin):
     assert issubclass(plugin.VllmImageGrammar, LogitsProcessor)
     interface = pytest.importorskip("vllm.v1.worker.gpu.sample.logits_processor.interface")
     assert issubclass(plugin.VllmImageGrammar, interface.LogitsProcessor)
-
-
-@pytest.mark.slow
-def test_an_engine_writes_images_that_decode(plugin, tmp_path, monkeypatch):
-    """A toy Llama with random weights, several requests at once, each with its own limits."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from vllm import LLM, SamplingParams
-
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    sizes = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, head_dim=32)
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=SIZE, eos_token_id=EOS, max_position_embeddings=128, **sizes))
-    model.save_pretrained(tmp_path)
-    VOCAB.save_pretrained(tmp_path)
-    engine = LLM(
-        str(tmp_path),
-        skip_tokenizer_init=True,
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=128,
-        logits_processors=[plugin.VllmImageGrammar],
-    )
-    asked = [
-        SamplingParams(max_tokens=40, detokenize=False, extra_args=params(**own).extra_args, temperature=1.0, seed=i)
-        for i, own in enumerate(ASKED * 2)
-    ]
-    answers = engine.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS[:2] * 3], asked)
-    for answer, own in zip(answers, ASKED * 2, strict=True):
-        segments = parse_ids(list(answer.outputs[0].token_ids), VOCAB)
-        assert {segment.kind for segment in segments} <= {"text", "image"}
-        if "min_tokens" in own:
-            assert [len(segment.codes) for segment in segments if segment.kind == "image"] == [5]
