@@ -202,6 +202,9 @@ def test_an_output_of_an_earlier_version(folder, model, checkpoint_folder, photo
     described.write_text(json.dumps({**values, "version": 1, "options": options}))
     path = tmp_path / "out" / "000000-000000.parquet"
     pq.write_table(pq.read_table(path).drop_columns("crop_box"), path)
+    record = tmp_path / "out" / "__run__" / "done" / "000000-000000.json"
+    facts = {path.name: {"rows": 1, "bytes": path.stat().st_size}}
+    record.write_text(json.dumps({**json.loads(record.read_text()), "files": facts}))
     (batch,) = read(tmp_path / "out")
     assert batch.keys == ["a"] and batch.crop_boxes is None and batch.sizes.tolist() == [[64, 64]]
     assert "crop_box" not in batch.to_tensors(64) and inspect(tmp_path / "out").area_used is None
