@@ -256,12 +256,16 @@ def _decoded(image: Image.Image, name: str, check_size: CheckSize) -> Picture:
 
 
 def _file_of(image: ImageFile.ImageFile, name: str) -> bytes | None:
-    """Returns the file of an image that is not decoded yet; None where it says nothing about the current frame."""
+    """Returns the file of an image that is not decoded yet.
+
+    None where it says nothing about the current frame, or may be a large stack of pages.
+    """
     if image.format not in _FILES_SAY_MORE or not image.tile or image.fp is None or image.tell() > 0:
         return None
     position = image.fp.tell()
+    too_large = image.fp.seek(0, os.SEEK_END) > MAX_FILE_BYTES
     image.fp.seek(0)
-    content = read_bytes(image.fp, name)
+    content = None if too_large and image.format == "TIFF" else read_bytes(image.fp, name)
     image.fp.seek(position)
     return content
 

@@ -261,6 +261,12 @@ def test_a_pil_image_that_is_not_decoded_has_the_white_of_its_file(content, tmp_
         assert np.asarray(load_image(image)).max() < 40  # as the docstring says
 
 
+def test_a_lazy_stack_of_pages_may_be_larger_than_a_file(monkeypatch):
+    content = encoded(GRAY, "TIFF")
+    monkeypatch.setattr("dyntok.image.MAX_FILE_BYTES", len(content) - 1)
+    assert np.array_equal(np.asarray(load_image(Image.open(io.BytesIO(content))))[:, :, 0], GRAY)
+
+
 def test_signed_8_bit_tiffs():
     """As with more bits, negative values are no brightness."""
     below = tiff_of(GRAY.astype(np.int16) - 128, np.int8)
