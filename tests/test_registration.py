@@ -72,12 +72,10 @@ def test_either_may_be_imported_first(order, first, tokenizer, tmp_path):
     from support.processors import made
 
     import dyntok
-    import dyntok.llm.auto as auto
 
     lines = ["import dyntok", f"from transformers import {first}"]
     program = "\n".join(lines if order == "dyntok first" else lines[::-1])
     tokenizer.save_pretrained(tmp_path)
-    auto.add_transformers_files(tmp_path)
     if first == "AutoConfig":
         code = "print(json.dumps(AutoConfig.from_pretrained(sys.argv[1]).model_type))"
         assert run(f"{program}\n{code}", tmp_path)[0] == "dyntok"

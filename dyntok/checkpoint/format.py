@@ -32,13 +32,14 @@ FORMAT_VERSION = 1
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+IMAGES_NAME = "preprocessor_config.json"  # by this name AutoImageProcessor of transformers looks for it
 
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_SHARD_BYTES = 5_000_000_000
 _MAX_INDEX_BYTES = 16 << 20
 _SHARD = re.compile(r"model[\w.-]*\.safetensors")
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-_TEMPORARY = re.compile(rf"({WEIGHTS.pattern}|config\.json)\.tmp")
+_TEMPORARY = re.compile(rf"({WEIGHTS.pattern}|(preprocessor_)?config\.json)\.tmp")
 _STORED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -54,8 +55,8 @@ def save(
 
     The folder is made if needed, and a checkpoint in it is replaced.
 
-    kind: of the tokenizer, for whoever loads it. dtype: of the stored floating-point tensors; by default they are
-        stored as they are.
+    kind: of the tokenizer, for whoever loads it. The `Auto` classes of transformers find a "dynamic" one.
+    dtype: of the stored floating-point tensors; by default they are stored as they are.
 
     Everything is written under temporary names first. While files are moved into place the folder has no config.json,
     so that a reader sees the old checkpoint, the new one or a clear error, never a mixture.
@@ -69,7 +70,7 @@ def save(
         raise ConfigError(f"can't store weights as {dtype}, expected one of {', '.join(map(str, _STORED))}")
     for name, tensor in state_dict.items():
         dense(name, tensor)
-    header = {
+    header: dict[str, Any] = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "dyntok_version": _version(),
@@ -77,16 +78,22 @@ def save(
         "fingerprint": fingerprint(config, state_dict, dtype=dtype),
         "config": config.to_dict(),
     }
+    auto: dict[str, Any] = {}
+    if kind == "dynamic":
+        header = {"model_type": FORMAT, **header}
+        auto[IMAGES_NAME] = {"image_processor_type": "DyntokImageProcessor", "image": header["config"]["image"]}
     split = split_state_dict_into_shards_factory(
         dict(state_dict),
         get_storage_size=lambda t: t.numel() * (dtype if dtype and t.is_floating_point() else t.dtype).itemsize,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=_MAX_SHARD_BYTES,
     )
-    names = [*split.filename_to_tensors, *([INDEX_NAME] if split.is_sharded else []), CONFIG_NAME]  # config.json last
+    more = [INDEX_NAME] if split.is_sharded else []
+    names = [*split.filename_to_tensors, *more, *auto, CONFIG_NAME]  # config.json last
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_json(folder / f"{CONFIG_NAME}.tmp", header)
+        for name, values in {**auto, CONFIG_NAME: header}.items():
+            _write_json(folder / f"{name}.tmp", values)
         for shard, members in split.filename_to_tensors.items():
             tensors = _separate({name: _stored(name, state_dict[name], dtype) for name in members})
             save_file(tensors, folder / f"{shard}.tmp", metadata={"format": "pt"})
@@ -96,6 +103,7 @@ def save(
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             _write_json(folder / f"{INDEX_NAME}.tmp", index)
         (folder / CONFIG_NAME).unlink(missing_ok=True)
+        (folder / IMAGES_NAME).unlink(missing_ok=True)
         _remove(folder, WEIGHTS)
         for name in names:
             os.replace(folder / f"{name}.tmp", folder / name)

@@ -19,8 +19,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from typing_extensions import TypedDict
 
-from dyntok.checkpoint.format import CONFIG_NAME, INDEX_NAME, WEIGHTS, read_header
+from dyntok.checkpoint.format import CONFIG_NAME, IMAGES_NAME, INDEX_NAME, WEIGHTS, read_header
 from dyntok.errors import CheckpointError
 
 _WANTED = (CONFIG_NAME, "model*.safetensors", INDEX_NAME, "README.md")
@@ -144,36 +145,42 @@ class Origin:
             ) from error
 
 
+class PushOptions(TypedDict, total=False):
+    """Options of an upload to the hub, as its client has them."""
+
+    private: bool | None
+    token: str | bool | None
+    branch: str | None
+    create_pr: bool
+    commit_message: str
+
+
+def checkpoint_files(folder: Path, subfolders: Sequence[str] = ()) -> list[str]:
+    """Returns the files of the checkpoint in a folder, its README.md, and what belongs to it in these subfolders."""
+    known = (CONFIG_NAME, IMAGES_NAME, "README.md")
+    names = [path.name for path in folder.iterdir() if path.name in known or WEIGHTS.fullmatch(path.name)]
+    below = [path for name in subfolders for path in sorted((folder / name).rglob("*"))]
+    return names + [path.relative_to(folder).as_posix() for path in below if path.suffix in (".json", ".safetensors")]
+
+
 def upload(
-    folder: str | os.PathLike,
+    folder: Path,
     repo_id: str,
+    names: Sequence[str],
     *,
-    subfolders: Sequence[str] = (),
     private: bool | None = None,
     token: str | bool | None = None,
     branch: str | None = None,
     create_pr: bool = False,
     commit_message: str = "Upload a dyntok checkpoint",
 ) -> str:
-    """Sends the checkpoint in `folder`, its README.md and these subfolders to a hub repository, in one commit.
+    """Sends files of `folder` to a hub repository, in one commit.
 
-    The repository is made if needed. A checkpoint there is replaced, other files stay.
+    The repository is made if needed. Weights of dyntok in the same places are replaced, other files stay.
 
     Returns the address of the commit or of the pull request. Raises `CheckpointError`.
     """
-    folder = Path(folder)
-    names = [
-        path.name
-        for path in folder.iterdir()
-        if path.name in (CONFIG_NAME, "README.md") or WEIGHTS.fullmatch(path.name)
-    ]
-    below = [
-        path
-        for name in subfolders
-        for path in sorted((folder / name).rglob("*"))
-        if path.suffix in (".json", ".safetensors")
-    ]
-    names += [path.relative_to(folder).as_posix() for path in below]
+    places = {os.path.dirname(name) for name in names if WEIGHTS.fullmatch(os.path.basename(name))}
     try:
         api = huggingface_hub.HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -181,7 +188,7 @@ def upload(
         stale = [
             name
             for name in api.list_repo_files(repo_id, revision=branch)
-            if WEIGHTS.fullmatch(name) and name not in names
+            if os.path.dirname(name) in places and WEIGHTS.fullmatch(os.path.basename(name)) and name not in names
         ]
         operations: list[Any] = [huggingface_hub.CommitOperationDelete(name) for name in stale]
         operations += [huggingface_hub.CommitOperationAdd(name, folder / name) for name in names]

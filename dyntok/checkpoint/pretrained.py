@@ -12,27 +12,17 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from typing_extensions import Self, TypedDict, Unpack
+from typing_extensions import Self, Unpack
 
 from dyntok.checkpoint import card, hub
 from dyntok.checkpoint.assemble import check_depth, fill, new_on_meta
 from dyntok.checkpoint.fingerprint import encoding_sections, fingerprint, makes_codes
 from dyntok.checkpoint.format import CONFIG_NAME, load, save
-from dyntok.checkpoint.hub import Origin
+from dyntok.checkpoint.hub import Origin, PushOptions
 from dyntok.config import TokenizerConfig
 from dyntok.device import check_device
 from dyntok.errors import CheckpointError, ConfigError
 from dyntok.precision import autocast, cast, dtype_named, fixed_convolutions, full_float32
-
-
-class PushOptions(TypedDict, total=False):
-    """Options of an upload to the hub, as its client has them."""
-
-    private: bool | None
-    token: str | bool | None
-    branch: str | None
-    create_pr: bool
-    commit_message: str
 
 
 class PretrainedModule(nn.Module):
@@ -135,6 +125,8 @@ class PretrainedModule(nn.Module):
     ) -> str | None:
         """Writes `config.json`, `model.safetensors` and, where there is none, a short model card into a folder.
 
+        A file more lets AutoImageProcessor of transformers find it, as AutoModel does.
+
         dtype: of the stored weights. Codes are defined on what is stored: rounding to half precision makes another
             tokenizer.
         push_to_hub: send the folder's checkpoint to the hub as `repo_id` (default: the folder's name); options as in
@@ -148,7 +140,8 @@ class PretrainedModule(nn.Module):
         subfolders = self._save(folder, dtype)
         if not push_to_hub:
             return None
-        return hub.upload(folder, repo_id or folder.absolute().name, subfolders=subfolders, **push_options)
+        names = hub.checkpoint_files(folder, subfolders)
+        return hub.upload(folder, repo_id or folder.absolute().name, names, **push_options)
 
     def push_to_hub(
         self, repo_id: str, *, dtype: torch.dtype | None = None, **push_options: Unpack[PushOptions]
@@ -163,7 +156,7 @@ class PretrainedModule(nn.Module):
         """
         with tempfile.TemporaryDirectory() as folder:
             subfolders = self._save(Path(folder), dtype)
-            return hub.upload(Path(folder), repo_id, subfolders=subfolders, **push_options)
+            return hub.upload(Path(folder), repo_id, hub.checkpoint_files(Path(folder), subfolders), **push_options)
 
     @classmethod
     def from_pretrained(

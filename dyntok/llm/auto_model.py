@@ -1,4 +1,10 @@
-"""A tokenizer of pictures as `AutoConfig` and `AutoModel` of transformers know it.
+"""A tokenizer of pictures as `AutoConfig` and `AutoModel` of transformers know it, without remote code.
+
+>>> import dyntok
+>>> tok.save_pretrained("checkpoint/")  # or tok.push_to_hub("org/name")
+>>> images = AutoImageProcessor.from_pretrained("checkpoint/")
+>>> model = AutoModel.from_pretrained("checkpoint/")
+>>> tokens = model.get_image_tokens(images(photos, return_tensors="pt")["pixel_values"])
 
 Only for a program that has transformers: `dyntok/registration.py` imports this when transformers loads those classes.
 """
@@ -12,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from dyntok.checkpoint.format import FORMAT
 from dyntok.errors import ConfigError, MissingDependencyError
 from dyntok.policy import KeepOptions
 from dyntok.tokenizer import DynamicVisualTokenizer
@@ -22,13 +29,11 @@ try:
 except ModuleNotFoundError as error:
     raise MissingDependencyError.of("transformers", "transformers") from error
 
-MODEL_TYPE = "dyntok"
-
 
 class DyntokConfig(PreTrainedConfig):
     """The `config.json` of a tokenizer, as transformers reads it."""
 
-    model_type = MODEL_TYPE
+    model_type = FORMAT
 
 
 class DyntokModel(nn.Module):
@@ -92,7 +97,7 @@ class DyntokModel(nn.Module):
 
 def register_config(module: ModuleType) -> None:
     """Make the configuration known to the module that holds `AutoConfig`."""
-    module.AutoConfig.register(MODEL_TYPE, DyntokConfig, exist_ok=True)
+    module.AutoConfig.register(FORMAT, DyntokConfig, exist_ok=True)
 
 
 def register_model(module: ModuleType) -> None:

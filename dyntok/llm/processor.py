@@ -7,12 +7,16 @@ conversation is learned (`chat.py`).
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
+from typing_extensions import Unpack
 
+from dyntok.checkpoint.hub import PushOptions, upload
 from dyntok.encoding import Encoding
 from dyntok.errors import CodeError, ConfigError, FingerprintError
 from dyntok.image import ImageSource, is_single
@@ -102,6 +106,19 @@ class VisualProcessor:
         options |= {"placeholder": self.placeholder, "visual_tokens": self.visual_tokens}
         options |= {name: value for name, value in self.shape.items() if value is not None}
         save_parts(folder, self.tokenizer, self.visual, self.vocab, options)
+
+    def push_to_hub(self, repo_id: str, **push_options: Unpack[PushOptions]) -> str:
+        """Sends what `save_pretrained` writes to the hub, where a language model may be already.
+
+        push_options: private, token, branch, create_pr, commit_message.
+
+        Returns the commit's address. Raises `CheckpointError`.
+        """
+        with TemporaryDirectory() as place:
+            folder = Path(place)
+            self.save_pretrained(folder)
+            names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+            return upload(folder, repo_id, names, **push_options)
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike, **options: Any) -> "VisualProcessor":

@@ -18,6 +18,8 @@ from dyntok.errors import CheckpointError, ConfigError
 
 CONFIG = TokenizerConfig.preset("tiny")
 
+IMAGES = "preprocessor_config.json"
+
 
 def weights(seed=0):
     generator = torch.Generator().manual_seed(seed)
@@ -66,12 +68,12 @@ def test_round_trip(folder):
     config, state = checkpoint.load(folder)
     assert config == CONFIG
     same(state, weights())
-    assert names(folder) == ["config.json", "model.safetensors"]
+    assert names(folder) == ["config.json", "model.safetensors", IMAGES]
 
 
 def test_config_json_says_what_it_is(folder):
     header = json.loads((folder / "config.json").read_text())
-    assert list(header) == ["format", "format_version", "dyntok_version", "kind", "fingerprint", "config"]
+    assert list(header) == ["model_type", "format", "format_version", "dyntok_version", "kind", "fingerprint", "config"]
     assert header["format"] == "dyntok" and header["format_version"] == 1
     assert header["config"]["codebook"]["size"] == 8192
     assert header["fingerprint"] == fingerprint(CONFIG, weights())
@@ -81,14 +83,14 @@ def test_large_models_are_sharded(folder):
     state = {f"layer{i}": torch.full((100,), float(i)) for i in range(5)}
     save_in_shards(900, folder, CONFIG, state)
     shards = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
-    assert names(folder) == ["config.json", *shards, "model.safetensors.index.json"]
+    assert names(folder) == ["config.json", *shards, "model.safetensors.index.json", IMAGES]
     same(checkpoint.load(folder)[1], state)
     assert json.loads((folder / "model.safetensors.index.json").read_text())["metadata"] == {"total_size": 2000}
 
     save_in_shards(1000, folder, CONFIG, state)
-    assert len(names(folder)) == 5 and "model-00003-of-00003.safetensors" in names(folder)
+    assert len(names(folder)) == 6 and "model-00003-of-00003.safetensors" in names(folder)
     checkpoint.save(folder, CONFIG, weights())
-    assert names(folder) == ["config.json", "model.safetensors"]
+    assert names(folder) == ["config.json", "model.safetensors", IMAGES]
     same(checkpoint.load(folder)[1], weights())
 
 
@@ -113,6 +115,13 @@ def test_tensors_that_share_memory_or_are_strided_survive(tmp_path):
     same(checkpoint.load(tmp_path)[1], {name: tensor.detach() for name, tensor in state.items()})
 
 
+def test_only_what_the_auto_classes_can_load_is_told_to_them(folder):
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "dyntok"
+    checkpoint.save(folder, CONFIG, weights(), kind="lavit")
+    assert names(folder) == ["config.json", "model.safetensors"]
+    assert "model_type" not in json.loads((folder / "config.json").read_text())
+
+
 def test_other_files_in_the_folder_stay(folder):
     for name in ("README.md", "model.safetensors.backup", "samples.safetensors"):
         (folder / name).write_text("mine")
@@ -124,6 +133,7 @@ def test_other_files_in_the_folder_stay(folder):
         "config.json",
         "model.safetensors",
         "model.safetensors.backup",
+        IMAGES,
         "samples.safetensors",
     ]
 
@@ -140,7 +150,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(folder, monkeypatch):
     monkeypatch.setattr(checkpoint, "save_file", second_shard_fails)
     with pytest.raises(CheckpointError, match="can't write the checkpoint to .*No space left"):
         save_in_shards(500, folder, CONFIG, weights(1))
-    assert len(calls) == 2 and names(folder) == ["config.json", "model.safetensors"]
+    assert len(calls) == 2 and names(folder) == ["config.json", "model.safetensors", IMAGES]
     same(checkpoint.load(folder)[1], weights())
 
 

@@ -1,21 +1,17 @@
 """Tokenizers on disk and on the hub, and the fingerprint that ties codes to weights."""
 
-import base64
 import copy
 import dataclasses
-import functools
 import json
 import pickle
 import re
 import shutil
 import socket
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.upload_hub import COMMIT, receive
 
 import dyntok
 from dyntok import CheckpointError, ConfigError, DynamicVisualTokenizer, FingerprintError, loading
@@ -23,7 +19,7 @@ from dyntok.checkpoint import format as checkpoint
 from dyntok.checkpoint import pretrained
 from dyntok.checkpoint.fingerprint import fingerprint
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
 
 
 def rounded(tokenizer):
@@ -111,11 +107,7 @@ def test_weights_made_in_inference_mode_have_a_fingerprint_too(tokenizer, checkp
 def test_saved_and_loaded_it_is_the_same(tokenizer, photos, tmp_path):
     tokenizer.train()
     tokenizer.save_pretrained(tmp_path / "new" / "folder")
-    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == [
-        "README.md",
-        "config.json",
-        "model.safetensors",
-    ]
+    assert {path.name for path in (tmp_path / "new" / "folder").iterdir()} == {"README.md", *FILES}
     for loaded in (
         dyntok.load(tmp_path / "new" / "folder"),
         DynamicVisualTokenizer.from_pretrained(str(tmp_path / "new" / "folder")),
@@ -210,81 +202,11 @@ def test_a_failed_save_leaves_the_old_checkpoint_and_a_card_stays(tokenizer, tmp
         tokenizer.save_pretrained(tmp_path, repo="org/name")
 
 
-class Hub(BaseHTTPRequestHandler):
-    """The routes that an upload needs; everything is sent as an ordinary file."""
-
-    files: dict[str, bytes] = {}
-    commits: list[tuple[str, str, list[str]]] = []  # path, authorization, what was done in order
-
-    def do_POST(self):
-        body = (
-            self.rfile.read(int(self.headers["Content-Length"]))
-            if "Content-Length" in self.headers
-            else b"".join(self.chunks())
-        )
-        if self.path == "/api/repos/create":
-            request = json.loads(body)
-            if request["organization"] == "forbidden":
-                return self.answer({"error": "You don't have the rights"}, 403)
-            return self.answer({"url": f"http://127.0.0.1/{request['organization']}/{request['name']}"})
-        if self.path == "/api/validate-yaml":
-            return self.answer({"errors": [], "warnings": []})
-        if "/preupload/" in self.path:
-            files = json.loads(body)["files"]
-            return self.answer(
-                {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
-            )
-        done = []
-        for line in body.splitlines():
-            key, value = (entry := json.loads(line))["key"], entry["value"]
-            if key == "file":
-                self.files[value["path"]] = base64.b64decode(value["content"])
-            elif key == "deletedFile":
-                del self.files[value["path"]]
-            done.append(f"{key} {value.get('path', value.get('summary'))}")
-        self.commits.append((self.path, self.headers["Authorization"], done))
-        self.answer(
-            {"commitUrl": f"http://127.0.0.1/org/name/commit/{COMMIT}", "commitOid": COMMIT, "pullRequestUrl": None}
-        )
-
-    def do_GET(self):
-        if "/tree/" not in self.path:  # is the repository there, though it can't be made?
-            return self.answer({"error": "Repository not found"}, 404)
-        self.answer([{"type": "file", "path": name, "size": len(raw), "oid": "0"} for name, raw in self.files.items()])
-
-    def chunks(self):
-        while size := int(self.rfile.readline(), 16):
-            yield self.rfile.read(size)
-            self.rfile.readline()
-        self.rfile.readline()
-
-    def answer(self, value, status=200):
-        raw = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(raw)))
-        self.end_headers()
-        self.wfile.write(raw)
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture
 def hub(monkeypatch):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub, "HfApi", functools.partial(huggingface_hub.HfApi, endpoint=endpoint))
-    monkeypatch.setattr(
-        Hub, "files", {".gitattributes": b"", "model-00001-of-00002.safetensors": b"old", "sheet.png": b"a picture"}
-    )
-    monkeypatch.setattr(Hub, "commits", [])
-    yield Hub
-    server.shutdown()
-    server.server_close()
+    files = {".gitattributes": b"", "model-00001-of-00002.safetensors": b"old", "sheet.png": b"a picture"}
+    with receive(monkeypatch, files) as hub:
+        yield hub
 
 
 def test_pushed_it_can_be_loaded_again(tokenizer, hub, photos, tmp_path):
@@ -295,7 +217,7 @@ def test_pushed_it_can_be_loaded_again(tokenizer, hub, photos, tmp_path):
     ((path, authorization, done),) = hub.commits
     assert path == "/api/models/org/name/commit/main" and authorization == "Bearer hf_secret"
     assert done[0] == "header My tokenizer" and "deletedFile model-00001-of-00002.safetensors" in done
-    assert set(hub.files) == {".gitattributes", "README.md", "config.json", "model.safetensors", "sheet.png"}
+    assert set(hub.files) == {".gitattributes", "README.md", *FILES, "sheet.png"}
     assert b"library_name: dyntok" in hub.files["README.md"]
     for name, raw in hub.files.items():
         (tmp_path / name).write_bytes(raw)

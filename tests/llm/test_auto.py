@@ -10,16 +10,14 @@ import torch
 transformers = pytest.importorskip("transformers")
 from support.any_grid import any_grid_tokenizer  # noqa: E402
 
-import dyntok  # noqa: E402
-import dyntok.llm.auto as auto  # noqa: E402
-from dyntok.errors import CheckpointError, ConfigError  # noqa: E402
+from dyntok.errors import ConfigError  # noqa: E402
+from dyntok.llm.auto_processors import DyntokImageProcessor  # noqa: E402
 from dyntok.vocab import VisualVocab  # noqa: E402
 
 
 @pytest.fixture
 def folder(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
-    auto.add_transformers_files(tmp_path)
     return tmp_path
 
 
@@ -53,7 +51,6 @@ def test_one_picture_and_other_types(folder, photos):
 def test_pictures_of_several_shapes(layout, small_config, photos, tmp_path):
     tokenizer = any_grid_tokenizer(small_config)
     tokenizer.save_pretrained(tmp_path)
-    auto.add_transformers_files(tmp_path)
     images = transformers.AutoImageProcessor.from_pretrained(tmp_path)
     model = transformers.AutoModel.from_pretrained(tmp_path)
     with pytest.raises(
@@ -75,17 +72,14 @@ def test_pictures_of_several_shapes(layout, small_config, photos, tmp_path):
 def test_the_processor_saves_and_loads_again(folder, photos, tmp_path):
     images = transformers.AutoImageProcessor.from_pretrained(folder)
     images.save_pretrained(tmp_path / "again")
-    again = auto.DyntokImageProcessor.from_pretrained(tmp_path / "again")
+    again = DyntokImageProcessor.from_pretrained(tmp_path / "again")
     assert torch.equal(images(photos[0])["pixel_values"], again(photos[0])["pixel_values"])
 
 
-def test_the_checkpoint_stays_the_same_for_dyntok(folder, tokenizer, tmp_path):
-    assert dyntok.load(str(folder)).fingerprint == tokenizer.fingerprint
-    before = json.loads((folder / "config.json").read_text())
-    auto.add_transformers_files(folder)  # once more
-    assert json.loads((folder / "config.json").read_text()) == before
-    with pytest.raises(CheckpointError):
-        auto.add_transformers_files(tmp_path / "missing")
+def test_what_it_saves_is_what_the_checkpoint_has(folder, tmp_path):
+    written = json.loads((folder / "preprocessor_config.json").read_text())
+    transformers.AutoImageProcessor.from_pretrained(folder).save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "preprocessor_config.json").read_text()) == written
 
 
 def test_other_options_are_refused(folder):

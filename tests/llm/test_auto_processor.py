@@ -1,13 +1,15 @@
 """The processor through `AutoProcessor`: beside a language model, and beside a tokenizer of pictures alone."""
 
+import sys
+
 import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
 from support.loopback_hub import COMMIT, Hub, downloads, only_hub  # noqa: E402
 from support.processors import made  # noqa: E402
+from support.upload_hub import receive  # noqa: E402
 
-import dyntok.llm.auto as auto  # noqa: E402
 from dyntok.errors import CheckpointError, CodeError, ConfigError  # noqa: E402
 from dyntok.llm import VisualProcessor, extend_model  # noqa: E402
 
@@ -36,7 +38,6 @@ def test_beside_a_language_model(tokenizer, photos, tmp_path):
 def test_beside_a_tokenizer_of_pictures(tokenizer, photos, tmp_path):
     processor = made(tokenizer)
     tokenizer.save_pretrained(tmp_path)
-    auto.add_transformers_files(tmp_path)
     processor.tokenizer.save_pretrained(tmp_path)
     processor.vocab.save_pretrained(tmp_path)
     again = transformers.AutoProcessor.from_pretrained(tmp_path, max_tokens=7)
@@ -71,7 +72,6 @@ def hub(tokenizer, tmp_path, monkeypatch):
     """Options for clients that know the loopback hub alone, with an empty cache. It holds a processor, and `photos`."""
     made(tokenizer, "map", budget=9).save_pretrained(tmp_path / "saved")
     tokenizer.save_pretrained(tmp_path / "photos")
-    auto.add_transformers_files(tmp_path / "photos")
     with only_hub({f"org/{name}": contents(tmp_path / name) for name in ("saved", "photos")}, monkeypatch):
         yield {"cache_dir": tmp_path / "cache", "token": False}
 
@@ -97,3 +97,34 @@ def test_a_tokenizer_of_pictures_from_the_hub(hub, tokenizer, photos):
     tokens = model.get_image_tokens(images(photos[0])["pixel_values"])[0]
     assert torch.equal(tokens, tokenizer.encode(photos[0]).codes[0])
     assert all(COMMIT in request for request in Hub.requests if "/resolve/" in request)
+
+
+def test_what_was_pushed_is_found(hub, tokenizer, photos, monkeypatch):
+    """A process without transformers pushes a tokenizer of pictures; another one pushes a processor beside a model."""
+    model_files = {"config.json": b"{}", "model.safetensors": b"of the language model"}
+    with monkeypatch.context() as patch, receive(patch, {}) as received:
+        patch.setitem(sys.modules, "transformers", None)
+        tokenizer.push_to_hub("org/photos", token="hf_secret")
+        Hub.repos["org/photos"] = dict(received.files)
+    with monkeypatch.context() as patch:
+        stale = {"visual/model-00001-of-00002.safetensors": b"old", **model_files}
+        with receive(patch, stale) as received:
+            made(tokenizer, "map", budget=9).push_to_hub("org/saved", token="hf_secret", commit_message="Processor")
+            Hub.repos["org/saved"] = dict(received.files)
+            assert received.commits[0][2][0] == "header Processor"
+    assert model_files.items() <= Hub.repos["org/saved"].items() and not stale.keys() <= Hub.repos["org/saved"].keys()
+    images, model = (
+        kind.from_pretrained("org/photos", **hub) for kind in (transformers.AutoImageProcessor, transformers.AutoModel)
+    )
+    tokens = model.get_image_tokens(images(photos[0])["pixel_values"])[0]
+    assert torch.equal(tokens, tokenizer.encode(photos[0]).codes[0])
+    processor = transformers.AutoProcessor.from_pretrained("org/saved", **hub)
+    assert ids(processor, photos[0]) == ids(made(tokenizer, "map", budget=9), photos[0])
+
+
+def test_a_folder_is_pushed_with_what_the_auto_classes_need(hub, tokenizer, photos, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, receive(patch, {}) as received:
+        tokenizer.save_pretrained(tmp_path / "own", push_to_hub=True, repo_id="org/photos", token="hf_secret")
+        Hub.repos["org/photos"] = dict(received.files)
+    images = transformers.AutoImageProcessor.from_pretrained("org/photos", **hub)
+    assert images(photos[:2])["pixel_values"].shape == (2, 3, 64, 64)
