@@ -11,6 +11,7 @@ the processor, the model's folder with `dyntok.json`, and its limits:
 """
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -33,12 +34,13 @@ class SglangImageGrammar(CustomLogitProcessor):
         """Scores [R, V] of requests with these parameters to scores [R, V], in place.
 
         A request that can't be served is aborted with a message: it does not say its model, its arguments do not fit,
-        or the server runs ahead of the ids. Raises `ConfigError` where a request has no parameters at all.
+        or the server runs ahead of the ids.
         """
         rows = Counter(id(params) for params in custom_param_list or ())
         for row, params in enumerate(custom_param_list or ()):
-            if params is None:
-                raise ConfigError(_NO_MODEL)
+            if params is None:  # nothing says which request this is
+                _log.error("a request with this processor goes on without rules: %s", _NO_MODEL)
+                continue
             request = params["__req__"]
             try:
                 rules = _rules(params, logits.shape[1], rows[id(params)])
@@ -49,6 +51,7 @@ class SglangImageGrammar(CustomLogitProcessor):
         return logits
 
 
+_log = logging.getLogger(__name__)
 _NO_MODEL = 'custom_params has no "dyntok", the folder of the model with dyntok.json'
 _LATE = "SGLang runs ahead of the ids that images depend on; start it with --disable-overlap-schedule"
 

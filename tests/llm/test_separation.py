@@ -63,6 +63,12 @@ def dataset(first, **options):
     return PackedDataset(lambda epoch: documents * 2, packer, **options)
 
 
+def documents(first):
+    """The ids of the same documents, one by one."""
+    rows = [inputs.row for inputs in dataset(first)]
+    return [row.input_ids[row.document == n].tolist() for row in rows for n in range(int(row.document.max()) + 1)]
+
+
 def batches(**loader):
     """Two batches that differ in the first of the three documents alone."""
     options = {"mask": loader.pop("mask")} if "mask" in loader else {}
@@ -169,7 +175,7 @@ def test_flattened_rows_have_the_borders_of_flash_attention():
     assert 292 not in batch["input_ids"]
 
 
-@pytest.mark.parametrize("kind", ["trainer", "default-collator", "trl"])
+@pytest.mark.parametrize("kind", ["trainer", "default-collator", "trl", "trl packs"])
 def test_trainers_keep_documents_apart(kind, tmp_path):
     """What the decoder computes inside a trainer, for two neighbors."""
     calls = []
@@ -189,6 +195,11 @@ def test_trainers_keep_documents_apart(kind, tmp_path):
             rows = datasets.IterableDataset.from_generator(lambda data=data: iter(data))
             arguments = trl.SFTConfig(**options, dataset_kwargs={"skip_prepare_dataset": True})
             trainer = trl.SFTTrainer(model, arguments, train_dataset=rows, processing_class=_tokenizer(), **collator)
+        elif kind == "trl packs":
+            trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+            rows = datasets.Dataset.from_list([{"input_ids": ids} for ids in documents(text)])
+            arguments = trl.SFTConfig(**options, packing=True, max_length=48)
+            trainer = trl.SFTTrainer(model, arguments, train_dataset=rows, processing_class=_tokenizer())
         else:
             arguments = transformers.TrainingArguments(**options)
             trainer = transformers.Trainer(model, arguments, train_dataset=dataset(text), **collator)

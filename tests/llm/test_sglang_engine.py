@@ -4,6 +4,9 @@ import pytest
 from support.sglang_engine import answers
 from support.toy_llama import GREEDY, LONGEST, WISHES, check, prompt_of, save, written_by_transformers
 
+from dyntok import VisualVocab
+from dyntok.llm import ImageGrammar
+
 pytestmark = pytest.mark.slow
 NAMES = {"max_tokens": "max_new_tokens", "temperature": "temperature"}
 
@@ -37,10 +40,18 @@ def test_an_engine_writes_images_that_decode(model, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("waits", ["0", "1"])
-def test_an_engine_that_runs_ahead_waits_for_the_ids_or_is_refused(model, tmp_path, monkeypatch, waits):
+def test_an_engine_that_runs_ahead(model, tmp_path, monkeypatch, waits):
+    """It waits for the ids or refuses the request. The exported grammar is SGLang's own business, and always holds."""
     monkeypatch.setenv("SGLANG_ENABLE_DELAY_SAMPLE", waits)
-    (answer,) = answers(model, tmp_path, [request(0, model, *WISHES[0])], allow_auto_truncate=True)
+    limits = WISHES[0][0]
+    vocab = VisualVocab.from_pretrained(model)
+    exact = {**limits, "grid": (16, 16), "text": False}
+    exported = ImageGrammar(vocab, eos=vocab.image_start - 1, **exact).to_xgrammar()
+    alone = [prompt_of(0), {"max_new_tokens": 90, "ebnf": exported}]
+    requests = [request(0, model, *WISHES[0]), alone]
+    answer, other = answers(model, tmp_path, requests, allow_auto_truncate=True, grammar_backend="xgrammar")
+    check(other["output_ids"], limits, model)
     if waits == "1":
-        check(answer["output_ids"], WISHES[0][0], model)
+        check(answer["output_ids"], limits, model)
     else:
         assert "start it with --disable-overlap-schedule" in answer["error"]

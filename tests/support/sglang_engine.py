@@ -53,8 +53,9 @@ def main(model, file):
     print(STARTED, flush=True)
 
     async def ask(prompt, sampling):
+        own = SglangImageGrammar.to_str() if "custom_params" in sampling else None
         try:
-            return await engine.async_generate(prompt, sampling, custom_logit_processor=SglangImageGrammar.to_str())
+            return await engine.async_generate(prompt, sampling, custom_logit_processor=own)
         except ValueError as error:
             return {"error": str(error)}
 
