@@ -78,7 +78,7 @@ def written_by_transformers(folder):
     llama = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     limits = {**WISHES[GREEDY][0], "grid": (16, 16), "text": False}
     grammar = ImageGrammar(vocab, eos=words.eos_token_id, vocab_size=len(words), **limits)
-    prompt = words(prompt_of(GREEDY), return_tensors="pt")
+    prompt = words(prompt_of(GREEDY), return_tensors="pt", return_token_type_ids=False)
     length = prompt["input_ids"].shape[1]
     processors = [ImageLogitsProcessor(grammar, length, LONGEST - length)]
     ids = llama.generate(**prompt, max_new_tokens=LONGEST - length, do_sample=False, logits_processor=processors)
