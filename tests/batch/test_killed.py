@@ -63,8 +63,8 @@ def many(photos, tmp_path_factory):
 def test_killed_at_any_moment(many, options, checkpoint_folder, tmp_path):
     """Each start makes progress, and in the end all is as in an undisturbed run."""
     output, done = tmp_path / "out", 0
-    arguments = ["--model", checkpoint_folder, "--shard-size", 40, "--batch-size", 8, *options, many, output]
-    run(many, tmp_path / "undisturbed", checkpoint_folder, shard_size=40)
+    arguments = ["--model", checkpoint_folder, "--shard-size", 20, "--batch-size", 8, *options, many, output]
+    run(many, tmp_path / "undisturbed", checkpoint_folder, shard_size=20)
     rng = np.random.default_rng(0)
     for _ in range(4):
         process = command(*arguments)
