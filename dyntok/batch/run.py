@@ -78,7 +78,8 @@ def _run(
     manifest, begin = task.manifest(), time.monotonic()
     writer = make_writer(task.options, task.tokenizer, task.description)
     work = manifest.failed_work(task.source) if retry_errors else manifest.unfinished_work(task.source)
-    policy, summary, open_ranges = task.options.policy, Summary(output=redact(task.output.address)), _OpenRanges()
+    policy, open_ranges = task.options.policy, _OpenRanges()
+    summary = Summary(output=redact(task.output.address), can_retry=not task.options.interleaved)
     chunks: Any = _engine(engine)(work, task.source, task.options, engine, task.tokenizer)
 
     def commit(completed: Iterable[tuple[RangeEnd, list[TokenizedRow]]]) -> None:

@@ -34,6 +34,7 @@ class Summary:
     bytes: int = 0  # of those
     finished_before: int = 0  # images, by earlier runs
     failed_before: int = 0  # images, in earlier runs; those of a run with `retry_errors` count as errors
+    can_retry: bool = True  # False for interleaved rows, which are written with gaps
     seconds: float = 0.0
     input_shards: float = 0.0  # read, partly read ones in proportion
     input_shards_before: float = 0.0  # finished by earlier runs
@@ -117,7 +118,8 @@ class Summary:
         if self.failed_before:
             lines.append(f"{counted(self.failed_before, 'image')} failed in earlier runs")
         if self.errors or self.failed_before:
-            lines.append(f"list them: dyntok inspect {self.output} -o report; try them again: --retry-errors")
+            again = "; try them again: --retry-errors" if self.can_retry else ""
+            lines.append(f"list them: dyntok inspect {self.output} -o report{again}")
         return "\n".join(lines)
 
 

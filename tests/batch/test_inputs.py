@@ -283,6 +283,7 @@ def test_several_images_per_row(images, wanted, checkpoint_folder, tmp_path):
             shard_size=shard_size,
         )
         assert (summary.images, summary.errors) == (4, 2)
+        assert "list them" in str(summary) and "--retry-errors" not in str(summary)  # which refuses such rows
         found = {row["key"]: row for row in rows(tmp_path / name)}
         assert set(found) == set("abce") and found["a"]["texts"] == ["x", "y"]
         assert found["a"]["codes"] == [wanted[keys[0]][0], None, wanted[keys[1]][0]]
