@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dyntok.errors import CheckpointError, ConfigError
 from dyntok.model.backbone import load_timm_weights
+from dyntok.training.folding import fold_batch_norms
 from dyntok.training.recipe import Teacher
 
 _SHORTEST = 32  # pixels of a scaled side: the stride of most networks
@@ -84,7 +85,7 @@ class TeacherFeatures(nn.Module):
         old_mean, old_std, new_mean, new_std = (torch.tensor(value).view(3, 1, 1) for value in values)
         self.register_buffer("factor", old_std / new_std)
         self.register_buffer("shift", (old_mean - new_mean) / new_std)
-        self.model: Any = model.to(memory_format=torch.channels_last).requires_grad_(False)
+        self.model: Any = fold_batch_norms(model).to(memory_format=torch.channels_last).requires_grad_(False)
 
     def train(self, mode: bool = True) -> "TeacherFeatures":
         """Keeps the network in evaluation mode."""
