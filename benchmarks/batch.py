@@ -2,18 +2,21 @@
 
     python benchmarks/batch.py TAR... [--options "--workers 1"] [--output benchmarks/results/batch.jsonl]
     python benchmarks/batch.py --camera 24 [--output ...]    full against scaled decoding of generated camera files
+    python benchmarks/batch.py TAR... --before CHECKOUT [--options "--model tiny"]    this version against another
 
 The ideal is 1 / (1 / decoding alone + 1 / encoding alone), both measured in this process before and after the run. The
 memory is that of the command's whole process tree without program files (Linux). A second run on the first 2,000 rows
 shows whether memory grows with the number of images.
 
 With --camera, N generated JPEG files of 4,000 x 3,000 pixels are encoded twice, with full and with scaled decoding, 125
-files after 125. "faster" is the median of these turns. The images/s are the command's own, so they leave out
-starting Python and loading the model.
+files after 125. With --before, two versions encode every tar, each with its own defaults and with --options for this
+one alone, and take turns at going first. "faster" is the median of the turns. The images/s are the command's own, so
+they leave out starting Python and loading the model.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -46,13 +49,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tars", nargs="*")
     parser.add_argument("--camera", type=int, metavar="N", help="generate N files, in place of tars")
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="another version, to compare with")
     parser.add_argument("--rows", type=int, default=800, help="for decoding alone and encoding alone")
     parser.add_argument("--options", default="", help="of `dyntok batch`, such as '--workers 0'")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    if bool(options.tars) == bool(options.camera):
-        parser.error("name tars, or give --camera N")
-    row = camera(options.camera, options.options) if options.camera else compare(options)
+    if bool(options.tars) == bool(options.camera) or (options.camera and options.before):
+        parser.error("name tars, with or without --before, or give --camera N")
+    if options.camera:
+        row = camera(options.camera, options.options)
+    else:
+        row = versions(options) if options.before else compare(options)
     print(json.dumps(row, indent=1))
     append(options.output, row)
 
@@ -76,6 +83,27 @@ def camera(count: int, options: str) -> dict[str, Any]:
         "errors": [sums["errors"] for sums in total.values()], "images_per_s": speed,
         "faster": statistics.median(ratios), "faster_in_turns": ratios,
         "tree_peak_mib": [max(turn[way]["peak_mib"] for turn in turns) for way in WAYS],
+    }  # fmt: skip
+
+
+def versions(options: argparse.Namespace) -> dict[str, Any]:
+    """Images/s and memory of this version and of another, tar by tar."""
+    turns: list[dict[str, dict[str, float]]] = []
+    for number, tar in enumerate(str(Path(tar).absolute()) for tar in options.tars):
+        given = {"before": ("", options.before.absolute()), "now": (options.options, None)}
+        order = sorted(given, reverse=number % 2 == 1)
+        with tempfile.TemporaryDirectory() as folder:
+            turns.append({name: batch([tar, f"{folder}/{name}"], *given[name]) for name in order})
+        print(json.dumps({"tar": Path(tar).name, **turns[-1]}), file=sys.stderr, flush=True)
+    total = {name: {key: sum(turn[name][key] for turn in turns) for key in _SUMMED} for name in turns[0]}
+    ratios = [turn["before"]["seconds"] / turn["now"]["seconds"] for turn in turns]
+    return {
+        **environment(), "options": options.options,
+        "images": {name: sums["images"] for name, sums in total.items()},
+        "errors": {name: sums["errors"] for name, sums in total.items()},
+        "images_per_s": {name: sums["images"] / sums["seconds"] for name, sums in total.items()},
+        "faster": statistics.median(ratios), "faster_in_turns": ratios,
+        "tree_peak_mib": {name: max(turn[name]["peak_mib"] for turn in turns) for name in total},
     }  # fmt: skip
 
 
@@ -125,11 +153,16 @@ def alone(tokenizer: dyntok.DynamicVisualTokenizer, tars: list[str], rows: int) 
     return decoding, count / (time.perf_counter() - start)
 
 
-def batch(arguments: list[str], options: str) -> dict[str, float]:
-    """The command's own summary, its seconds on the clock, and the peak memory of its process tree."""
+def batch(arguments: list[str], options: str, checkout: Path | None = None) -> dict[str, float]:
+    """The command's own summary, its seconds on the clock, and the peak memory of its process tree.
+
+    checkout: of another version, whose command runs.
+    """
     start = time.perf_counter()
     command = [sys.executable, "-m", "dyntok.cli", "batch", *arguments, "--json", *options.split()]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    path = {} if checkout is None else {"PYTHONPATH": f"{checkout}{os.pathsep}{checkout / 'kernels'}"}
+    # the folder it runs in comes before all others on Python's path
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=checkout, env={**os.environ, **path})
     peak = [0]
     threading.Thread(target=watch, args=(process.pid, peak, lambda: process.returncode is None), daemon=True).start()
     out, _ = process.communicate()

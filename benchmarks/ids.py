@@ -1,13 +1,13 @@
 """Measure pictures that come back from ids alone, against WebP files of as many bytes.
 
     python benchmarks/ids.py SOURCE... [--model NAME] [--ids 100 160] [--max-patches 256] [--square] [--limit 200]
-        [--encode-patches 573]
+        [--encode-patches 573] [--refine 1]
 
 SOURCE is a folder of images or a webdataset tar; with tars only the validation part is used (1 image in 20, by key).
 Every picture goes through `to_ids`, `to_encoding` and `decode`. Ids count the header (grid and map tokens), but not
 start and end. A code is worth log2(K) bits, a map token log2(625), a grid token 7. WebP may scale the picture down.
 With `--encode-patches` the tokenizer does, too: it encodes a coarser grid, and the result is scaled up to the pictures
-of `--max-patches` patches that everything is compared with.
+of `--max-patches` patches that everything is compared with. `--refine` is the option of `encode`.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def from_ids(
 ) -> tuple:
     """Returns the PSNR, the number of ids and their bytes; the budget leaves room for the header."""
     vocab = dyntok.VisualVocab.of(tok, after=0, layout=places, any_grid=tok.any_grid)
-    rows, columns = tok.encode(image, budget=1, **options).grids[0].tolist()
+    rows, columns = tok.encode(image, budget=1, **{**options, "refine": 0}).grids[0].tolist()
     header = -(-rows // 4) * -(-columns // 4) if places == "map" else 0
     encoding = tok.encode(image, budget=max(1, min(ids - header, rows * columns)), places=places, **options)
     written = vocab.to_ids(encoding)
@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--ids", type=int, nargs="+", default=[100, 160])
     parser.add_argument("--max-patches", type=int)
     parser.add_argument("--encode-patches", type=int, metavar="N", help="of the encoded grid (default: --max-patches)")
+    parser.add_argument("--refine", type=int, default=0)
     parser.add_argument("--square", action="store_true", help="crop the central square")
     parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--output", type=Path)
@@ -80,7 +81,9 @@ def main() -> None:
     shape = {"fit": "crop"} if options.square else {}
     if options.max_patches:
         shape["max_patches"] = options.max_patches
-    coded = {**shape, "max_patches": options.encode_patches} if options.encode_patches else shape
+    coded: dict = {**shape, "refine": options.refine}
+    if options.encode_patches:
+        coded["max_patches"] = options.encode_patches
     found = find_samples(options.sources, "validation" if options.sources[0].suffix == ".tar" else "all")
     samples = found[:: max(1, len(found) // options.limit)][: options.limit]
     pixels = [to_array(sample.read(), tok.image_config(**shape))[0] for sample in samples]
@@ -91,6 +94,8 @@ def main() -> None:
             quality, count, size = np.mean(results, axis=0)
             row = {"model": tok.name, "fingerprint": tok.fingerprint, "places": places, "asked": ids, "ids": count,
                    "bytes": size, "psnr": quality, "images": len(samples), **shape}  # fmt: skip
+            if options.refine:
+                row["refine"] = options.refine
             if options.encode_patches:
                 row["encode_patches"] = options.encode_patches
             if places == "map":

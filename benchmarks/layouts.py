@@ -1,10 +1,12 @@
 """Compare ways to write which patches an image keeps: counts or patterns, header first or interleaved.
 
-    DYNTOK_DATA=... python benchmarks/layouts.py [--train 1000] [--test 100] [--steps 250] [--output FILE]
+    DYNTOK_DATA=... python benchmarks/layouts.py [--train 1000] [--test 100] [--steps 250] [--refine 1] [--output FILE]
 
 Counts: a token for each block of 4 x 4 patches, one of 625, as in the layout "map". Patterns: a token from a dictionary
 of the most frequent 4 x 4 patterns of freely chosen patches; every block takes the nearest entry, and the picture is
 encoded with these patches. The test part is the validation part, which training has not seen.
+
+With `--refine`, counts are also written with the codes of `encode(refine=)`, to see whether these are harder to learn.
 
 A small language model learns each form: 2 layers of width 128, on codes given as their codebook vectors. The grammar
 says which kind of token comes next, so the nats are those of the tokens alone. The first line of results says how often
@@ -168,6 +170,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=1000)
     parser.add_argument("--test", type=int, default=100)
     parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--refine", type=int, default=0)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     tok, data = dyntok.load(options.model), Path(os.environ["DYNTOK_DATA"])
@@ -188,13 +191,14 @@ def main() -> None:
     masks = {"free": free, "canonical": [encoding.keep_mask() for encoding in counted]}
     for name, (train, test) in masks.items():
         report({**what, "masks": name, **coverage(train, test)}, options.output)
-    forms = {
-        "counts": (counted, [counts_to_map(mask_to_counts(e.keep_mask(), (16, 16)), (16, 16)) for e in counted]),
-        "patterns": (patterned, [entries for _, entries in snapped]),
-    }
+    counts = [counts_to_map(mask_to_counts(encoding.keep_mask(), (16, 16)), (16, 16)) for encoding in counted]
+    forms = {"counts": (counted, counts), "patterns": (patterned, [entries for _, entries in snapped])}
+    if options.refine:
+        refined = [encode(tok, some, places="map", refine=options.refine) for some in pixels]
+        forms[f"counts, refine={options.refine}"] = (refined, counts)
     vectors = tok.codebook.embedding.detach().float()
     for form, (encodings, headers) in forms.items():
-        others, painted = (MAP_VALUES if form == "counts" else SIZE), quality(tok, encodings[1], pixels[1])
+        others, painted = (SIZE if form == "patterns" else MAP_VALUES), quality(tok, encodings[1], pixels[1])
         for interleaved in (False, True):
             began = time.process_time()
             rows = [

@@ -4,6 +4,7 @@ Not here: the network itself, and the way the results become an `Encoding` or `F
 """
 
 import itertools
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -150,6 +151,13 @@ def split_chunks(pixels: Tensor, size: int) -> Iterator[Chunk]:
         part = pixels[start : start + size]
         # a copy with one layout and alignment: both may change how a kernel rounds
         yield Chunk(range(start, start + len(part)), part.clone(memory_format=torch.contiguous_format))
+
+
+def limited(chunk: Chunk, pixels: int) -> Iterator[Chunk]:
+    """Yields the chunk in parts of at most so many pixels, or of one image."""
+    size = max(1, pixels // math.prod(chunk.pixels.shape[2:]))
+    for start in range(0, len(chunk.pixels), size):
+        yield Chunk(chunk.input_indices[start : start + size], chunk.pixels[start : start + size])
 
 
 def finite_images(features: Tensor, log_probs: Tensor, vectors: Tensor, cu_seqlens: Tensor) -> Tensor:

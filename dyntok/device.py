@@ -45,5 +45,9 @@ def make_current(device: torch.device | str) -> None:
 
 def integers_on(device: torch.device, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
     """Returns whole numbers as int64 on a device. The host does not wait for a GPU."""
-    tensor = torch.tensor(values, dtype=torch.long, device="cpu")
+    return sent_to(device, torch.tensor(values, dtype=torch.long, device="cpu"))
+
+
+def sent_to(device: torch.device, tensor: Tensor) -> Tensor:
+    """Returns a tensor of the CPU on a device. The host does not wait for a GPU."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -29,8 +29,9 @@ from dyntok.model.pixel_head import PixelHead
 from dyntok.model.selector import Selector
 from dyntok.policy import KeepPolicy, ranks
 from dyntok.ragged import cu_seqlens_from_mask
+from dyntok.refine import Pictures, check_rounds, refine_codes
 from dyntok.structure import require_type
-from dyntok.target import shortest_mask
+from dyntok.target import normalized, shortest_mask, visible
 from dyntok.validation import refuse
 from dyntok_kernels import compact
 from dyntok_kernels.limits import HEAD_DIMS, HEAD_DIMS_IN_WORDS, MAX_CODE_DIM
@@ -235,7 +236,38 @@ class TokenizerNetwork(PretrainedModule):
             pixels = normalize(pixels, self.config.image)
         return dataclasses.replace(chunk, pixels=pixels)
 
-    def _run(self, chunk: Chunk, choice: Choice, merge: Merge, *, quantize: bool, margins: bool = False) -> Rows:
+    def _choice(self, pixels: Tensor, keep_mask: Tensor | None, policy: KeepPolicy) -> Choice:
+        """Returns the policy, or a choice that follows the given mask."""
+        if keep_mask is None:
+            return policy
+        if policy != KeepPolicy():
+            raise ConfigError("keep_mask was given with other options of a policy, expected the mask alone")
+        self._check_pixels(pixels)
+        rows, columns = self.backbone.grid_of(pixels)
+        shape = [len(pixels), rows * columns]
+        if not isinstance(keep_mask, Tensor) or keep_mask.dtype != torch.bool or list(keep_mask.shape) != shape:
+            got = f"{keep_mask.dtype} {list(keep_mask.shape)}" if isinstance(keep_mask, Tensor) else type(keep_mask)
+            raise ConfigError(f"keep_mask is {got}, expected a bool tensor {shape}: a row of patches for each image")
+        if not keep_mask.any(1).all():
+            image = int((~keep_mask.any(1)).nonzero()[0])
+            raise ConfigError(f"keep_mask drops every patch of image {image}, expected at least one kept patch")
+        mask = keep_mask.to(self.device)
+        return lambda log_probs, indices: mask[indices[0] : indices[0] + len(log_probs)]
+
+    def _check_refine(self, refine: int, margins: bool) -> None:
+        check_rounds(refine, margins=margins)
+        if not refine:
+            return
+        if self.pixel_head is None:
+            raise ConfigError(f"refine is {refine}, but this tokenizer has no pixel head to compare with; leave it out")
+        if next(self.pixel_head.parameters()).is_inference():
+            raise ConfigError(
+                "refine needs derivatives, and these weights were made in torch.inference_mode(); make them outside"
+            )
+
+    def _run(
+        self, chunk: Chunk, choice: Choice, merge: Merge, *, quantize: bool, margins: bool = False, refine: int = 0
+    ) -> Rows:
         """Returns the codes, or else the merged tokens, of a chunk.
 
         The host reads one result of the device, the lengths, and none where the budget is exact. An image whose numbers
@@ -258,7 +290,11 @@ class TokenizerNetwork(PretrainedModule):
                 finite &= self.codebook.embedding.sum(dtype=torch.float32).isfinite()
             patches = compact(keep)[0][: sum(lengths)].long()
             image, positions = patches // keep.shape[1], patches % keep.shape[1]
-            values = self.codebook(vectors).where(finite[image], -1) if quantize else vectors
+            values = vectors
+            if quantize:
+                codes, bounded = self._quantize(vectors, keep, image, positions, chunk, features, refine)
+                finite &= bounded
+                values = codes.where(finite[image], -1)
             close = self._margins(vectors, log_probs, keep, chunk, choice) if margins else None
             return Rows(chunk.input_indices, values, positions, lengths, finite, grid, close)
 
@@ -277,18 +313,52 @@ class TokenizerNetwork(PretrainedModule):
         places = policy.places or self.config.selector.places
         if policy.psnr is None:
             return canonical_mask(policy(log_probs, chunk.input_indices), grid, places)
-        head, decoder = self._require_pixel_head(), self.require_decoder()
 
         def reconstruct(mask: Tensor) -> Tensor:
             keep = canonical_mask(mask, grid, places)
             vectors = self.codebook.lookup(self.codebook(self.projection(merge(features, keep, grid=grid))))
-            positions = None if decoder.placement == "rank" else keep.nonzero()[:, 1]
-            return head(decoder(vectors, cu_seqlens_from_mask(keep), positions, grid=grid), grid)
+            return self._paint(vectors, cu_seqlens_from_mask(keep), keep.nonzero()[:, 1], grid)
 
         mask = shortest_mask(
             ranks(log_probs), chunk.pixels, policy.psnr, self.config.image, policy.max_tokens, reconstruct
         )
         return canonical_mask(mask, grid, places)
+
+    def _paint(self, vectors: Tensor, cu_seqlens: Tensor, positions: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Returns normalized pixels [B, 3, H, W] from code vectors [T, C] at positions [T]."""
+        head, decoder = self._require_pixel_head(), self.require_decoder()
+        known = None if decoder.placement == "rank" else positions
+        return head(decoder(vectors, cu_seqlens, known, grid=grid), grid)
+
+    def _quantize(
+        self,
+        vectors: Tensor,
+        keep: Tensor,
+        image: Tensor,
+        positions: Tensor,
+        chunk: Chunk,
+        features: Tensor,
+        refine: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the codes [T] of vectors [T, C] after so many rounds of `refine`, and whether all was finite, [B]."""
+        codes = self.codebook(vectors)
+        if not refine:
+            return codes, torch.ones_like(keep[:, 0])
+        grid, cu_seqlens = self.backbone.grid_of(chunk.pixels), cu_seqlens_from_mask(keep)
+        config = self.config.image
+        pictures = Pictures(
+            visible(chunk.pixels, config),
+            features.float(),
+            lambda rows: visible(self._paint(rows, cu_seqlens, positions, grid), config),
+            lambda painted: self.backbone(normalized(painted, config).to(self.dtype)).float(),
+            image,
+            torch.stack([positions // grid[1], positions % grid[1]], 1),
+            grid,
+        )
+        rows = self.codebook.embedding
+        rows = rows if rows.dtype == torch.float64 else rows.float()
+        codes, error = refine_codes(codes, vectors, rows, pictures, refine)
+        return codes, error.isfinite()
 
     def _decode_features(self, encoding: Encoding, decoder: Decoder) -> Tensor:
         grid = self._one_grid(encoding)

@@ -43,7 +43,18 @@ def missed_in_words(missed: int, images: int) -> str:
 
 def visible_psnr(decoded: Tensor, pixels: Tensor, image: ImageConfig) -> Tensor:
     """Returns the PSNR in dB, float [B], of normalized pixels [B, 3, H, W] after clipping to what a file can hold."""
-    std = torch.tensor(image.std, dtype=torch.float32, device=pixels.device).view(3, 1, 1)
-    mean = torch.tensor(image.mean, dtype=torch.float32, device=pixels.device).view(3, 1, 1)
-    painted, original = ((values.float() * std + mean).clamp(0, 1) for values in (decoded, pixels))
-    return -10 * (painted - original).square().mean((1, 2, 3)).clamp(min=1e-10).log10()
+    squared = (visible(decoded, image) - visible(pixels, image)).square()
+    return -10 * squared.mean((1, 2, 3)).clamp(min=1e-10).log10()
+
+
+def normalized(visible: Tensor, image: ImageConfig) -> Tensor:
+    """Returns pictures [B, 3, H, W] from 0 to 1 as normalized pixels: what undoes `visible`, but for its clipping."""
+    channels = zip(visible.unbind(1), image.std, image.mean, strict=True)
+    return torch.stack([(channel - mean) / std for channel, std, mean in channels], 1)
+
+
+def visible(pixels: Tensor, image: ImageConfig) -> Tensor:
+    """Returns normalized pixels [B, 3, H, W] as float32 from 0 to 1, clipped to what a file can hold."""
+    # by channels, because a tensor of the constants would have to be sent to a GPU at every call
+    channels = zip(pixels.float().unbind(1), image.std, image.mean, strict=True)
+    return torch.stack([channel * std + mean for channel, std, mean in channels], 1).clamp(0, 1)

@@ -19,6 +19,7 @@ from dyntok.config import PRESETS
 from dyntok.encoding import unchecked
 from dyntok.export import FixedDecoder, FixedEncoder
 from dyntok.ragged import cu_seqlens_from_lengths
+from dyntok.refine import Pictures
 
 GPU, BUDGET = torch.device("cuda", 0), 40
 
@@ -170,6 +171,17 @@ def test_what_the_host_reads(options, reads, chunks, on_gpu, monkeypatch):
         encoding = on_gpu.encode_tensor(pixels, batch_size=2, policy=options)
     assert waits.seen == [] and [tensor.shape for tensor in lengths] == [(2,)] * reads * chunks
     assert encoding.packed_codes.device == encoding.cu_seqlens.device == GPU and len(encoding) == 2 * chunks
+
+
+def test_the_trials_of_refined_codes_read_nothing(on_gpu, monkeypatch):
+    """Without the gradients, which fake tensors of a GPU do not have."""
+    size = on_gpu.config.codebook.dim
+    monkeypatch.setattr(Pictures, "gradient", lambda self, vectors: torch.zeros_like(vectors))
+    monkeypatch.setattr(Pictures, "sensitivity", lambda self, vectors: vectors.new_zeros(3, size, size))
+    chunk = Chunk(range(3), pixels_for(on_gpu))
+    with _NoTensorOfTheHost():
+        rows = on_gpu._run(chunk, KeepPolicy(budget=BUDGET), on_gpu.merger, quantize=True, refine=2)
+    assert rows.values.shape == (3 * BUDGET,) and rows.values.dtype == torch.long and rows.values.device == GPU
 
 
 @pytest.mark.parametrize("invariant", [False, True])

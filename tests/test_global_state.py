@@ -262,6 +262,7 @@ def everything(name):
         *encoding.codes,
         encoding.margins,
         *(tokenizer.encode(image, **policy).packed_codes for policy in ({"budget": 9}, {"sample": 3}, {"psnr": 20})),
+        tokenizer.encode(image, budget=9, refine=1).packed_codes,
         *(torch.from_numpy(np.array(picture)) for picture in tokenizer.decode(encoding)),
         *vocab.to_encoding(vocab.to_ids(encoding)).codes,
         *dyntok_kernels.codebook_stats(torch.ones(3, 4, dtype=torch.float32), torch.tensor([0, 1, 1]), 2),

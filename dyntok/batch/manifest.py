@@ -92,8 +92,8 @@ def read_description(output: Output) -> dict[str, Any]:
         raise DataError(f"{redact(output.address)}/{RUN}/run.json is of another version of dyntok, or damaged")
     if "keep" in described["options"]:  # as dyntok 0.1 called it
         described["options"]["keep_columns"] = described["options"].pop("keep")
-    for name in ("margins", "batch_invariant"):  # which dyntok 0.1 did not have
-        described["options"].setdefault(name, False)
+    for name, value in {"margins": False, "batch_invariant": False, "refine": 0}.items():  # missing in dyntok 0.1
+        described["options"].setdefault(name, value)
     return described
 
 

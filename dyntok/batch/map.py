@@ -60,6 +60,7 @@ class TokenizeColumn:
         device: str = "cpu",
         batch_invariant: bool = False,
         margins: bool = False,
+        refine: int = 0,
     ) -> None:
         self.model, self.image, self.device = model, image, device
         self.options = BatchOptions(
@@ -75,6 +76,7 @@ class TokenizeColumn:
             max_pixels=max_pixels,
             batch_invariant=batch_invariant,
             margins=margins,
+            refine=refine,
         )
         self._tokenizer: DynamicVisualTokenizer | None = None
         self._fingerprint: str | None = None  # of the tokenizer in the process that pickled this object

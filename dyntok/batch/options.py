@@ -11,6 +11,7 @@ from dyntok.errors import ConfigError
 from dyntok.ids import Layout
 from dyntok.image import DEFAULT_MAX_PIXELS
 from dyntok.policy import KeepPolicy
+from dyntok.refine import check_rounds
 from dyntok.structure import names_of
 from dyntok.tokenizer import pair
 from dyntok.vocab import VisualVocab
@@ -46,6 +47,7 @@ class BatchOptions:
     max_pixels: int = DEFAULT_MAX_PIXELS  # of an image; larger ones are refused
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     batch_invariant: bool = False  # on a GPU the codes of an image do not depend on its batch; see `dyntok.load`
+    refine: int = 0  # rounds that try other codes for a closer picture, as in `encode`; slower, because they decode
     margins: bool = False  # parquet: a column that says how close decisions were; see `Encoding.margins`
     vocab_size: int | None = None  # megatron: entries of the LLM's vocabulary; image start, end and codes follow them
     eod: int | None = None  # megatron: an id of the LLM's vocabulary that ends every document
@@ -71,6 +73,7 @@ class BatchOptions:
                 f"expected different names, and none that the output has itself {taken}"
             )
         KeepPolicy(self.budget, self.threshold, max_tokens=self.max_tokens, psnr=self.psnr, places=self.places)
+        check_rounds(self.refine, margins=self.margins)
         if self.margins and self.format != "parquet":
             raise ConfigError(f"margins are a column of parquet, and format is {self.format!r}; leave margins out")
         if (self.format == "megatron") != (self.vocab_size is not None):

@@ -35,6 +35,8 @@ def check_shapes(tokenizer: DynamicVisualTokenizer, options: BatchOptions) -> No
         raise ConfigError(f"budget is {options.budget} tokens, but a picture has at most {patches} patches")
     if options.psnr is not None and tokenizer.pixel_head is None:
         raise ConfigError(f"psnr is {options.psnr} dB, but this tokenizer makes no pictures; leave it out")
+    if options.refine and tokenizer.pixel_head is None:
+        raise ConfigError(f"refine is {options.refine}, but this tokenizer has no pixel head; leave it out")
 
 
 def code_type(tokenizer: DynamicVisualTokenizer) -> np.dtype:

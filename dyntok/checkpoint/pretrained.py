@@ -98,7 +98,7 @@ class PretrainedModule(nn.Module):
 
     @contextmanager
     def inference(self) -> Iterator[None]:
-        """Runs a block without gradients and in evaluation mode.
+        """Runs a block without gradients and in evaluation mode, but not in PyTorch's inference mode.
 
         Half-precision weights compute under autocast, float32 ones without rounding to less. With `batch_invariant` a
         GPU runs the same programs every time.
@@ -108,7 +108,8 @@ class PretrainedModule(nn.Module):
             part.training = False
         try:
             fixed = fixed_convolutions(self.device) if self.batch_invariant else nullcontext()
-            with torch.no_grad(), autocast(self.device.type, self.dtype), full_float32(self.device), fixed:
+            normal = torch.inference_mode(False)  # whose tensors could not be differentiated in `refine`
+            with normal, torch.no_grad(), autocast(self.device.type, self.dtype), full_float32(self.device), fixed:
                 yield
         finally:
             for part in training:
@@ -186,15 +187,16 @@ class PretrainedModule(nn.Module):
         """Does the work of `from_pretrained`."""
         device, dtype = check_device(device), dtype_named(dtype)
         folder, origin = origin.resolve()
-        config, state = load(folder, cls.config_class, cls.kind)
-        check_depth(config.backbone.kwargs, state)
-        try:
-            tokenizer = new_on_meta(lambda: cls(config), state)
-        except ConfigError as error:
-            raise CheckpointError(f"no tokenizer can be made from {folder / CONFIG_NAME}: {error}") from error
-        fill(tokenizer, state)
-        tokenizer.origin, tokenizer.card = origin, card.licensed_card(folder)
-        return tokenizer.in_precision(dtype).to(device).eval()
+        with torch.inference_mode(False):  # its weights could not be differentiated
+            config, state = load(folder, cls.config_class, cls.kind)
+            check_depth(config.backbone.kwargs, state)
+            try:
+                tokenizer = new_on_meta(lambda: cls(config), state)
+            except ConfigError as error:
+                raise CheckpointError(f"no tokenizer can be made from {folder / CONFIG_NAME}: {error}") from error
+            fill(tokenizer, state)
+            tokenizer.origin, tokenizer.card = origin, card.licensed_card(folder)
+            return tokenizer.in_precision(dtype).to(device).eval()
 
     def _save(self, folder: Path, dtype: torch.dtype | None) -> Sequence[str]:
         """Writes everything into the folder and returns the names of the subfolders that belong to the checkpoint."""

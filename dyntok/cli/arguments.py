@@ -53,7 +53,7 @@ def add_json_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_policy_options(parser: argparse.ArgumentParser, *, sample: bool = True) -> None:
-    """Add the options that decide how many patches are kept. `keep_options` reads them."""
+    """Add the options that decide how many patches are kept, which `keep_options` reads, and `--refine`."""
     group = parser.add_argument_group("tokens per image (default: the tokenizer decides)")
     rule = group.add_mutually_exclusive_group()
     rule.add_argument(
@@ -68,6 +68,13 @@ def add_policy_options(parser: argparse.ArgumentParser, *, sample: bool = True) 
     group.add_argument("--max-tokens", type=whole(1, LARGEST), metavar="N", help="at most N tokens per image")
     group.add_argument(
         "--places", choices=["map", "lattice", "free"], help="allowed keep masks (default: the tokenizer's own)"
+    )
+    parser.add_argument(
+        "--refine",
+        type=whole(0, 15),
+        default=0,
+        metavar="N",
+        help="rounds that try other codes for a closer picture; slow: each takes 15 decodings (default: %(default)s)",
     )
 
 

@@ -96,6 +96,7 @@ def _encode(options: argparse.Namespace) -> int:
         images,
         errors="skip" if options.skip_errors else "raise",
         policy=policy,
+        refine=options.refine,
         **shape_options(options),
         **limit_options(options),
     )

@@ -115,6 +115,7 @@ def _eval(options: argparse.Namespace) -> int:
             tokenizer,
             samples,
             policy=keep_options(options),
+            refine=options.refine,
             positions=not options.without_positions,
             selection=options.selection,
             teacher=teacher,

@@ -75,7 +75,7 @@ def _demo(options: argparse.Namespace) -> int:
     from dyntok.visualize import contact_sheet
 
     tokenizer = load(options.model, device=options.device)
-    encoding = tokenizer.encode(EXAMPLE_IMAGE, **keep_options(options), **shape_options(options))
+    encoding = tokenizer.encode(EXAMPLE_IMAGE, refine=options.refine, **keep_options(options), **shape_options(options))
     save_picture(contact_sheet(tokenizer, [EXAMPLE_IMAGE], encoding, **shape_options(options)), options.output)
     codes, patches = encoding.codes[0].tolist(), int(encoding.grids[0].prod())
     bits = len(codes) * (tokenizer.config.codebook.size - 1).bit_length()
@@ -98,7 +98,7 @@ def _show(options: argparse.Namespace) -> int:
     images = image_sources(options.images)
     tokenizer = load(options.model, device=options.device)
     given = {**shape_options(options), **limit_options(options)}
-    encoding = tokenizer.encode(images, **keep_options(options), **given)
+    encoding = tokenizer.encode(images, refine=options.refine, **keep_options(options), **given)
     save_picture(contact_sheet(tokenizer, images, encoding, columns=options.columns, **given), options.output)
     lengths = encoding.lengths.tolist()
     if options.output == "-":

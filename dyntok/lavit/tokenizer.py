@@ -89,6 +89,7 @@ class LavitTokenizer(DynamicVisualTokenizer):
         batch_size: int = BATCH_SIZE,
         workers: int | None = None,
         margins: bool = False,
+        refine: int = 0,
         lavit_softmax: bool = False,
         **options: Unpack[KeepOptions],
     ) -> Encoding:
@@ -108,7 +109,7 @@ class LavitTokenizer(DynamicVisualTokenizer):
             originals=originals,
             workers=self._decoding_threads(workers),
         )
-        return self._encode_chunks(chunks, keep, merge, failures, originals, margins=margins)
+        return self._encode_chunks(chunks, keep, merge, failures, originals, margins=margins, refine=refine)
 
     def features(
         self,
@@ -191,6 +192,7 @@ class LavitTokenizer(DynamicVisualTokenizer):
         errors: OnError = "raise",
         batch_size: int = BATCH_SIZE,
         margins: bool = False,
+        refine: int = 0,
         lavit_softmax: bool = False,
         **options: Unpack[KeepOptions],
     ) -> Encoding:
@@ -198,7 +200,7 @@ class LavitTokenizer(DynamicVisualTokenizer):
         choice = self._choice(pixels, keep_mask, KeepPolicy.of(policy, options))
         merge = self._merge("codes", lavit_softmax)
         chunks, failures = self._split(pixels, batch_size), self._failures(errors)
-        return self._encode_chunks(chunks, choice, merge, failures, margins=margins)
+        return self._encode_chunks(chunks, choice, merge, failures, margins=margins, refine=refine)
 
     def features_tensor(
         self,

@@ -44,6 +44,7 @@ class SampleEncoder:
 
     image: how pictures are prepared, see `DynamicVisualTokenizer.image_config`.
     selection: "random" and "even" replace the patches that `policy` keeps by the same number of others (`masks.py`).
+    refine: rounds that try other codes, as in `encode`.
     progress: called after each batch with the number of images done so far, of all calls, and `total`.
     """
 
@@ -55,6 +56,7 @@ class SampleEncoder:
     image: ImageConfig
     progress: Callable[[int, int], None] | None = None
     max_pixels: int = DEFAULT_MAX_PIXELS
+    refine: int = 0
     done: int = 0
 
     def batches(self, samples: Sequence[ImageSample], failed: list[Failure]) -> Iterator[EncodedBatch]:
@@ -87,14 +89,19 @@ class SampleEncoder:
             pairs = zip(samples, pixels, strict=True)
             encoding = Encoding.cat([self._sample(sample, row[None]) for sample, row in pairs])
         else:
-            encoding = self.tokenizer.encode_tensor(pixels, policy=self.policy)
+            encoding = self.tokenizer.encode_tensor(pixels, policy=self.policy, refine=self._first_refine)
         if self.selection == "learned":
             return encoding
         masks = [
             self._mask(count, sample.key, self.tokenizer.backbone.grid_of(pixels))
             for count, sample in zip(encoding.lengths.tolist(), samples, strict=True)
         ]
-        return self.tokenizer.encode_tensor(pixels, keep_mask=torch.stack(masks))
+        return self.tokenizer.encode_tensor(pixels, keep_mask=torch.stack(masks), refine=self.refine)
+
+    @property
+    def _first_refine(self) -> int:
+        """Returns 0 where the first codes only say how many patches to keep."""
+        return self.refine if self.selection == "learned" else 0
 
     def _mask(self, count: int, key: str, grid: tuple[int, int]) -> Tensor:
         return even_mask(count, grid) if self.selection == "even" else random_mask(count, grid, key)
@@ -103,7 +110,8 @@ class SampleEncoder:
         # seeded by the key: an image's place among the others must not matter
         seed = seed_of(sample.key, f"sample/{self.policy.seed}")
         generator = torch.Generator().manual_seed(seed)
-        return self.tokenizer.encode_tensor(pixels, sample=generator, max_tokens=self.policy.max_tokens)
+        limit = self.policy.max_tokens
+        return self.tokenizer.encode_tensor(pixels, sample=generator, max_tokens=limit, refine=self._first_refine)
 
 
 def to_visible(pixels: Tensor, config: ImageConfig) -> Tensor:

@@ -43,6 +43,7 @@ def evaluate(
     size: Size | None = None,
     decoding: Decoding | None = None,
     max_pixels: int = DEFAULT_MAX_PIXELS,
+    refine: int = 0,
     batch_size: int = 16,
     limit: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -55,6 +56,7 @@ def evaluate(
     positions: whether to decode with positions, or from the codes alone.
     selection: which patches to keep. "random" and "even" keep the same number per image as `policy`, but others.
     fit, max_patches, size, decoding, max_pixels: how pictures are prepared, as in `encode`.
+    refine: rounds that try other codes, as in `encode`.
     teacher: a timm network with its classifier (see `load_classifier`) that compares originals and reconstructions.
     probe_samples: labeled images, none of `samples`, to search for nearest neighbors. Without them the search is among
     the
@@ -74,7 +76,7 @@ def evaluate(
     probed = [] if neighbors is None else _choose_probe_samples(probe_samples, neighbors, chosen)
     image = tokenizer.image_config(fit=fit, max_patches=max_patches, size=size, decoding=decoding)
     total = len(chosen) + len(probed)
-    encoder = SampleEncoder(tokenizer, policy, selection, batch_size, total, image, progress, max_pixels)
+    encoder = SampleEncoder(tokenizer, policy, selection, batch_size, total, image, progress, max_pixels, refine)
     # the classes are those of all samples, so that a limit does not make the task easier
     classifier = Classifier(teacher, [sample.label for sample in samples]) if teacher is not None else None
     tally = _Tally(torch.zeros(len(tokenizer.codebook.embedding), dtype=torch.long))

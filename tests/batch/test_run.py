@@ -131,6 +131,7 @@ def test_a_run_does_not_go_on_with_another_kind_of_device(images, checkpoint_fol
         assert main([*command[:2], str(tmp_path / "other"), *command[3:]]) == 0
         assert json.loads((tmp_path / "other/__run__/run.json").read_text())["device"] == "Example GPU 80GB"
         del described["device"], described["options"]["margins"], described["options"]["batch_invariant"]
+        del described["options"]["refine"]
         path.write_text(json.dumps(described))
         assert main(command) == 0  # of dyntok 0.1
     assert len(codes(output)) == 20

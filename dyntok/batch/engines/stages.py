@@ -220,7 +220,12 @@ def _tokenize_group(
         return [ImageError(reason) for _ in pictures]
     pixels = torch.from_numpy(np.stack([picture.array for picture in pictures])).permute(0, 3, 1, 2)
     encoding = tokenizer.encode_tensor(
-        pixels, batch_size=len(pictures), errors="skip", policy=options.policy, margins=options.margins
+        pixels,
+        batch_size=len(pictures),
+        errors="skip",
+        policy=options.policy,
+        margins=options.margins,
+        refine=options.refine,
     ).to("cpu")
     results: dict[int, TokenizedImage | ImageError] = {
         index: ImageError(str(error).removeprefix(f"input {index}: ")) for index, error in encoding.failures
