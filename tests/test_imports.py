@@ -25,7 +25,7 @@ LEVELS = [
     {"vocab"},
     {"tokenizer"},
     {"network"},
-    {"checkpoint", "chunks"},
+    {"checkpoint", "chunks", "refine"},
     {"ahead", "device", "policy", "precision", "image"},
     {"imaging", "fitting", "margins", "model", "encoding", "features", "ids", "target"},
     {"config", "original", "ragged", "validation"},
