@@ -18,6 +18,7 @@ from dyntok.encoding import Encoding
 from dyntok.errors import ImageError
 from dyntok.image import DEFAULT_MAX_PIXELS, to_image, to_pixels
 from dyntok.policy import KeepPolicy
+from dyntok.target import visible
 from dyntok.tokenizer import DynamicVisualTokenizer
 from dyntok.training.masks import even_mask, random_mask, seed_of
 from dyntok.training.sources import ImageSample
@@ -116,5 +117,4 @@ class SampleEncoder:
 
 def to_visible(pixels: Tensor, config: ImageConfig) -> Tensor:
     """Returns normalized pixels [B, 3, H, W] as a user sees them: in [0, 1], rounded to 8 bits."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (config.mean, config.std))
-    return (pixels.float() * std + mean).clamp(0, 1).mul(255).round() / 255
+    return visible(pixels, config).mul(255).round() / 255
