@@ -26,7 +26,7 @@ class Comparison:
 
     name: str
     tokens: int
-    differing: int  # tokens of one of both alone
+    differing: int  # tokens that are not golden, or golden ones that are missing, whichever are more
     close_codes: float
     close_choices: float
 
@@ -100,7 +100,8 @@ def _comparison(name: str, row: Encoding, golden: set[tuple[int, int]]) -> Compa
     assert row.packed_positions is not None and row.margins is not None
     own = set(zip(row.packed_positions.tolist(), row.packed_codes.tolist(), strict=True))
     close_codes, close_choices = row.margins[0].tolist()
-    return Comparison(name, len(own), len(own ^ golden), close_codes, close_choices)
+    differing = max(len(own - golden), len(golden - own))
+    return Comparison(name, len(own), differing, close_codes, close_choices)
 
 
 def _stack(*channels: np.ndarray) -> np.ndarray:

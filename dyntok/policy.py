@@ -140,24 +140,22 @@ class KeepPolicy:
     def distance(self, log_probs: Tensor, input_indices: Sequence[int] | None = None) -> Tensor:
         """Returns how far each score lies from where its decision changes, in logits: [B, N], positive where kept.
 
-        A budget changes its decision half way between the last patch that is kept and the first that is dropped.
+        Where a number decides (a budget, or the one patch that an image keeps at least), a decision changes half way
+        between the last patch that is kept and the first that is dropped.
         """
-        score = log_probs[..., KEEP] - log_probs[..., DROP]
+        score = plain = log_probs[..., KEEP] - log_probs[..., DROP]
         if self.seed is not None:
             score = score + self._noise(score, input_indices)
         elif self.threshold is not None:
             limit = min(max(self.threshold, 1e-12), 1 - 1e-12)
             score = score - math.log(limit / (1 - limit))
-        if self.budget is None and self.max_tokens is None:
-            return score
         keep = self(log_probs, input_indices)
-        last = score.masked_fill(~keep, torch.inf).amin(1, keepdim=True)
-        first = score.masked_fill(keep, -torch.inf).amax(1, keepdim=True)
-        cut = score - torch.where(first.isfinite(), (last + first) / 2, last - 1)
         if self.budget is not None:
-            return cut
-        limited = keep.sum(1, keepdim=True).ge(self.max_tokens or 0)
-        return torch.where(limited, cut, score)
+            return _from_cut(score, keep)
+        if self.max_tokens is not None:
+            score = torch.where(keep.sum(1, keepdim=True) < self.max_tokens, score, _from_cut(score, keep))
+        only = (keep & (score < 0)).any(1, keepdim=True) & (keep.sum(1, keepdim=True) == 1)  # none is above its limit
+        return torch.where(only, _from_cut(plain, keep), score)
 
     def _noise(self, score: Tensor, input_indices: Sequence[int] | None) -> Tensor:
         images, num_patches = score.shape
@@ -193,6 +191,13 @@ def _best(keep: Tensor, rank: Tensor, count: int) -> Tensor:
     """Returns a mask of the `count` best kept patches. Sampling may keep other patches than the best of all."""
     order = torch.where(keep, rank, rank + rank.shape[1])
     return order.argsort(1).argsort(1) < count
+
+
+def _from_cut(score: Tensor, keep: Tensor) -> Tensor:
+    """Returns the distance of each score [B, N] from the middle between the last kept and the first dropped patch."""
+    last = score.masked_fill(~keep, torch.inf).amin(1, keepdim=True)
+    first = score.masked_fill(keep, -torch.inf).amax(1, keepdim=True)
+    return score - torch.where(first.isfinite(), (last + first) / 2, last - 1)
 
 
 def _gumbel_difference(seed: int, input_index: int, num_patches: int) -> Tensor:

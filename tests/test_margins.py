@@ -36,6 +36,7 @@ def log_probs_of(score):
         ({"threshold": 0.5}, [-1.0, 0.0, 2.0, 3.0]),
         ({"budget": 2}, [-2.0, -1.0, 1.0, 2.0]),  # changes at 1.0, half way between 0.0 and 2.0
         ({"max_tokens": 1}, [-3.5, -2.5, -0.5, 0.5]),
+        ({"threshold": 0.99}, [-3.5, -2.5, -0.5, 0.5]),  # keeps one patch, because an image keeps one at least
     ],
     ids=str,
 )
@@ -50,6 +51,17 @@ def test_the_distance_of_a_decision_from_its_change(options, expected):
 def test_the_sign_of_the_distance_is_the_decision(options):
     log_probs, policy = log_probs_of(torch.randn(5, 8)), KeepPolicy(**options)
     assert torch.equal(policy.distance(log_probs) > 0, policy(log_probs))
+    none = log_probs_of(torch.randn(5, 8) - 9)  # above no threshold
+    assert torch.equal(policy.distance(none) > 0, policy(none))
+
+
+@pytest.mark.parametrize("options", [{}, {"threshold": 0.9}, {"sample": 3}, {"max_tokens": 9}], ids=str)
+def test_a_tie_for_the_only_patch_is_close(options):
+    """A black picture scores alike in several places, and rounding decides which of them it keeps."""
+    score = torch.full((1, 8), -30.0)
+    score[0, [2, 5]] = -20.0
+    close = close_choices(KeepPolicy(**options).distance(log_probs_of(score)), torch.float32)
+    assert close[0].nonzero().flatten().tolist() == [2, 5]
 
 
 def test_shares_per_image():

@@ -5,6 +5,8 @@ import torch
 from support.device import DEVICE
 
 import dyntok
+from dyntok.image import to_pixels
+from dyntok.target import visible_psnr
 
 pytestmark = pytest.mark.gpu
 
@@ -53,3 +55,16 @@ def test_numbers_that_are_not_finite_are_an_error_when_codes_are_read():
 def test_pictures_come_back(tokenizer_there, photos):
     images = tokenizer_there.decode(tokenizer_there.encode(photos[:2]))
     assert [image.size for image in images] == [(128, 128), (152, 104)]
+
+
+def test_refined_codes_paint_closer_pictures(tokenizer_there, photos):
+    options = {"budget": 40, "max_patches": 96}
+    config = tokenizer_there.image_config(max_patches=96)
+    for photo in photos[:2]:
+        wanted = to_pixels(photo, config)[None].to(DEVICE)
+        painted = [
+            tokenizer_there.decode_to_pixels(tokenizer_there.encode(photo, refine=refine, **options))
+            for refine in (0, 1)
+        ]
+        plain, refined = (float(visible_psnr(pixels, wanted, config)) for pixels in painted)
+        assert refined > plain

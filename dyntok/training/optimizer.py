@@ -1,4 +1,7 @@
-"""The optimizer of a run: AdamW, or Muon for the matrices of transformer blocks and AdamW for all other tensors."""
+"""The optimizer of a run: AdamW, or Muon for the matrices of transformer blocks and AdamW for all other tensors.
+
+Not here: Muon itself (`muon.py`).
+"""
 
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -6,17 +9,15 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from dyntok.errors import MissingDependencyError
+from dyntok.training.muon import Muon
 
 _BETAS = (0.9, 0.98)
 
 
 class Optimizer:
-    """One or two of PyTorch's optimizers that step together.
+    """One or two optimizers that step together.
 
-    kind: "muon" orthogonalizes the updates of the matrices in transformer blocks (Jordan 2024). They are scaled to the
-    size
-        of AdamW's updates, so that both use the same learning rate.
+    kind: "adamw", or "muon" for the matrices in transformer blocks. Both use the same learning rate.
     weight_decay: for tensors of at least two dimensions.
     """
 
@@ -38,13 +39,7 @@ class Optimizer:
         ]
         self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=lr, betas=_BETAS)]
         if matrices:
-            if not hasattr(torch.optim, "Muon"):
-                raise MissingDependencyError(
-                    "optimizer 'muon' needs PyTorch 2.9 or newer: pip install -U torch, or choose 'adamw'"
-                )
-            self.parts.append(
-                torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-            )
+            self.parts.append(Muon(matrices, lr=lr, weight_decay=weight_decay))
 
     def step(self, lr: float) -> None:
         for part in self.parts:

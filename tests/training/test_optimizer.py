@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dyntok.errors import MissingDependencyError
+from dyntok.training.muon import Muon, orthogonalized
 from dyntok.training.optimizer import Optimizer
 
 
@@ -69,7 +69,44 @@ def test_the_state_of_another_kind_is_refused():
         make("muon")[1].load_state_dict(make("adamw")[1].state_dict())
 
 
-def test_an_old_pytorch_is_told(monkeypatch):
-    monkeypatch.delattr(torch.optim, "Muon")
-    with pytest.raises(MissingDependencyError, match="PyTorch 2.9"):
-        make("muon")
+@pytest.mark.parametrize("shape", [(24, 8), (8, 24), (8, 8)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_updates_are_orthogonal_in_either_precision(shape, dtype):
+    values = torch.linalg.svdvals(orthogonalized(torch.randn(shape), dtype).float())
+    assert values.min() > 0.6 and values.max() < 1.3
+    assert torch.equal(orthogonalized(torch.zeros(shape), dtype), torch.zeros(shape, dtype=dtype))
+
+
+def test_float32_is_what_bfloat16_approximates():
+    matrix = torch.randn(16, 48)
+    exact, rounded = (orthogonalized(matrix, dtype).float() for dtype in (torch.float32, torch.bfloat16))
+    assert 0 < (exact - rounded).norm() < 0.05 * exact.norm()
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="PyTorch has Muon since 2.9")
+def test_in_bfloat16_it_is_the_one_of_pytorch(monkeypatch):
+    monkeypatch.setattr("dyntok.training.muon.best_dtype", lambda device: torch.bfloat16)
+    own, theirs = (nn.Linear(8, 24, bias=False) for _ in range(2))
+    theirs.load_state_dict(own.state_dict())
+    options = {"lr": 0.02, "weight_decay": 0.1}
+    pair = (
+        Muon(own.parameters(), **options),
+        torch.optim.Muon(theirs.parameters(), **options, adjust_lr_fn="match_rms_adamw"),
+    )
+    for step in range(4):
+        for net, optimizer in zip((own, theirs), pair, strict=True):
+            net.weight.grad = torch.randn(24, 8, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+    torch.testing.assert_close(own.weight, theirs.weight, atol=1e-3, rtol=0)
+    pair[0].load_state_dict(pair[1].state_dict())  # of a run that began with PyTorch's
+    own.weight.grad = torch.ones(24, 8)
+    pair[0].step()
+
+
+def test_a_processor_that_emulates_bfloat16_never_gets_it(monkeypatch):
+    asked = []
+    monkeypatch.setattr("dyntok.training.precision._cpu_is_fast_in_bf16", lambda: False)
+    monkeypatch.setattr("dyntok.training.muon.orthogonalized", lambda matrix, dtype: asked.append(dtype) or matrix)
+    net, optimizer = make("muon")
+    steps(net, optimizer, 1)
+    assert asked == [torch.float32, torch.float32]
