@@ -1,6 +1,6 @@
 """Measure the figures of docs/quality.md that `ids.py` and `table.py` do not: recognition, neighbors, lengths, cost.
 
-    DYNTOK_DATA=... python benchmarks/figures.py [--model NAME] [--only NAME...] [--limit N] \
+    DYNTOK_DATA=... python benchmarks/figures.py [--model NAME] [--only NAME...] [--limit N] [--refine N] \
         [--teacher NAME=FILE...] [--output benchmarks/results/figures.jsonl]
 
 `DYNTOK_DATA` is a folder with `photos/` (webdataset tars whose `cls.txt` is an ImageNet class) and
@@ -52,9 +52,9 @@ OPTIONS = {"mobilenetv2_100": {"pad_type": "same", "pretrained_cfg_overlay": {"m
 class Figures:
     """The sections; each yields rows of results."""
 
-    def __init__(self, tok: dyntok.DynamicVisualTokenizer, limit: int | None, teachers: list[str]) -> None:
+    def __init__(self, tok: dyntok.DynamicVisualTokenizer, limit: int | None, teachers: list[str], refine: int) -> None:
         data = Path(os.environ["DYNTOK_DATA"])
-        self.tok, self.limit, self.data = tok, limit, data
+        self.tok, self.limit, self.data, self.refine = tok, limit, data, refine
         files = dict(teacher.split("=", 1) for teacher in teachers)
         files.setdefault("mobilenetv2_100", str(data / "teacher" / "mobilenetv2_100_imagenet.safetensors"))
         self.teachers = {
@@ -88,15 +88,16 @@ class Figures:
 
         yield {"form": "originals", "images": len(samples), "recognized": judged(originals)}
         for ids in (100, 160):
-            encoding = tok.encode_tensor(pixels, budget=ids - HEADER, places="map")
+            encoding = tok.encode_tensor(pixels, budget=ids - HEADER, places="map", refine=self.refine)
             vocab = dyntok.VisualVocab.of(tok, after=0, layout="map")
             alone = vocab.to_encoding(vocab.to_ids(encoding))
-            even = tok.encode_tensor(pixels, budget=ids, places="lattice")
+            even = tok.encode_tensor(pixels, budget=ids, places="lattice", refine=self.refine)
             for form, codes in (("map, with positions", encoding), ("map, from ids", alone), ("lattice", even)):
                 images = painted(codes)
                 quality = float(psnr(images, originals).mean())
                 yield {"form": form, "ids": ids, "psnr": quality, "recognized": judged(images)}
-        images = painted([row.tolist() for row in tok.encode_tensor(pixels, budget=85, places="lattice").codes])
+        bare = tok.encode_tensor(pixels, budget=85, places="lattice", refine=self.refine)
+        images = painted([row.tolist() for row in bare.codes])
         yield {
             "form": "codes alone",
             "ids": 85,
@@ -140,14 +141,17 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="NAME")
     parser.add_argument("--limit", type=int)
+    parser.add_argument("--refine", type=int, default=0, help="of `encode`, for recognition")
     parser.add_argument("--teacher", nargs="+", default=[], metavar="NAME=FILE")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     tok = dyntok.load(options.model)
-    figures = Figures(tok, options.limit, options.teacher)
+    figures = Figures(tok, options.limit, options.teacher, options.refine)
     for section in options.only:
         for result in getattr(figures, section)():
             row = {"model": tok.name, "fingerprint": tok.fingerprint, "figure": section, **result}
+            if options.refine and section == "recognition":
+                row["refine"] = options.refine
             print(json.dumps(row), flush=True)
             append(options.output, {**environment(), **row})
 

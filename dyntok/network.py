@@ -259,8 +259,8 @@ class TokenizerNetwork(PretrainedModule):
         if not refine:
             return
         if self.pixel_head is None:
-            raise ConfigError(f"refine is {refine}, but this tokenizer has no pixel head to compare with; leave it out")
-        if next(self.pixel_head.parameters()).is_inference():
+            raise ConfigError(f"refine is {refine}, but this tokenizer has no pixel head; leave it out")
+        if any(parameter.is_inference() for parameter in self.parameters()):
             raise ConfigError(
                 "refine needs derivatives, and these weights were made in torch.inference_mode(); make them outside"
             )
@@ -292,8 +292,11 @@ class TokenizerNetwork(PretrainedModule):
             image, positions = patches // keep.shape[1], patches % keep.shape[1]
             values = vectors
             if quantize:
-                codes, bounded = self._quantize(vectors, keep, image, positions, chunk, features, refine)
-                finite &= bounded
+                codes = self.codebook(vectors)
+                if refine:
+                    pictures = self._pictures(chunk, features, keep, image, positions)
+                    codes, bounded = self._refined(codes, vectors, pictures, refine)
+                    finite &= bounded
                 values = codes.where(finite[image], -1)
             close = self._margins(vectors, log_probs, keep, chunk, choice) if margins else None
             return Rows(chunk.input_indices, values, positions, lengths, finite, grid, close)
@@ -330,23 +333,10 @@ class TokenizerNetwork(PretrainedModule):
         known = None if decoder.placement == "rank" else positions
         return head(decoder(vectors, cu_seqlens, known, grid=grid), grid)
 
-    def _quantize(
-        self,
-        vectors: Tensor,
-        keep: Tensor,
-        image: Tensor,
-        positions: Tensor,
-        chunk: Chunk,
-        features: Tensor,
-        refine: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Returns the codes [T] of vectors [T, C] after so many rounds of `refine`, and whether all was finite, [B]."""
-        codes = self.codebook(vectors)
-        if not refine:
-            return codes, torch.ones_like(keep[:, 0])
-        grid, cu_seqlens = self.backbone.grid_of(chunk.pixels), cu_seqlens_from_mask(keep)
-        config = self.config.image
-        pictures = Pictures(
+    def _pictures(self, chunk: Chunk, features: Tensor, keep: Tensor, image: Tensor, positions: Tensor) -> Pictures:
+        """Returns what `refine` compares. image, positions: of each token, [T]."""
+        grid, cu_seqlens, config = self.backbone.grid_of(chunk.pixels), cu_seqlens_from_mask(keep), self.config.image
+        return Pictures(
             visible(chunk.pixels, config),
             features.float(),
             lambda rows: visible(self._paint(rows, cu_seqlens, positions, grid), config),
@@ -355,9 +345,12 @@ class TokenizerNetwork(PretrainedModule):
             torch.stack([positions // grid[1], positions % grid[1]], 1),
             grid,
         )
+
+    def _refined(self, codes: Tensor, vectors: Tensor, pictures: Pictures, rounds: int) -> tuple[Tensor, Tensor]:
+        """Returns codes [T] after so many rounds, and whether all numbers of a picture were finite, bool [B]."""
         rows = self.codebook.embedding
         rows = rows if rows.dtype == torch.float64 else rows.float()
-        codes, error = refine_codes(codes, vectors, rows, pictures, refine)
+        codes, error = refine_codes(codes, vectors, rows, pictures, rounds)
         return codes, error.isfinite()
 
     def _decode_features(self, encoding: Encoding, decoder: Decoder) -> Tensor:

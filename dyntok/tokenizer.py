@@ -102,7 +102,8 @@ class DynamicVisualTokenizer(TokenizerNetwork):
         workers: threads that decode paths and bytes ahead; by default one per core for a GPU, and none for a CPU.
         margins: also report how many decisions were close; see `Encoding.margins`.
         refine: rounds, at most 15, that try other codes near the vectors and keep those from which the decoder paints a
-            closer picture; needs a pixel head. The number of codes stays. A round takes as long as 15 decodings.
+            closer picture: the error of its pixels and features falls, and that of its pixels alone does not rise. The
+            number of codes stays. Needs a pixel head. A round takes as long as about 20 decodings.
 
         Raises `ImageError` on the first bad image unless they are skipped, and `ConfigError` on contradictory options.
         A GPU is not waited for: where its numbers are not finite, the error comes when the codes are read.

@@ -74,7 +74,7 @@ def add_policy_options(parser: argparse.ArgumentParser, *, sample: bool = True) 
         type=whole(0, 15),
         default=0,
         metavar="N",
-        help="rounds that try other codes for a closer picture; slow: each takes 15 decodings (default: %(default)s)",
+        help="rounds that try other codes for a closer picture; slow: each takes 20 decodings (default: %(default)s)",
     )
 
 

@@ -5,7 +5,7 @@ The rules hold the choice of what comes next. Not here: room that is left (`max_
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, lru_cache, partial
 from typing import TypeAlias
 
 from dyntok.errors import ConfigError
@@ -126,11 +126,7 @@ class Language:
         """Returns a reference to a rule, which is made once."""
         if name not in self.rules:
             self._size += size
-            if self._size > MOST_RULES:
-                raise ConfigError(
-                    f"the grammar needs more than {MOST_RULES} rules; give grid= or a smaller max_tokens=, "
-                    "or with one grid leave the number of codes free (max_tokens=None, min_tokens=1)"
-                )
+            _check_size(self._size)
             self.rules[name] = NOTHING  # holds the place
             self._waiting.append((name, make))
         return Ref(name)
@@ -142,6 +138,10 @@ class Language:
             return Seq.of(start, self._body(least, most, vocab.grid), end)
         sides = range(1, vocab.sides + 1)
         known = [self.grid] if self.grid else [(rows, columns) for rows in sides for columns in sides]
+        if vocab.layout == "map":
+            _check_size(
+                sum(num_blocks(grid) for grid in known if grid[0] * grid[1] >= least)
+            )  # a rule for each block, or more
         same: dict[tuple[tuple[Node, ...], ...], list[int]] = {}  # what follows a number of rows -> those numbers
         for rows in sorted({grid[0] for grid in known}):
             bodies: dict[Node, list[int]] = {}
@@ -185,9 +185,7 @@ class Language:
         """Returns map tokens from this block on, whose counts add up to `low` to `high`, and as many codes."""
         if block == num_blocks(grid):
             return NOTHING
-        capacities = block_capacities(grid)
-        after = int(capacities[block + 1 :].sum())
-        own = tuple(capacities[block].tolist())
+        own, after = _capacities(grid)[block]
         high = min(high, after + sum(own))
 
         def make() -> Node:
@@ -203,12 +201,29 @@ class Language:
         return self._named(f"map{grid[0]}by{grid[1]}at{block}take{low}to{high}", make)
 
 
+def _check_size(rules: int) -> None:
+    if rules > MOST_RULES:
+        raise ConfigError(
+            f"the grammar needs more than {MOST_RULES} rules; give grid= or a smaller max_tokens=, "
+            "or with one grid leave the number of codes free (max_tokens=None, min_tokens=1)"
+        )
+
+
+@lru_cache(maxsize=8)
+def _capacities(grid: tuple[int, int]) -> list[tuple[tuple[int, ...], int]]:
+    """Returns for each block the capacities of its four cells, and that of all later blocks together."""
+    each = block_capacities(grid)
+    later = each.sum() - each.sum(1).cumsum(0)
+    return [(tuple(own), after) for own, after in zip(each.tolist(), later.tolist(), strict=True)]
+
+
 def _repeated(part: Node, low: int, high: int | None) -> Node:
     if high == 0 or part == NOTHING:
         return NOTHING
     return part if (low, high) == (1, 1) else Repeat(part, low, high)
 
 
+@cache
 def _values_by_count(capacities: tuple[int, ...]) -> dict[int, list[int]]:
     """Returns map values that fit into a block, by the sum of their four counts."""
     found: dict[int, list[int]] = {}

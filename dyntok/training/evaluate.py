@@ -51,16 +51,14 @@ def evaluate(
     """Measures a tokenizer on `samples` (see `find_samples`). Their order does not matter.
 
     policy: how many tokens to keep, as in `encode`, such as {"budget": 96}. A `sample` generator draws for each image
-    from
-        its own seed and the image's key.
+        from its own seed and the image's key.
     positions: whether to decode with positions, or from the codes alone.
     selection: which patches to keep. "random" and "even" keep the same number per image as `policy`, but others.
     fit, max_patches, size, decoding, max_pixels: how pictures are prepared, as in `encode`.
     refine: rounds that try other codes, as in `encode`.
     teacher: a timm network with its classifier (see `load_classifier`) that compares originals and reconstructions.
     probe_samples: labeled images, none of `samples`, to search for nearest neighbors. Without them the search is among
-    the
-        evaluated images. There is no probe without labels, with one class only, or with ten images or fewer.
+        the evaluated images. There is no probe without labels, with one class only, or with ten images or fewer.
     probe_prefix: only samples whose key starts with this take part in the probe.
     limit: use at most this number of samples, spread evenly over those given.
     progress: called after each batch with the number of images done and the total.
@@ -99,6 +97,7 @@ def evaluate(
         policy=_describe(policy),
         selection=selection,
         positions=positions,
+        refine=refine,
         tokens=tokens,
         bits_per_pixel=metrics.bits_per_pixel(tokens.mean, num_codes, tally.pixels / len(tally.lengths)),
         codebook_size=num_codes,

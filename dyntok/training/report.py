@@ -61,6 +61,7 @@ class EvaluationReport:
     """One evaluation. Means are over images; a figure that does not apply is None.
 
     failed: key and reason of each image that could not be read.
+    refine: rounds in which other codes were tried.
     bits_per_pixel: of the codes alone.
     usage: share of the codebook that occurs.
     jpeg_correlation: Spearman's rank correlation of lengths with JPEG sizes.
@@ -73,6 +74,7 @@ class EvaluationReport:
     policy: str
     selection: str
     positions: bool
+    refine: int
     tokens: TokenCounts
     bits_per_pixel: float
     codebook_size: int
@@ -98,9 +100,10 @@ class EvaluationReport:
     def table(self) -> str:
         """Returns one aligned line per figure, with units."""
         tokens, placed = self.tokens, "with" if self.positions else "without"
+        rounds = f", refined {self.refine}x" if self.refine else ""
         lines = [
             ("images", f"{self.images}" + (f" ({self.failures} more could not be read)" if self.failed else "")),
-            ("selection", f"{self.selection} (lengths: {self.policy}), decoded {placed} positions"),
+            ("selection", f"{self.selection} (lengths: {self.policy}){rounds}, decoded {placed} positions"),
             ("tokens per image", f"{tokens.mean:.1f} mean, {tokens.std:.1f} std, {tokens.min} to {tokens.max}"),
             ("bits per pixel", f"{self.bits_per_pixel:.4f} (codes alone)"),
             (

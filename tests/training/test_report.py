@@ -11,6 +11,7 @@ def report_of_everything():
         failed=(("bad", "not an image"),),
         policy="learned",
         selection="learned",
+        refine=0,
         positions=True,
         tokens=TokenCounts(95.25, 31.0, 12, 201),
         bits_per_pixel=0.0755,
