@@ -6,11 +6,13 @@ from torch import Tensor
 from dyntok.tokenizer import DynamicVisualTokenizer
 
 _SHORT = 10  # steps: until the average has seen many, it forgets faster, so that the start does not linger
-_COPIED = "codebook.embedding"  # its rows are averages already
 
 
 class WeightAverage:
-    """Averages all floating-point tensors of a tokenizer's state, but for its codebook, which is copied.
+    """Averages the parameters that are trained. All else is copied: buffers, and parts that a stage freezes.
+
+    So a decoder that is trained alone belongs to the same codes as before, bit for bit. The codebook's rows are a
+    buffer, and averages already.
 
     decay: weight of the old average in each update, 0 to 1.
     """
@@ -23,8 +25,9 @@ class WeightAverage:
     def update(self, tokenizer: DynamicVisualTokenizer, step: int) -> None:
         """Adds the weights after a step of the run, which is counted from 0."""
         decay = min(self.decay, 1 - 1 / (step + _SHORT))
+        trained = {name for name, parameter in tokenizer.named_parameters() if parameter.requires_grad}
         for name, value in tokenizer.state_dict().items():
-            if value.is_floating_point() and name != _COPIED:
+            if name in trained:
                 self.values[name].lerp_(value, 1 - decay)
             else:
                 self.values[name].copy_(value)

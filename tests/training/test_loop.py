@@ -156,6 +156,19 @@ def test_a_frozen_codebook_keeps_its_rows(values, tmp_path):
         assert not torch.equal(after["projection.weight"], before["projection.weight"])
 
 
+def test_a_decoder_that_is_trained_alone_reads_the_same_codes(values, tmp_path):
+    encoder = ["backbone", "selector", "merger", "projection", "codebook"]
+    start = DynamicVisualTokenizer(build(Recipe, values).config)
+    with torch.no_grad():
+        start.projection.weight[0] = -0.0  # equal to 0, but other bits
+    before, decoder = start.fingerprint, copy.deepcopy(start.decoder.state_dict())
+    stage = {**EXTRA, "quantize": True, "freeze": encoder}
+    trainer({**values, "ema": 0.5, "stages": [stage]}, tmp_path, tokenizer=start).run()
+    found = dyntok.load(tmp_path / "tokenizer")
+    assert found.fingerprint == before
+    assert not all(torch.equal(value, decoder[name]) for name, value in found.decoder.state_dict().items())
+
+
 def test_learning_rate(values, tmp_path):
     run = trainer(values, tmp_path)
     warm, codes = run.recipe.stages
