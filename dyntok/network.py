@@ -255,8 +255,7 @@ class TokenizerNetwork(PretrainedModule):
         return lambda log_probs, indices: mask[indices[0] : indices[0] + len(log_probs)]
 
     def _check_refine(self, refine: int, margins: bool) -> None:
-        check_rounds(refine, margins=margins)
-        if not refine:
+        if not check_rounds(refine, margins=margins):
             return
         if self.pixel_head is None:
             raise ConfigError(f"refine is {refine}, but this tokenizer has no pixel head; leave it out")

@@ -140,8 +140,8 @@ class KeepPolicy:
     def distance(self, log_probs: Tensor, input_indices: Sequence[int] | None = None) -> Tensor:
         """Returns how far each score lies from where its decision changes, in logits: [B, N], positive where kept.
 
-        Where a number decides (a budget, or the one patch that an image keeps at least), a decision changes half way
-        between the last patch that is kept and the first that is dropped.
+        Where patches compete (for a budget, for `max_tokens`, or for the one patch that an image keeps at least), a
+        decision changes half way between the last patch that is kept and the first that is dropped.
         """
         score = plain = log_probs[..., KEEP] - log_probs[..., DROP]
         if self.seed is not None:
@@ -150,12 +150,19 @@ class KeepPolicy:
             limit = min(max(self.threshold, 1e-12), 1 - 1e-12)
             score = score - math.log(limit / (1 - limit))
         keep = self(log_probs, input_indices)
+        last = plain.masked_fill(~keep, torch.inf).amin(1, keepdim=True)
+        cut = plain - _middle(last, plain.masked_fill(keep, -torch.inf), last - 1)
         if self.budget is not None:
-            return _from_cut(score, keep)
+            return cut
+        count = keep.sum(1, keepdim=True)
+        none = (keep & (score < 0)).any(1, keepdim=True) & (count == 1)  # no patch is above its limit
         if self.max_tokens is not None:
-            score = torch.where(keep.sum(1, keepdim=True) < self.max_tokens, score, _from_cut(score, keep))
-        only = (keep & (score < 0)).any(1, keepdim=True) & (keep.sum(1, keepdim=True) == 1)  # none is above its limit
-        return torch.where(only, _from_cut(plain, keep), score)
+            rivals = plain.masked_fill(keep | (score <= 0), -torch.inf)  # above their limit, but others are better
+            among = plain - _middle(last, rivals, last)
+            among = among.masked_fill(keep & ~rivals.isfinite().any(1, keepdim=True), torch.inf)
+            score = torch.where(count >= self.max_tokens, torch.minimum(score, among), score)
+        # the only patch may lose its place to one that is better, or above its limit
+        return torch.where(none, torch.where(keep, cut, torch.maximum(score, cut)), score)
 
     def _noise(self, score: Tensor, input_indices: Sequence[int] | None) -> Tensor:
         images, num_patches = score.shape
@@ -193,11 +200,10 @@ def _best(keep: Tensor, rank: Tensor, count: int) -> Tensor:
     return order.argsort(1).argsort(1) < count
 
 
-def _from_cut(score: Tensor, keep: Tensor) -> Tensor:
-    """Returns the distance of each score [B, N] from the middle between the last kept and the first dropped patch."""
-    last = score.masked_fill(~keep, torch.inf).amin(1, keepdim=True)
-    first = score.masked_fill(keep, -torch.inf).amax(1, keepdim=True)
-    return score - torch.where(first.isfinite(), (last + first) / 2, last - 1)
+def _middle(last: Tensor, rivals: Tensor, alone: Tensor) -> Tensor:
+    """Returns the middle between the worst kept score [B, 1] and the best of its rivals [B, N]; `alone` without any."""
+    best = rivals.amax(1, keepdim=True)
+    return torch.where(best.isfinite(), (last + best) / 2, alone)
 
 
 def _gumbel_difference(seed: int, input_index: int, num_patches: int) -> Tensor:

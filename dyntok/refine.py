@@ -21,19 +21,23 @@ from dyntok.errors import ConfigError
 MOST = 15  # rounds
 _NEAR = MOST + 1  # codes of a token: the nearest, and those that the rounds try
 _APART = 3  # patches between tokens that change at once; each is judged by the 3 x 3 patches around it
-# of the features' relative error. They make up about two thirds of the sum; with pixels alone, networks recognize fewer
-# pictures.
+# Weight of the features' relative error, which then makes up about two thirds of the sum. With pixels alone, networks
+# recognize fewer pictures.
 _FEATURES = 0.1
 _ROWS = 1024  # vectors that are compared with the whole codebook at once
 
 
-def check_rounds(rounds: int, *, margins: bool) -> None:
-    """Raises `ConfigError` where `refine` is not an int from 0 to 15, or comes with `margins`."""
+def check_rounds(rounds: int, *, margins: bool) -> int:
+    """Returns the number of rounds.
+
+    Raises `ConfigError` where `refine` is not an int from 0 to 15, or comes with `margins`.
+    """
     whole = isinstance(rounds, int | np.integer) and not isinstance(rounds, bool)
     if not whole or not 0 <= rounds <= MOST:
         raise ConfigError(f"refine is {rounds!r}, expected an int from 0 to {MOST}: the number of rounds")
     if rounds and margins:
         raise ConfigError("refine and margins were both given; margins are of the nearest codes: give one of them")
+    return int(rounds)
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,7 @@ def refine_codes(
     groups = row % _APART * _APART + column % _APART
     error = pictures.errors(codebook[codes])
     for _ in range(min(rounds, near.shape[1] - 1)):
-        # The error changes by gradient . step, and by a square of the step: J^T J, of the pixels alone, stands for it.
+        # predicted change: gradient . step, and step . J^T J step for the curvature, in which only pixels count
         step = codebook[near] - codebook[codes][:, None]  # [T, near, C]
         slope = pictures.gradient(codebook[codes])[:, None]
         with torch.autocast(step.device.type, enabled=False):

@@ -46,7 +46,17 @@ def test_the_distance_of_a_decision_from_its_change(options, expected):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"threshold": 0.7}, {"budget": 3}, {"budget": 8}, {"sample": 5}, {"max_tokens": 2}], ids=str
+    "options",
+    [
+        {},
+        {"threshold": 0.7},
+        {"budget": 3},
+        {"budget": 8},
+        {"sample": 5},
+        {"max_tokens": 2},
+        {"sample": 5, "max_tokens": 2},
+    ],
+    ids=str,
 )
 def test_the_sign_of_the_distance_is_the_decision(options):
     log_probs, policy = log_probs_of(torch.randn(5, 8)), KeepPolicy(**options)
@@ -55,13 +65,38 @@ def test_the_sign_of_the_distance_is_the_decision(options):
     assert torch.equal(policy.distance(none) > 0, policy(none))
 
 
-@pytest.mark.parametrize("options", [{}, {"threshold": 0.9}, {"sample": 3}, {"max_tokens": 9}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"threshold": 0.9}, {"sample": 3}, {"max_tokens": 9}, {"sample": 3, "max_tokens": 1}], ids=str
+)
 def test_a_tie_for_the_only_patch_is_close(options):
     """A black picture scores alike in several places, and rounding decides which of them it keeps."""
     score = torch.full((1, 8), -30.0)
     score[0, [2, 5]] = -20.0
     close = close_choices(KeepPolicy(**options).distance(log_probs_of(score)), torch.float32)
     assert close[0].nonzero().flatten().tolist() == [2, 5]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"threshold": 0.4}, {"budget": 3}, {"sample": 5}, {"max_tokens": 1}, {"max_tokens": 2},
+     {"threshold": 0.4, "max_tokens": 2}, {"sample": 5, "max_tokens": 1}, {"sample": 5, "max_tokens": 2}],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("around", [0.0, -9.0])
+def test_choices_that_rounding_changes_are_close(options, around):
+    """Scores lie on few values here, so that many decisions are at their limits. Errors of 5e-7 change them."""
+    policy, grid = KeepPolicy(**options), 0.5
+    score = (torch.randn(300, 8, dtype=torch.float64) / grid).round() * grid + around
+    score = score + 1e-9 * torch.randn(300, 8, dtype=torch.float64)  # no exact ties
+    if "threshold" in options:
+        score = score + torch.logit(torch.tensor(options["threshold"], dtype=torch.float64))
+    keep = policy(log_probs_of(score))
+    changed = torch.zeros(300, dtype=torch.bool)
+    for _ in range(8):
+        nudged = score + 5e-7 * torch.randn_like(score).clamp(-1, 1)
+        changed |= (policy(log_probs_of(nudged)) != keep).any(1)
+    close = close_choices(policy.distance(log_probs_of(score)), torch.float32).any(1)
+    assert changed.sum() > (10 if "sample" not in options else 0) and not (changed & ~close).any()
 
 
 def test_shares_per_image():

@@ -73,7 +73,7 @@ class BatchOptions:
                 f"expected different names, and none that the output has itself {taken}"
             )
         KeepPolicy(self.budget, self.threshold, max_tokens=self.max_tokens, psnr=self.psnr, places=self.places)
-        check_rounds(self.refine, margins=self.margins)
+        object.__setattr__(self, "refine", check_rounds(self.refine, margins=self.margins))
         if self.margins and self.format != "parquet":
             raise ConfigError(f"margins are a column of parquet, and format is {self.format!r}; leave margins out")
         if (self.format == "megatron") != (self.vocab_size is not None):

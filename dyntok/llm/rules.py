@@ -138,18 +138,16 @@ class Language:
             return Seq.of(start, self._body(least, most, vocab.grid), end)
         sides = range(1, vocab.sides + 1)
         known = [self.grid] if self.grid else [(rows, columns) for rows in sides for columns in sides]
-        if vocab.layout == "map":
-            _check_size(
-                sum(num_blocks(grid) for grid in known if grid[0] * grid[1] >= least)
-            )  # a rule for each block, or more
+        known = [grid for grid in known if grid[0] * grid[1] >= least]
+        if vocab.layout == "map":  # each block of each grid needs a rule of its own, so that this is a lower bound
+            _check_size(sum(map(num_blocks, known)))
         same: dict[tuple[tuple[Node, ...], ...], list[int]] = {}  # what follows a number of rows -> those numbers
         for rows in sorted({grid[0] for grid in known}):
             bodies: dict[Node, list[int]] = {}
-            for columns in (grid[1] for grid in known if grid[0] == rows and grid[0] * grid[1] >= least):
+            for columns in (grid[1] for grid in known if grid[0] == rows):
                 bodies.setdefault(self._body(least, most, (rows, columns)), []).append(columns)
-            if bodies:
-                following = tuple((_numbers(vocab.columns, columns), body) for body, columns in bodies.items())
-                same.setdefault(following, []).append(rows)
+            following = tuple((_numbers(vocab.columns, columns), body) for body, columns in bodies.items())
+            same.setdefault(following, []).append(rows)
         choices = [
             Seq.of(_numbers(vocab.rows, rows), Alt(tuple(Seq.of(*parts) for parts in following)))
             for following, rows in same.items()

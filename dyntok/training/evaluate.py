@@ -17,6 +17,7 @@ from dyntok.errors import ConfigError, DataError
 from dyntok.image import DEFAULT_MAX_PIXELS
 from dyntok.model.codebook import perplexity
 from dyntok.policy import KeepPolicy
+from dyntok.refine import check_rounds
 from dyntok.tokenizer import Decoding, DynamicVisualTokenizer, Fit, Size
 from dyntok.training import metrics
 from dyntok.training.classifier import Classifier
@@ -66,7 +67,7 @@ def evaluate(
     Images that can't be read are left out and listed in the report. Raises `DataError` if none is left or if an image
     is both evaluated and a probe sample, `ConfigError` on invalid options.
     """
-    policy = _policy(policy)
+    policy, refine = _policy(policy), check_rounds(refine, margins=False)
     _check_options(tokenizer, selection, teacher, {"batch_size": batch_size, "limit": limit})
     chosen = spread(samples, limit)
     labeled = LabeledVectors(probe_prefix)

@@ -30,7 +30,7 @@ from dyntok.training.log import StepAverages, append_line, open_log
 from dyntok.training.objective import Objective, StepResult
 from dyntok.training.optimizer import Optimizer
 from dyntok.training.pca_init import pca_init
-from dyntok.training.precision import best_dtype, supports_bf16
+from dyntok.training.precision import supports_bf16
 from dyntok.training.recipe import Recipe
 from dyntok.training.schedule import Schedule
 from dyntok.training.stage import Stage
@@ -108,7 +108,9 @@ class Trainer:
         device, wanted = self.accelerator.device, self.recipe.precision
         if wanted == "bf16" and not supports_bf16(device):
             self.accelerator.print(f"precision bf16 is slow on this {device.type}, using fp32 instead", flush=True)
-        return torch.float32 if wanted == "fp32" else best_dtype(device)
+        fast = torch.tensor([wanted != "fp32" and supports_bf16(device)], device=device)
+        # ranks on other machines may find otherwise, but all must take the same steps
+        return torch.bfloat16 if bool(self.accelerator.gather(fast).all()) else torch.float32
 
     def _build(self) -> None:
         recipe, stages = self.recipe, self.recipe.stages
@@ -117,7 +119,8 @@ class Trainer:
         # data-parallel training decides once what is trained: include what the first stage freezes
         self.objective.set_stage(dataclasses.replace(stages[0], freeze=()))
         named = [(name, p) for name, p in self.objective.named_parameters() if not name.startswith("teacher.")]
-        self.optimizer = Optimizer(named, recipe.optimizer, lr=stages[0].lr, weight_decay=recipe.weight_decay)
+        options = {"lr": stages[0].lr, "weight_decay": recipe.weight_decay}
+        self.optimizer = Optimizer(named, recipe.optimizer, dtype=self.autocast_dtype, **options)
         self.model = self.accelerator.prepare_model(self.objective)
         self.objective.set_stage(stages[0])
 

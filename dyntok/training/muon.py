@@ -1,15 +1,13 @@
-"""Muon, an optimizer for matrices. It computes in the precision that a device is fast at.
+"""Muon, an optimizer for matrices, in the precision of the run.
 
-`torch.optim.Muon` always multiplies in bfloat16. Processors that emulate it took more than half of a training step's
-time for this. Not here: which tensors Muon trains (`optimizer.py`).
+`torch.optim.Muon` always multiplies in bfloat16. On processors that emulate bfloat16, this took more than half of the
+time of a training step. Not here: which tensors Muon trains (`optimizer.py`).
 """
 
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-
-from dyntok.training.precision import best_dtype
 
 _MOMENTUM = 0.95
 _STEPS = 5
@@ -22,14 +20,15 @@ class Muon(torch.optim.Optimizer):
     Updates are scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982, section 2.2). So one learning rate
     suits both. Its state is that of `torch.optim.Muon`.
 
-    params: matrices. weight_decay: decoupled, as in AdamW.
+    params: matrices. weight_decay: decoupled, as in AdamW. dtype: of the products, the same on all ranks.
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], *, lr: float, weight_decay: float) -> None:
+    def __init__(self, params: Iterable[nn.Parameter], *, lr: float, weight_decay: float, dtype: torch.dtype) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        self.dtype = dtype
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # nothing here evaluates a loss again
+    def step(self) -> None:  # type: ignore[override]  # takes no closure: nothing computes the loss again
         """Moves every matrix that has a gradient."""
         for group in self.param_groups:
             for matrix in group["params"]:
@@ -39,7 +38,7 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(matrix.grad)
                 momentum = state["momentum_buffer"].lerp_(matrix.grad, 1 - _MOMENTUM)
-                update = orthogonalized(matrix.grad.lerp(momentum, _MOMENTUM), best_dtype(matrix.device))
+                update = orthogonalized(matrix.grad.lerp(momentum, _MOMENTUM), self.dtype)
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
                 matrix.add_(update, alpha=-group["lr"] * 0.2 * max(matrix.shape) ** 0.5)
 

@@ -18,7 +18,7 @@ class Optimizer:
     """One or two optimizers that step together.
 
     kind: "adamw", or "muon" for the matrices in transformer blocks. Both use the same learning rate.
-    weight_decay: for tensors of at least two dimensions.
+    weight_decay: for tensors of at least two dimensions. dtype: in which Muon computes, the same on all ranks.
     """
 
     def __init__(
@@ -28,6 +28,7 @@ class Optimizer:
         *,
         lr: float,
         weight_decay: float,
+        dtype: torch.dtype,
     ) -> None:
         named = list(parameters)
         is_muon = {name: kind == "muon" and "blocks." in name and p.ndim == 2 for name, p in named}
@@ -39,7 +40,7 @@ class Optimizer:
         ]
         self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=lr, betas=_BETAS)]
         if matrices:
-            self.parts.append(Muon(matrices, lr=lr, weight_decay=weight_decay))
+            self.parts.append(Muon(matrices, lr=lr, weight_decay=weight_decay, dtype=dtype))
 
     def step(self, lr: float) -> None:
         for part in self.parts:

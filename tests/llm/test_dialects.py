@@ -117,6 +117,26 @@ def test_grammars_that_are_too_large_are_refused(fields):
         ImageGrammar(LARGE["map of any grid"], **fields).to_lark()
 
 
+@pytest.mark.parametrize(
+    "fields", [{"max_tokens": 9}, {"max_tokens": 9, "min_tokens": 9}, {"grid": (5, 6)}, {"max_tokens": 36}], ids=str
+)
+def test_the_limit_of_rules_is_exact(fields, monkeypatch):
+    """A grammar that has as many rules as it may is written, and not with one more."""
+    vocab = VisualVocab.after(8, size=10, layout="map", sides=6)
+    size = ImageGrammar(vocab, max_images=1, **fields)._language._size
+    monkeypatch.setattr("dyntok.llm.rules.MOST_RULES", size)
+    assert len(ImageGrammar(vocab, max_images=1, **fields).to_gbnf().splitlines()) > 10
+    monkeypatch.setattr("dyntok.llm.rules.MOST_RULES", size - 1)
+    with pytest.raises(ConfigError, match=f"needs more than {size - 1} rules"):
+        ImageGrammar(vocab, max_images=1, **fields).to_gbnf()
+
+
+def test_many_grids_that_are_too_small_do_not_count():
+    """One grid of 128 x 128 has as many patches as must be kept."""
+    vocab = LARGE["map of any grid"]
+    assert "map128by128" in ImageGrammar(vocab, max_tokens=128 * 128, min_tokens=128 * 128).to_lark()
+
+
 def test_the_forms_are_plain_text():
     """What the pages show."""
     grammar = ImageGrammar(VisualVocab.after(8, size=10), max_tokens=4, max_images=1, text=False, eos=EOS)

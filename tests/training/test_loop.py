@@ -163,10 +163,20 @@ def test_a_decoder_that_is_trained_alone_reads_the_same_codes(values, tmp_path):
         start.projection.weight[0] = -0.0  # equal to 0, but other bits
     before, decoder = start.fingerprint, copy.deepcopy(start.decoder.state_dict())
     stage = {**EXTRA, "quantize": True, "freeze": encoder}
-    trainer({**values, "ema": 0.5, "stages": [stage]}, tmp_path, tokenizer=start).run()
+    trainer({**values, "ema": 0.9, "stages": [stage]}, tmp_path, tokenizer=start).run()
     found = dyntok.load(tmp_path / "tokenizer")
     assert found.fingerprint == before
     assert not all(torch.equal(value, decoder[name]) for name, value in found.decoder.state_dict().items())
+
+
+def test_an_average_copies_what_a_later_stage_freezes(values, tmp_path):
+    stages = [EXTRA, {**EXTRA, "name": "frozen", "freeze": ["backbone"]}]
+    run = trainer({**values, "ema": 0.9, "stages": stages}, tmp_path)
+    run.run()
+    trained, average = run.objective.tokenizer.state_dict(), run.average.values
+    same = {name for name, value in trained.items() if torch.equal(value, average[name])}
+    assert {name for name in trained if name.startswith("backbone.")} <= same
+    assert not any(name.startswith("decoder.blocks") for name in same)
 
 
 def test_learning_rate(values, tmp_path):

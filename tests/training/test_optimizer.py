@@ -36,6 +36,7 @@ def steps(net, optimizer, count):
 def make(kind, **options):
     torch.manual_seed(0)
     net = Net()
+    options = {"dtype": torch.float32} | options
     return net, Optimizer(net.named_parameters(), kind, lr=0.02, weight_decay=0.1, **options)
 
 
@@ -84,14 +85,13 @@ def test_float32_is_what_bfloat16_approximates():
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="PyTorch has Muon since 2.9")
-def test_in_bfloat16_it_is_the_one_of_pytorch(monkeypatch):
-    monkeypatch.setattr("dyntok.training.muon.best_dtype", lambda device: torch.bfloat16)
+def test_in_bfloat16_it_is_the_one_of_pytorch():
     own, theirs = (nn.Linear(8, 24, bias=False) for _ in range(2))
     theirs.load_state_dict(own.state_dict())
     options = {"lr": 0.02, "weight_decay": 0.1}
     pair = (
-        Muon(own.parameters(), **options),
-        torch.optim.Muon(theirs.parameters(), **options, adjust_lr_fn="match_rms_adamw"),
+        Muon(own.parameters(), dtype=torch.bfloat16, **options),
+        torch.optim.Muon(theirs.parameters(), adjust_lr_fn="match_rms_adamw", **options),
     )
     for step in range(4):
         for net, optimizer in zip((own, theirs), pair, strict=True):
@@ -103,10 +103,9 @@ def test_in_bfloat16_it_is_the_one_of_pytorch(monkeypatch):
     pair[0].step()
 
 
-def test_a_processor_that_emulates_bfloat16_never_gets_it(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_muon_computes_in_the_dtype_of_the_run(dtype, monkeypatch):
     asked = []
-    monkeypatch.setattr("dyntok.training.precision._cpu_is_fast_in_bf16", lambda: False)
     monkeypatch.setattr("dyntok.training.muon.orthogonalized", lambda matrix, dtype: asked.append(dtype) or matrix)
-    net, optimizer = make("muon")
-    steps(net, optimizer, 1)
-    assert asked == [torch.float32, torch.float32]
+    steps(*make("muon", dtype=dtype), 1)
+    assert asked == [dtype, dtype]
