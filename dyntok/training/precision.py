@@ -9,11 +9,6 @@ _SIZE = 512  # of the matrices that are multiplied to compare two dtypes
 _REPEATS = 5
 
 
-def best_dtype(device: torch.device | str) -> torch.dtype:
-    """Returns the dtype in which autocast is fastest on a device: bfloat16 or float32."""
-    return torch.bfloat16 if supports_bf16(device) else torch.float32
-
-
 def supports_bf16(device: torch.device | str) -> bool:
     """Returns whether the device computes in bfloat16 at least as fast as in float32.
 

@@ -129,23 +129,27 @@ def test_data_on_the_command_line_replaces_the_recipes(recipe_file, photos, tmp_
 
 def test_precision_follows_the_processor_and_may_change_on_resume(values, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loop, "supports_bf16", lambda device: False)
-    monkeypatch.setattr(precision, "supports_bf16", lambda device: False)
     run = trainer(changed(values, precision="bf16"), tmp_path)
     assert run.autocast_dtype == torch.float32
     assert "bf16 is slow on this cpu, using fp32 instead" in capsys.readouterr().out
     run_until(run, 11)
     monkeypatch.setattr(loop, "supports_bf16", lambda device: True)
-    monkeypatch.setattr(precision, "supports_bf16", lambda device: True)
     resumed = trainer(changed(values, precision="auto"), tmp_path)
     assert resumed.step == 10 and resumed.autocast_dtype == torch.bfloat16
     run_until(resumed, 12)
+
+
+def test_ranks_compute_in_float32_unless_all_are_fast_in_bf16(values, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "supports_bf16", lambda device: True)
+    monkeypatch.setattr(loop.Accelerator, "gather", lambda self, own: torch.cat([own, ~own]))
+    assert trainer(changed(values, precision="auto"), tmp_path).autocast_dtype == torch.float32
 
 
 def test_a_processor_without_bf16_instructions_gets_float32(monkeypatch):
     precision._cpu_is_fast_in_bf16.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-        assert precision.best_dtype("cpu") == torch.float32
+        assert not precision.supports_bf16("cpu")
     precision._cpu_is_fast_in_bf16.cache_clear()
 
 
