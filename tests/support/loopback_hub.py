@@ -3,6 +3,7 @@
 import hashlib
 import json
 import socket
+import sys
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -105,6 +106,8 @@ def only_hub(repos, monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
         monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", address)
+        if (hub := sys.modules.get("transformers.utils.hub")) is not None:  # keeps a client of its own
+            monkeypatch.setattr(hub, "_hf_api", None, raising=False)
         yield address
 
 
