@@ -31,7 +31,7 @@ LEVELS = [
     {"config", "original", "ragged", "validation"},
     {"texts"},
     {"tables"},
-    {"addresses", "structure", "layout", "names", "tars"},
+    {"addresses", "structure", "layout", "locks", "names", "tars"},
     {"errors"},
     {"dyntok_kernels"},
 ]

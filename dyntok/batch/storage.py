@@ -20,16 +20,11 @@ from fsspec.implementations.local import LocalFileSystem
 
 from dyntok.addresses import StorageOptions, locate, redact, wrap_storage_errors
 from dyntok.errors import BatchError
+from dyntok.locks import HeldError, lock
 from dyntok.structure import require_path, require_type
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 RUN = "__run__"  # pyarrow, Spark and `datasets` skip names that begin with an underscore
 _TEMPORARY = f"{RUN}/tmp"
-_LOCK_IS_HELD = (errno.EAGAIN, errno.EACCES)
 _DATA_IS_LOST = (errno.EIO, errno.ENOSPC, errno.EDQUOT)  # other errors of fsync say that it is not supported
 
 
@@ -65,9 +60,9 @@ class Output:
             return
         with wrap_storage_errors("make the folder", self.address):
             os.makedirs(self.path(RUN), exist_ok=True)
-            lock = open(self.path(f"{RUN}/lock"), "wb")  # noqa: SIM115
-        with lock:
-            self._lock(lock)
+            file = open(self.path(f"{RUN}/lock"), "wb")  # noqa: SIM115
+        with file:
+            self._lock(file)
             shutil.rmtree(self.path(_TEMPORARY), ignore_errors=True)
             try:
                 yield
@@ -75,15 +70,13 @@ class Output:
                 shutil.rmtree(self.path(_TEMPORARY), ignore_errors=True)
 
     def _lock(self, file: IO[bytes]) -> None:
-        if fcntl is None:
-            return
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, it does not live on in forked workers
-        except OSError as error:
-            if error.errno in _LOCK_IS_HELD:
-                message = f"another run is writing to {redact(self.address)}; wait until it ends, or stop it first"
-                raise BatchError(message) from error
-            self._warn(f"has no file locks ({_reason(error)}); make sure that no second run writes there")
+            missing = lock(file)
+        except HeldError as error:
+            message = f"another run is writing to {redact(self.address)}; wait until it ends, or stop it first"
+            raise BatchError(message) from error
+        if missing:
+            self._warn(f"has no file locks ({missing}); make sure that no second run writes there")
 
     def publish(self, name: str, write: Callable[[str], Any]) -> int:
         """Calls `write(path)`, makes the file appear under `name`, and returns its size. Raises `BatchError`."""

@@ -23,10 +23,9 @@ from dyntok.training.objective import StepResult
 def open_log(path: Path, step: int) -> None:
     """Creates the log, or removes its lines after `step` and an incomplete last line, atomically.
 
-    A resumed run writes the removed lines again. Raises `CheckpointError` if the folder can't be written.
+    A resumed run writes the removed lines again. Raises `CheckpointError` if the log can't be written.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a+b") as file:
             file.seek(0)
             lines = file.readlines()

@@ -1,13 +1,15 @@
 """The training loop: stages, optimizer, k-means, checkpoints; through `accelerate` on one CPU, one GPU or many.
 
-A run's folder holds `log.jsonl` (see `log.py`), and from the first checkpoint on `state.pt`, from which the run resumes
-(see `state.py`), and `tokenizer/`, an ordinary checkpoint. With validation, `best/` is the one that was best at it.
+A run's folder holds `lock` (see `folder.py`), `log.jsonl` (see `log.py`), and from the first checkpoint on `state.pt`,
+from which the run resumes (see `state.py`), and `tokenizer/`, an ordinary checkpoint. With validation, `best/` is the
+one that was best at it.
 """
 
 import dataclasses
 import functools
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -26,6 +28,7 @@ from dyntok.training.codebook import gather_rows_of_ranks
 from dyntok.training.crops import Crops
 from dyntok.training.data import held_out, open_data
 from dyntok.training.display import Display, closing_line, opening_line
+from dyntok.training.folder import own
 from dyntok.training.log import StepAverages, append_line, open_log
 from dyntok.training.objective import Objective, StepResult
 from dyntok.training.optimizer import Optimizer
@@ -66,7 +69,7 @@ class Trainer:
         options = DistributedDataParallelKwargs(find_unused_parameters=True)
         check_trackers(recipe.trackers)
         self.accelerator = Accelerator(
-            mixed_precision="no", cpu=cpu, kwargs_handlers=[options],
+            mixed_precision="no", cpu=cpu or _is_rank_without_gpu(), kwargs_handlers=[options],
             log_with=list(recipe.trackers) or None, project_dir=self.folder,
         )  # fmt: skip
         self.schedule = Schedule(recipe.stages, recipe.batch_size * recipe.accumulate * self.accelerator.num_processes)
@@ -142,8 +145,13 @@ class Trainer:
     def run(self) -> None:
         """Trains to the end of the recipe.
 
-        Raises `CheckpointError` if the folder can't be written, `DataError` if no images can be read.
+        Raises `CheckpointError` if the folder can't be written or another run is writing there, `DataError` if no
+        images can be read.
         """
+        with own(self.folder) if self.accelerator.is_main_process else nullcontext():
+            self._run_to_end()
+
+    def _run_to_end(self) -> None:
         if self.accelerator.is_main_process:
             open_log(self.folder / "log.jsonl", self.step)
         start_trackers(self.accelerator, self.recipe.to_dict())
@@ -328,3 +336,8 @@ class Trainer:
         state |= {"average": None if self.average is None else self.average.values, "best": self._best}
         write_state(self.folder / "state.pt", state)
         return fingerprint
+
+
+def _is_rank_without_gpu() -> bool:
+    """Accelerate lets processes on CPUs find each other only if it is told to use CPUs."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()

@@ -67,6 +67,25 @@ def centered_cosine(features: Tensor, targets: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(features.float() - center, targets - center, dim=-1)
 
 
+def similarities(vectors: Tensor, targets: Tensor) -> Tensor:
+    """Returns 1 - correlation of the similarities between the images of a batch, by `vectors` and by `targets`.
+
+    Images that the targets call alike get similar vectors (similarity-preserving distillation, arXiv 1907.09682). A
+    similarity is the cosine of two images' vectors, each component scaled to mean 0 and deviation 1 over the batch.
+
+    vectors [B, C], targets [B, D] -> scalar in 0..2; 1 for fewer than three images. No gradient flows into the targets.
+    """
+    pairs = ~torch.eye(len(vectors), dtype=torch.bool, device=vectors.device)
+    found, wanted = (_cosines(x)[pairs] for x in (vectors.float(), targets.detach().float()))
+    return 1 - F.cosine_similarity(found - found.mean(), wanted - wanted.mean(), dim=0)
+
+
+def _cosines(vectors: Tensor) -> Tensor:
+    scaled = (vectors - vectors.mean(0)) / (vectors.std(0, correction=0) + 1e-4)
+    scaled = F.normalize(scaled, dim=1, eps=1e-4)
+    return scaled @ scaled.T
+
+
 def _normalized_distance(a: Tensor, b: Tensor) -> Tensor:
     a, b = (F.normalize(x.float(), dim=1, eps=1e-4) for x in (a, b))
     return (a - b).square().sum(1, keepdim=True)  # [B, 1, h, w]

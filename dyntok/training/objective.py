@@ -76,7 +76,6 @@ class Objective(nn.Module):
         super().__init__()
         self.tokenizer = tokenizer
         self.teacher = teacher
-        self.semantic = nn.Linear(tokenizer.codebook.embedding.shape[1], teacher.out_dim) if teacher else None
         self.codebook_trainer = CodebookTrainer(tokenizer.codebook)
         self.register_buffer("pixel_std", torch.tensor(tokenizer.config.image.std).view(3, 1, 1), persistent=False)
         self.stage: Stage | None = None
@@ -241,17 +240,9 @@ class Objective(nn.Module):
                 per_patch = losses.perceptual_per_patch(maps, targets, self.tokenizer.backbone.grid_of(pixels))
                 error = error / error.mean() + 0.5 * per_patch / per_patch.mean()
         if weights.semantic:
-            metrics["semantic"] = self._semantic_loss(rows, keep, targets[-1].float().mean((2, 3)))
+            metrics["semantic"] = losses.similarities(_pooled(rows, keep), targets[-1].float().mean((2, 3)))
             loss = loss + weights.semantic * metrics["semantic"]
         return loss, error
-
-    def _semantic_loss(self, rows: Tensor, keep: Tensor, wanted: Tensor) -> Tensor:
-        """Returns the distance of features [B, D], predicted from each image's mean code vector, to the teacher's."""
-        image = keep.nonzero()[:, 0]
-        pooled = rows.new_zeros(len(keep), rows.shape[1]).index_add(0, image, rows) / keep.sum(1, keepdim=True)
-        # mean code vectors differ little between images: scale the differences up
-        pooled = (pooled - pooled.mean(0)) / (pooled.std(0, correction=0) + 1e-4)
-        return (1 - F.cosine_similarity(self.semantic(pooled).float(), wanted - wanted.mean(0), dim=-1)).mean()
 
     def _selector_losses(
         self, log_probs: Tensor, grid: tuple[int, int], error: Tensor | None, known: Tensor, metrics: dict[str, Tensor]
@@ -274,6 +265,15 @@ class Objective(nn.Module):
             metrics["local"] = losses.local(unbiased, losses.around(error[known], grid), stage.local_slope)
             total = total + stage.weights.local * metrics["local"]
         return total
+
+
+def _pooled(rows: Tensor, keep: Tensor) -> Tensor:
+    """Returns mean and standard deviation of each image's code vectors: [T, C], [B, N] -> [B, 2C]."""
+    image, count = keep.nonzero()[:, 0], keep.sum(1, keepdim=True)
+    none = rows.new_zeros(len(keep), rows.shape[1])
+    mean = none.index_add(0, image, rows) / count
+    variance = none.index_add(0, image, (rows - mean[image]).square()) / count
+    return torch.cat([mean, (variance + 1e-6).sqrt()], 1)
 
 
 def _mean_over_ranks(value: Tensor) -> Tensor:

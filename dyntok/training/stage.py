@@ -23,7 +23,7 @@ class Weights:
     perceptual_unplaced: float = 1.0  # extra factor on images decoded without positions: their content may move
     recognition: float = 0.0  # distance of the teacher's pooled features
     recognition_unplaced: float = 1.0  # extra factor on images decoded without positions
-    semantic: float = 0.0  # prediction of the teacher's pooled features from the mean code vector
+    semantic: float = 0.0  # similarities between pictures, by their pooled code vectors and by the teacher's features
     commitment: float = 0.25  # distance of the encoder's vectors to their codes
     rate: float = 2.0  # distance of the mean number of tokens to `rho`
     local: float = 0.0  # selector scores follow the error that random or lattice masks leave

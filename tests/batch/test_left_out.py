@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from support.batch_data import codes, errors, pictures, rows, run, write_folder, write_table, write_tar
 
+from dyntok import locks
 from dyntok.batch import storage
 from dyntok.batch.inputs import listing
 from dyntok.batch.manifest import recorded_files
@@ -241,7 +242,7 @@ def test_a_file_system_without_locks_and_sync(images, checkpoint_folder, tmp_pat
 
         return call
 
-    monkeypatch.setattr(storage.fcntl, "lockf", missing(errno.ENOSYS))
+    monkeypatch.setattr(locks.fcntl, "lockf", missing(errno.ENOSYS))
     monkeypatch.setattr(storage.os, "fsync", missing(errno.EINVAL))
     table = write_table(tmp_path / "a.parquet", {str(i): image for i, image in enumerate(images)})
     with pytest.warns(RuntimeWarning) as warned:

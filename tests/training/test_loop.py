@@ -26,7 +26,7 @@ def test_a_run_learns_and_leaves_a_tokenizer(undisturbed, values, photos):
     assert [line["stage"] for line in log] == ["warm"] * WARM + ["codes"] * CODES
     first, last = (sum(line["loss"] for line in part) / 4 for part in (log[:4], log[WARM - 4 : WARM]))
     assert last < 0.8 * first
-    assert sorted(path.name for path in undisturbed.iterdir()) == ["log.jsonl", "state.pt", "tokenizer"]
+    assert sorted(path.name for path in undisturbed.iterdir()) == ["lock", "log.jsonl", "state.pt", "tokenizer"]
     tokenizer = dyntok.load(undisturbed / "tokenizer")
     trained = torch.load(undisturbed / "state.pt", weights_only=True)
     assert trained["step"] == WARM + CODES and trained["quantizing"]

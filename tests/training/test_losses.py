@@ -75,6 +75,31 @@ def test_centered_cosine_by_hand():
     assert losses.centered_cosine(torch.tensor([[9.0, 2.0], [5.0, 9.0]]), targets).tolist() == pytest.approx([1, 0])
 
 
+def test_similarities_by_hand():
+    targets = torch.tensor([[1.0, 0.0], [0.9, 0.0], [-1.0, 1.0], [-0.9, -1.0]])
+    assert float(losses.similarities(targets * 5 + 3, targets)) == pytest.approx(0, abs=1e-3)
+    other = targets[[0, 2, 1, 3]]  # pairs that were alike are not, and the other way round
+    assert float(losses.similarities(other, targets)) > 1
+    wide = torch.cat([targets, -targets], 1)  # the number of components may differ
+    assert float(losses.similarities(wide, targets)) == pytest.approx(0, abs=1e-3)
+
+
+def test_similarities_are_learned_from_three_images_on():
+    targets = torch.tensor([[1.0, 0.0, 0.2], [0.0, 1.0, 0.5], [0.0, 0.9, 0.1], [0.3, 0.3, 0.3]])
+    vectors = torch.tensor([[0.1, 0.0], [0.0, 0.2], [0.3, 0.1], [0.5, 0.9]], requires_grad=True)
+    before = float(losses.similarities(vectors.detach(), targets))
+    optimizer = torch.optim.SGD([vectors], 0.1)
+    for _ in range(50):
+        optimizer.zero_grad()
+        losses.similarities(vectors, targets).backward()
+        optimizer.step()
+    assert float(losses.similarities(vectors.detach(), targets)) < before - 0.2
+    for count in (1, 2):
+        loss = losses.similarities(vectors[:count], targets[:count])
+        (gradient,) = torch.autograd.grad(loss, vectors)
+        assert float(loss.detach()) == 1 and not gradient.any()
+
+
 def test_perceptual_per_patch_knows_where():
     target = [torch.ones(1, 3, 8, 8), torch.ones(1, 3, 2, 2)]
     changed = [x.clone() for x in target]

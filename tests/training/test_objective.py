@@ -207,7 +207,7 @@ def test_teacher_guides_pixels_and_codes_and_stays_as_it_is(make, teacher, pixel
     objective = make(Weights(pixel=1e-9, semantic=1, rate=0), teacher)
     objective.zero_grad()
     objective(pixels).loss.backward()
-    assert gradients(objective.semantic).norm() > 0 and gradients(objective.tokenizer.projection).norm() > 0
+    assert gradients(objective.tokenizer.projection).norm() > 1e-4
     assert gradients(objective.tokenizer.decoder).norm() < 1e-6
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
     assert not teacher.model.training

@@ -19,6 +19,7 @@ from dyntok.training.recipe import Recipe
 from dyntok.training.sources import find_samples
 
 STEPS = 4  # of each stage of the whole run
+GPU = torch.accelerator.is_available()  # without one, processes on CPUs must find each other unasked
 
 # masks without chance, and every loss a mean over the images: what two ranks average must be what one computes
 CERTAIN = {
@@ -67,7 +68,7 @@ def one_step(values, folder, batch_size):
     with torch.no_grad():  # half of the batch's patches are kept, of some images more
         keep, drop = tokenizer.selector(tokenizer.backbone(data[0])).unbind(-1)
         tokenizer.selector.head.bias[0] -= (keep - drop).median()
-    trainer = Trainer(recipe, folder, tokenizer=tokenizer, cpu=True)
+    trainer = Trainer(recipe, folder, tokenizer=tokenizer, cpu=GPU)
     trainer.objective.codebook_trainer.revive_below = (
         0.0  # picks from candidates by place, and ranks order them otherwise
     )
@@ -97,7 +98,7 @@ def work(rank, port, certain, mixed, folder):
     }
     torch.set_num_threads(1)
     step = one_step(certain, folder / "step", batch_size=2)
-    trainer = Trainer(build(Recipe, {**mixed, "batch_size": 2}), folder / "run", cpu=True)
+    trainer = Trainer(build(Recipe, {**mixed, "batch_size": 2}), folder / "run", cpu=GPU)
     before = {name: value.clone() for name, value in trainer.objective.named_parameters()}
     untouched = []
     save = trainer.save
@@ -180,7 +181,7 @@ def test_ranks_draw_their_kinds_of_masks_together(ranks):
 
 def test_one_process_writes_for_both(ranks):
     _, folder = ranks
-    assert sorted(path.name for path in (folder / "run").iterdir()) == ["log.jsonl", "state.pt", "tokenizer"]
+    assert sorted(path.name for path in (folder / "run").iterdir()) == ["lock", "log.jsonl", "state.pt", "tokenizer"]
     lines = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
     assert [(line["stage"], line["step"], line["images"]) for line in lines] == [
         ("frozen", STEPS, 4 * STEPS),

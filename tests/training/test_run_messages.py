@@ -1,5 +1,6 @@
 """What a person sees of `dyntok train`: first line, progress, checkpoints by time, last line, dry run, quickstart."""
 
+import errno
 import json
 import re
 import subprocess
@@ -13,9 +14,11 @@ from PIL import Image
 from support.small_run import CODES, WARM, changed, log_of, run_until, trainer
 
 import dyntok
+from dyntok import locks
 from dyntok.cli import main as cli
 from dyntok.training import display, loop, precision
 from dyntok.training.display import Display, format_duration
+from dyntok.training.folder import own
 from dyntok.training.recipe import Recipe
 
 
@@ -110,6 +113,37 @@ def test_a_dry_run_finds_what_a_run_would_stumble_over(recipe_file, tmp_path, ca
     ):
         assert cli.main(["train", str(recipe_file()), *arguments, "--cpu", "--dry-run"]) == cli.FAILED
         assert message in capsys.readouterr().err
+
+
+def test_two_runs_into_one_folder_are_refused(recipe_file, tmp_path, capsys):
+    folder = tmp_path / "run"
+    code = f"""
+import sys
+from pathlib import Path
+from dyntok.training.folder import own
+with own(Path({str(folder)!r})):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "locked\n"
+    arguments = ["train", str(recipe_file()), "-o", str(folder), "--cpu"]
+    assert cli.main(arguments) == cli.FAILED
+    assert f"another run is training into {folder}" in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["lock"]
+    process.kill()
+    process.communicate()
+    assert cli.main(arguments) == 0
+
+
+def test_a_folder_on_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
+    def missing(*arguments):
+        raise OSError(errno.ENOSYS, "not supported")
+
+    monkeypatch.setattr(locks.fcntl, "lockf", missing)
+    with own(tmp_path):
+        pass
+    assert "has no file locks (not supported)" in caplog.text
 
 
 def test_data_on_the_command_line_replaces_the_recipes(recipe_file, photos, tmp_path, capsys):

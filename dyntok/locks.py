@@ -1,0 +1,33 @@
+"""A file that one process at a time can lock, so that two runs do not write into one folder."""
+
+import errno
+from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+_HELD = (errno.EAGAIN, errno.EACCES)
+
+
+class HeldError(Exception):
+    """Another process holds the lock."""
+
+
+def lock(file: IO[bytes]) -> str:
+    """Locks an open file until it is closed. Returns "", or why its file system has no locks (nothing is locked then).
+
+    file: opened for writing.
+
+    Raises `HeldError` if another process holds the lock.
+    """
+    if fcntl is None:
+        return ""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, it does not live on in forked workers
+    except OSError as error:
+        if error.errno in _HELD:
+            raise HeldError from error
+        return error.strerror or str(error)
+    return ""
