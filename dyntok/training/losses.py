@@ -67,23 +67,24 @@ def centered_cosine(features: Tensor, targets: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(features.float() - center, targets - center, dim=-1)
 
 
-def similarities(vectors: Tensor, targets: Tensor) -> Tensor:
-    """Returns 1 - correlation of the similarities between the images of a batch, by `vectors` and by `targets`.
+def similarities(vectors: Tensor, targets: Tensor, other_vectors: Tensor, other_targets: Tensor) -> Tensor:
+    """Returns 1 - correlation of the similarities of images to other images, by their vectors and by the targets.
 
     Images that the targets call alike get similar vectors (similarity-preserving distillation, arXiv 1907.09682). A
-    similarity is the cosine of two images' vectors, each component scaled to mean 0 and deviation 1 over the batch.
+    similarity is the cosine of two images' vectors, each component scaled to mean 0 and deviation 1 over the others.
 
-    vectors [B, C], targets [B, D] -> scalar in 0..2; 1 for fewer than three images. No gradient flows into the targets.
+    vectors [B, C], targets [B, D], of the others [M, C] and [M, D] -> scalar in 0..2. Gradients flow into `vectors`
+    alone.
     """
-    pairs = ~torch.eye(len(vectors), dtype=torch.bool, device=vectors.device)
-    found, wanted = (_cosines(x)[pairs] for x in (vectors.float(), targets.detach().float()))
+    found = _cosines(vectors.float(), other_vectors.detach().float()).flatten()
+    wanted = _cosines(targets.detach().float(), other_targets.detach().float()).flatten()
     return 1 - F.cosine_similarity(found - found.mean(), wanted - wanted.mean(), dim=0)
 
 
-def _cosines(vectors: Tensor) -> Tensor:
-    scaled = (vectors - vectors.mean(0)) / (vectors.std(0, correction=0) + 1e-4)
-    scaled = F.normalize(scaled, dim=1, eps=1e-4)
-    return scaled @ scaled.T
+def _cosines(vectors: Tensor, others: Tensor) -> Tensor:
+    mean, std = others.mean(0), others.std(0, correction=0) + 1e-4
+    a, b = (F.normalize((x - mean) / std, dim=1, eps=1e-4) for x in (vectors, others))
+    return a @ b.T  # [B, M]
 
 
 def _normalized_distance(a: Tensor, b: Tensor) -> Tensor:

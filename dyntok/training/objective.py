@@ -18,6 +18,7 @@ from dyntok.model.selector import DROP, KEEP
 from dyntok.ragged import cu_seqlens_from_mask
 from dyntok.tokenizer import DynamicVisualTokenizer
 from dyntok.training import losses
+from dyntok.training.bank import PictureBank
 from dyntok.training.choices import Choice, Mask, draw_choice, make_mask
 from dyntok.training.codebook import CodebookTrainer
 from dyntok.training.stage import Stage
@@ -76,6 +77,7 @@ class Objective(nn.Module):
         super().__init__()
         self.tokenizer = tokenizer
         self.teacher = teacher
+        self.bank = PictureBank(2 * tokenizer.codebook.embedding.shape[1], teacher.out_dim) if teacher else None
         self.codebook_trainer = CodebookTrainer(tokenizer.codebook)
         self.register_buffer("pixel_std", torch.tensor(tokenizer.config.image.std).view(3, 1, 1), persistent=False)
         self.stage: Stage | None = None
@@ -240,7 +242,7 @@ class Objective(nn.Module):
                 per_patch = losses.perceptual_per_patch(maps, targets, self.tokenizer.backbone.grid_of(pixels))
                 error = error / error.mean() + 0.5 * per_patch / per_patch.mean()
         if weights.semantic:
-            metrics["semantic"] = losses.similarities(_pooled(rows, keep), targets[-1].float().mean((2, 3)))
+            metrics["semantic"] = self.bank.compare(_pooled(rows, keep), targets[-1].float().mean((2, 3)))
             loss = loss + weights.semantic * metrics["semantic"]
         return loss, error
 

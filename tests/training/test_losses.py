@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dyntok.training import losses
+from dyntok.training.bank import PictureBank
 
 
 def leaf(values):
@@ -77,27 +78,43 @@ def test_centered_cosine_by_hand():
 
 def test_similarities_by_hand():
     targets = torch.tensor([[1.0, 0.0], [0.9, 0.0], [-1.0, 1.0], [-0.9, -1.0]])
-    assert float(losses.similarities(targets * 5 + 3, targets)) == pytest.approx(0, abs=1e-3)
-    other = targets[[0, 2, 1, 3]]  # pairs that were alike are not, and the other way round
-    assert float(losses.similarities(other, targets)) > 1
-    wide = torch.cat([targets, -targets], 1)  # the number of components may differ
-    assert float(losses.similarities(wide, targets)) == pytest.approx(0, abs=1e-3)
+    vectors = torch.cat([targets * 5 + 3, 7 - targets], 1)  # neither scale nor number of components matter
+    same = losses.similarities(vectors[:2], targets[:2], vectors, targets)
+    assert float(same) == pytest.approx(0, abs=1e-3)
+    mixed = vectors[[0, 2, 1, 3]]  # who was alike is not, and the other way round
+    assert float(losses.similarities(mixed[:2], targets[:2], mixed, targets)) > 0.5
 
 
-def test_similarities_are_learned_from_three_images_on():
-    targets = torch.tensor([[1.0, 0.0, 0.2], [0.0, 1.0, 0.5], [0.0, 0.9, 0.1], [0.3, 0.3, 0.3]])
-    vectors = torch.tensor([[0.1, 0.0], [0.0, 0.2], [0.3, 0.1], [0.5, 0.9]], requires_grad=True)
-    before = float(losses.similarities(vectors.detach(), targets))
-    optimizer = torch.optim.SGD([vectors], 0.1)
+def test_similarities_move_the_batch_alone():
+    torch.manual_seed(0)
+    tensors = [torch.randn(*shape, requires_grad=True) for shape in ((3, 4), (3, 9), (20, 4), (20, 9))]
+    vectors = tensors[0]
+    optimizer = torch.optim.SGD([vectors], 1.0)
+    found = []
     for _ in range(50):
         optimizer.zero_grad()
-        losses.similarities(vectors, targets).backward()
+        loss = losses.similarities(*tensors)
+        loss.backward()
         optimizer.step()
-    assert float(losses.similarities(vectors.detach(), targets)) < before - 0.2
-    for count in (1, 2):
-        loss = losses.similarities(vectors[:count], targets[:count])
-        (gradient,) = torch.autograd.grad(loss, vectors)
-        assert float(loss.detach()) == 1 and not gradient.any()
+        found.append(float(loss.detach()))
+    assert found[-1] < found[0] - 0.2
+    assert [tensor.grad is None for tensor in tensors] == [False, True, True, True]
+
+
+def test_the_bank_compares_once_it_is_full_and_keeps_the_last_pictures():
+    bank = PictureBank(2, 3)
+    generator = torch.Generator().manual_seed(0)
+    vectors, targets = torch.randn(300, 2, generator=generator), torch.randn(300, 3, generator=generator)
+    for start in range(0, 300, 20):
+        ours = vectors[start : start + 20].requires_grad_()
+        before = bank.vectors.clone(), bank.targets.clone()
+        loss = bank.compare(ours, targets[start : start + 20])
+        if start < 256:
+            assert float(loss) == 0
+        else:
+            assert torch.equal(loss, losses.similarities(ours, targets[start : start + 20], *before))
+    kept = torch.cat([vectors[256:], vectors[44:256]])  # number i is in place i modulo 256
+    assert torch.equal(bank.vectors, kept) and torch.equal(bank.targets, torch.cat([targets[256:], targets[44:256]]))
 
 
 def test_perceptual_per_patch_knows_where():

@@ -205,6 +205,9 @@ def test_teacher_guides_pixels_and_codes_and_stays_as_it_is(make, teacher, pixel
     objective(pixels).loss.backward()
     assert gradients(objective.tokenizer.pixel_head).norm() > 0 and gradients(objective.tokenizer.decoder).norm() > 0
     objective = make(Weights(pixel=1e-9, semantic=1, rate=0), teacher)
+    objective.bank.added.fill_(len(objective.bank.vectors))  # as if full of other pictures
+    objective.bank.vectors.normal_()
+    objective.bank.targets.normal_()
     objective.zero_grad()
     objective(pixels).loss.backward()
     assert gradients(objective.tokenizer.projection).norm() > 1e-4
