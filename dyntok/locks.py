@@ -6,7 +6,7 @@ from typing import IO
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 _HELD = (errno.EAGAIN, errno.EACCES)
 

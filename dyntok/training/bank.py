@@ -9,7 +9,7 @@ _PICTURES = 256
 
 
 class PictureBank(nn.Module):
-    """Pooled code vectors and teacher features of the last 256 pictures that this process saw.
+    """Pooled code vectors and teacher features of the last 256 pictures.
 
     A batch alone has too few pairs of pictures: what it says about similarities is mostly chance.
     """

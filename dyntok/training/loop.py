@@ -340,4 +340,5 @@ class Trainer:
 
 def _is_rank_without_gpu() -> bool:
     """Accelerate lets processes on CPUs find each other only if it is told to use CPUs."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
+    several = "LOCAL_RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+    return several and not torch.accelerator.is_available()
