@@ -24,15 +24,15 @@ class PictureBank(nn.Module):
         self.register_buffer("targets", torch.zeros(_PICTURES, target_dim))
         self.register_buffer("added", torch.zeros((), dtype=torch.int64))
 
-    def compare(self, vectors: Tensor, targets: Tensor) -> Tensor:
-        """Returns the distance of a batch's similarities to the bank's pictures, and puts the batch into the bank.
+    def compare(self, vectors: Tensor, targets: Tensor) -> Tensor | None:
+        """Returns the loss of a batch's similarities to the bank's pictures, and puts the batch into the bank.
 
-        vectors [B, C], targets [B, D] -> scalar in 0..2; 0 until the bank is full.
+        vectors [B, C], targets [B, D] -> scalar in 0..2; None until the bank is full.
         """
-        loss = vectors.new_zeros(())
-        if self.added >= _PICTURES:
-            loss = losses.similarities(vectors, targets, self.vectors, self.targets)
-        places = (self.added + torch.arange(len(vectors), device=vectors.device)) % _PICTURES
-        self.vectors[places], self.targets[places] = vectors.detach().float(), targets.float()
-        self.added += len(vectors)
+        full = self.added >= _PICTURES
+        loss = losses.similarities(vectors, targets, self.vectors, self.targets) if full else None
+        kept = vectors.detach()[-_PICTURES:].float()
+        places = (self.added + torch.arange(len(kept), device=kept.device)) % _PICTURES
+        self.vectors[places], self.targets[places] = kept, targets[-_PICTURES:].float()
+        self.added += len(kept)
         return loss

@@ -242,8 +242,10 @@ class Objective(nn.Module):
                 per_patch = losses.perceptual_per_patch(maps, targets, self.tokenizer.backbone.grid_of(pixels))
                 error = error / error.mean() + 0.5 * per_patch / per_patch.mean()
         if weights.semantic:
-            metrics["semantic"] = self.bank.compare(_pooled(rows, keep), targets[-1].float().mean((2, 3)))
-            loss = loss + weights.semantic * metrics["semantic"]
+            semantic = self.bank.compare(_pooled(rows, keep), targets[-1].float().mean((2, 3)))
+            if semantic is not None:
+                metrics["semantic"] = semantic
+                loss = loss + weights.semantic * semantic
         return loss, error
 
     def _selector_losses(

@@ -110,11 +110,17 @@ def test_the_bank_compares_once_it_is_full_and_keeps_the_last_pictures():
         before = bank.vectors.clone(), bank.targets.clone()
         loss = bank.compare(ours, targets[start : start + 20])
         if start < 256:
-            assert float(loss) == 0
+            assert loss is None
         else:
             assert torch.equal(loss, losses.similarities(ours, targets[start : start + 20], *before))
     kept = torch.cat([vectors[256:], vectors[44:256]])  # number i is in place i modulo 256
     assert torch.equal(bank.vectors, kept) and torch.equal(bank.targets, torch.cat([targets[256:], targets[44:256]]))
+
+
+def test_of_a_batch_larger_than_the_bank_the_last_pictures_stay():
+    bank, vectors = PictureBank(1, 1), torch.arange(300.0)[:, None]
+    assert bank.compare(vectors, vectors) is None
+    assert torch.equal(bank.vectors, vectors[-256:]) and torch.equal(bank.targets, vectors[-256:])
 
 
 def test_perceptual_per_patch_knows_where():

@@ -48,6 +48,13 @@ def teacher(tmp_path_factory):
     return TeacherFeatures(Teacher("convnext_atto", weights=str(path), kwargs=options), (0.5,) * 3, (0.5,) * 3)
 
 
+def fill(bank):
+    """As if it were full of other pictures."""
+    bank.added.fill_(len(bank.vectors))
+    bank.vectors.normal_()
+    bank.targets.normal_()
+
+
 def draw_mask(objective, log_probs):
     """Draws a mask as a step does, on a square grid: the keep mask, its gate, and whether it ignores the scores."""
     side = int(log_probs.shape[1] ** 0.5)
@@ -205,9 +212,8 @@ def test_teacher_guides_pixels_and_codes_and_stays_as_it_is(make, teacher, pixel
     objective(pixels).loss.backward()
     assert gradients(objective.tokenizer.pixel_head).norm() > 0 and gradients(objective.tokenizer.decoder).norm() > 0
     objective = make(Weights(pixel=1e-9, semantic=1, rate=0), teacher)
-    objective.bank.added.fill_(len(objective.bank.vectors))  # as if full of other pictures
-    objective.bank.vectors.normal_()
-    objective.bank.targets.normal_()
+    assert "semantic" not in objective(pixels).metrics  # nothing to compare with yet
+    fill(objective.bank)
     objective.zero_grad()
     objective(pixels).loss.backward()
     assert gradients(objective.tokenizer.projection).norm() > 1e-4
@@ -265,6 +271,7 @@ def test_images_without_positions_may_count_less_for_the_teacher(make, teacher, 
 def test_semantic_loss_without_pixels_and_with_one_image(small_config, make, teacher, pixels):
     config = dataclasses.replace(small_config, decoder=dataclasses.replace(small_config.decoder, pixels=False))
     objective = make(Weights(feature=1, semantic=1), teacher, DynamicVisualTokenizer(config))
+    fill(objective.bank)
     result = objective(pixels[:1])
     assert "semantic" in result.metrics and "psnr" not in result.metrics and result.loss.isfinite()
 
