@@ -26,10 +26,13 @@ class Decoded:
 
 
 def read(data: bytes) -> Decoded:
-    """Returns the first picture, or the JPEG file that was packed without loss."""
+    """Returns the first picture, or the JPEG file that was packed without loss. Raises `ValueError` on damaged data."""
     from pillow_jxl import Decoder
 
-    is_jpeg, info, content, profile, *_ = Decoder(num_threads=0)(data)
+    try:
+        is_jpeg, info, content, profile, *_ = Decoder(num_threads=0)(data)
+    except RuntimeError as error:  # its text advises to build the decoder from source
+        raise ValueError("damaged JPEG XL data") from error
     if is_jpeg:
         return Decoded(jpeg=bytes(content))
     mode = info.mode.removesuffix(";16") if info.mode.startswith("F") else info.mode  # half floats come as floats

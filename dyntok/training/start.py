@@ -27,15 +27,20 @@ def first_tokenizer(
     """Returns the tokenizer that a run trains, and whether it brings a codebook that fits its encoder.
 
     given: its own weights are trained where it is configured as the recipe wants; otherwise a new one takes what fits.
-    resuming: weights follow from the run's state. tell: gets a line about what was taken.
+    resuming: weights follow from the run's state. tell: gets a line about where the first weights come from.
     """
     if given is not None and not differences(recipe.config.to_dict(), given.config.to_dict(), shared=True):
+        if not resuming:
+            tell(Start(len(given.state_dict()), (), codes=True).describe(given.name))
         return given, True
     weights = "" if resuming else recipe.backbone_weights
     tokenizer = DynamicVisualTokenizer(recipe.config, pretrained_backbone=weights == "hub")
     if weights not in ("", "hub"):
         tokenizer.backbone.load_weights(weights)
     if given is None:
+        if not resuming:
+            parts = "a pretrained backbone" if weights else "new weights"
+            tell(f"starting with {parts}; --init NAME starts from the weights of a tokenizer")
         return tokenizer, False
     start = take_weights(tokenizer, given)
     if not resuming:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from support.batch_data import codes, errors, pictures, rows, run, write_folder, write_table
+from support.formats import encoded
 
 import dyntok
 from dyntok.batch import EngineOptions, TokenizeColumn
@@ -76,13 +77,15 @@ def test_unusual_colors_give_the_codes_of_encode(photos, checkpoint_folder, tmp_
     }
 
 
-def test_pictures_that_need_a_plugin_are_read_or_listed_with_its_name(images, checkpoint_folder, tmp_path):
+def test_pictures_that_need_a_plugin_are_read_and_broken_ones_listed(images, checkpoint_folder, tmp_path):
     heads = {"a.heic": b"\0\0\0\x18ftypheic" + bytes(100), "b.jxl": b"\xff\x0a" + bytes(100)}
+    photo = Image.open(io.BytesIO(images[0]))
+    whole = {"c.jpg": images[0], "d.heic": encoded(photo, "HEIC"), "e.jxl": encoded(photo, "JPEG XL")}
     (tmp_path / "in").mkdir()
-    for name, content in {**heads, "c.jpg": images[0]}.items():
+    for name, content in {**heads, **whole}.items():
         (tmp_path / "in" / name).write_bytes(content)
     summary = run(tmp_path / "in", tmp_path / "out", checkpoint_folder)
-    assert set(errors(tmp_path / "out")) == set(heads) and set(codes(tmp_path / "out")) == {"c.jpg"}
+    assert set(errors(tmp_path / "out")) == set(heads) and set(codes(tmp_path / "out")) == set(whole)
     assert summary.errors == 2 and not summary.left_out
 
 

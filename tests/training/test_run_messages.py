@@ -38,13 +38,15 @@ def test_the_first_line_says_what_is_trained_and_the_last_what_was_made(recipe_f
     lines = capsys.readouterr().out.splitlines()
     expected = "training: a tokenizer with 32 codes; 144 images in 2 stages, from 24 pictures, on cpu in fp32, into "
     assert lines[0] == expected + str(folder)
+    assert "starting with new weights; --init NAME starts from the weights of a tokenizer" in lines
     assert any(line == "starting the codebook by k-means on 512 vectors" for line in lines)
     fingerprint = dyntok.load(folder / "tokenizer").fingerprint
     assert lines[-1].startswith("trained in ") and f"{folder / 'tokenizer'}, fingerprint {fingerprint};" in lines[-1]
     assert "dyntok eval " in lines[-1] and f"--split validation --model {folder / 'tokenizer'}" in lines[-1]
     assert f"dyntok.load('{folder / 'tokenizer'}')" in lines[-1]
     assert cli.main(["train", str(recipe_file()), "-o", str(folder), "--cpu"]) == 0
-    assert capsys.readouterr().out.startswith("resuming at image 144: ")
+    resumed = capsys.readouterr().out
+    assert resumed.startswith("resuming at image 144: ") and "starting " not in resumed
 
 
 def test_a_log_gets_a_line_of_progress_at_least_every_minute(monkeypatch, capsys):
