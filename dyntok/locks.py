@@ -1,6 +1,7 @@
 """A file that one process at a time can lock, so that two runs do not write into one folder."""
 
 import errno
+import sys
 from typing import IO
 
 try:
@@ -16,14 +17,14 @@ class HeldError(Exception):
 
 
 def lock(file: IO[bytes]) -> str:
-    """Locks an open file until it is closed. Returns "", or why its file system has no locks (nothing is locked then).
+    """Locks an open file until it is closed. Returns "", or why there are no locks (nothing is locked then).
 
-    file: opened for writing.
+    file: opened for writing. A process that locks the same file twice succeeds twice.
 
     Raises `HeldError` if another process holds the lock.
     """
     if fcntl is None:
-        return ""
+        return f"Python offers none on {sys.platform}"
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, it does not live on in forked workers
     except OSError as error:

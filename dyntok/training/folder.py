@@ -16,7 +16,7 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def own(folder: Path) -> Iterator[None]:
-    """Makes the folder, and keeps other runs from writing there.
+    """Makes the folder, and keeps runs of other processes from writing there.
 
     Raises `CheckpointError` if another run is writing there, or if the folder can't be written.
     """

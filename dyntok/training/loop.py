@@ -81,6 +81,7 @@ class Trainer:
         self.validation = held_out(recipe) if recipe.validate_every else []
         self._best = -math.inf  # quality of the best weights so far
         self._run = describe_run(recipe, self.data.keys, self.schedule.images_per_step)
+        self._read = _stamp(self.folder / "state.pt")
         state = read_state(self.folder / "state.pt")
         if state is not None:
             check_same_run(self.folder / "state.pt", state, self._run)
@@ -145,10 +146,15 @@ class Trainer:
     def run(self) -> None:
         """Trains to the end of the recipe.
 
-        Raises `CheckpointError` if the folder can't be written or another run is writing there, `DataError` if no
-        images can be read.
+        Raises `CheckpointError` if the folder can't be written or another run is or has been writing there, `DataError`
+        if no images can be read.
         """
-        with own(self.folder) if self.accelerator.is_main_process else nullcontext():
+        if not self.accelerator.is_main_process:
+            return self._run_to_end()
+        with own(self.folder):
+            if _stamp(self.folder / "state.pt") != self._read:
+                message = f"another run has trained into {self.folder} meanwhile; run the same command again"
+                raise CheckpointError(message)
             self._run_to_end()
 
     def _run_to_end(self) -> None:
@@ -174,6 +180,8 @@ class Trainer:
             if stage is not current:
                 current = stage
                 self.objective.set_stage(stage)
+                if step == 0 and self.objective.bank is not None:
+                    self.objective.bank.clear()
             if stage.quantize and not self.quantizing:
                 display.note(f"starting the codebook by k-means on {self.kmeans_vectors:,} vectors")
                 self._kmeans()
@@ -256,6 +264,8 @@ class Trainer:
         usable = bool(norm.isfinite())  # the same on every rank
         if usable:
             self.optimizer.step(stage.lr * factor)
+            if result.pictures is not None:
+                self.objective.bank.add(*result.pictures)
         self.optimizer.zero_grad()
         if not usable:
             self._skip(result)
@@ -335,10 +345,20 @@ class Trainer:
         state |= {"optimizer": self.optimizer.state_dict(), "run": self._run}
         state |= {"average": None if self.average is None else self.average.values, "best": self._best}
         write_state(self.folder / "state.pt", state)
+        self._read = _stamp(self.folder / "state.pt")
         return fingerprint
 
 
 def _is_rank_without_gpu() -> bool:
-    """Accelerate lets processes on CPUs find each other only if it is told to use CPUs."""
+    """Accelerate lets processes on CPUs find each other only if it is told to use CPUs. Ranks can't share a Mac's GPU."""
     several = "LOCAL_RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
-    return several and not torch.accelerator.is_available()
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return several and (device is None or device.type == "mps")
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Returns what changes when a file is written anew; None without a file."""
+    if not path.exists():
+        return None
+    found = path.stat()
+    return found.st_mtime_ns, found.st_size

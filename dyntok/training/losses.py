@@ -71,19 +71,21 @@ def similarities(vectors: Tensor, targets: Tensor, other_vectors: Tensor, other_
     """Returns 1 - correlation of the similarities of images to other images, by their vectors and by the targets.
 
     Images that the targets call alike get similar vectors (similarity-preserving distillation, arXiv 1907.09682). A
-    similarity is the cosine of two images' vectors, each component scaled to mean 0 and deviation 1 over the others.
+    similarity is the cosine of two images' vectors, each component scaled to mean 0 and deviation 1 over the others and
+    clamped to -10..10, so that one that is constant over the others does not outweigh the rest. Computed in float32.
 
     vectors [B, C], targets [B, D], of the others [M, C] and [M, D] -> scalar in 0..2. Gradients flow into `vectors`
     alone.
     """
-    found = _cosines(vectors.float(), other_vectors.detach().float()).flatten()
-    wanted = _cosines(targets.detach().float(), other_targets.detach().float()).flatten()
+    with torch.autocast(vectors.device.type, enabled=False):
+        found = _cosines(vectors.float(), other_vectors.detach().float()).flatten()
+        wanted = _cosines(targets.detach().float(), other_targets.detach().float()).flatten()
     return 1 - F.cosine_similarity(found - found.mean(), wanted - wanted.mean(), dim=0)
 
 
 def _cosines(vectors: Tensor, others: Tensor) -> Tensor:
     mean, std = others.mean(0), others.std(0, correction=0) + 1e-4
-    a, b = (F.normalize((x - mean) / std, dim=1, eps=1e-4) for x in (vectors, others))
+    a, b = (F.normalize(((x - mean) / std).clamp(-10, 10), dim=1, eps=1e-4) for x in (vectors, others))
     return a @ b.T  # [B, M]
 
 

@@ -34,6 +34,7 @@ class StepResult:
     lengths: Tensor  # [B], of the learned, deterministic choice
     vectors: Tensor | None
     codes: Tensor | None
+    pictures: tuple[Tensor, ...] | None  # for the bank: vectors [B', 2C], targets [B', D]; None without semantic loss
 
     @classmethod
     def of(cls, results: Sequence["StepResult"]) -> "StepResult":
@@ -47,12 +48,14 @@ class StepResult:
         }
         vectors = [result.vectors for result in results if result.vectors is not None]
         codes = [result.codes for result in results if result.codes is not None]
+        pictures = [result.pictures for result in results if result.pictures is not None]
         return cls(
             torch.stack([result.loss.detach() for result in results]).mean(),
             metrics,
             torch.cat([result.lengths for result in results]),
             torch.cat(vectors) if vectors else None,
             torch.cat(codes) if codes else None,
+            tuple(torch.cat(rows) for rows in zip(*pictures, strict=True)) or None,
         )
 
     def summary(self) -> str:
@@ -200,12 +203,12 @@ class Objective(nn.Module):
                 metrics["low"] = losses.low_frequency(painted, pixels)
                 loss = loss + weights.low * metrics["low"]
             error = patch_error.detach() if error is None else error
-        seen = len(pixels)
+        seen, pictures = len(pixels), None
         if weights.needs_teacher:
             seen = self.teacher.seen(len(pixels))
             few_rows = rows if seen == len(pixels) else rows[: int(keep[:seen].sum())]
             few_painted, few_error = (None if x is None else x[:seen] for x in (painted, error))
-            added, error = self._teacher_losses(
+            added, error, pictures = self._teacher_losses(
                 pixels[:seen], few_painted, keep[:seen], known[:seen], few_error, few_rows, draw.view, metrics
             )
             loss = loss + added
@@ -218,14 +221,14 @@ class Objective(nn.Module):
         metrics["loss"] = loss
         metrics = {name: value.detach() for name, value in metrics.items()}
         lengths = (log_probs[..., KEEP] > log_probs[..., DROP]).sum(1).clamp(min=1)
-        return StepResult(loss, metrics, lengths, vectors.detach(), codes)
+        return StepResult(loss, metrics, lengths, vectors.detach(), codes, pictures)
 
     def _teacher_losses(
         self, pixels: Tensor, painted: Tensor | None, keep: Tensor, known: Tensor, error: Tensor | None, rows: Tensor,
         view: View, metrics: dict[str, Tensor],
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Returns the weighted losses, and each patch's error [B, N] with the perceptual one added."""
-        weights, loss = self.stage.weights, pixels.new_zeros(())
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...] | None]:  # fmt: skip
+        """Returns the weighted losses, each patch's error [B, N] with the perceptual one added, and the bank's rows."""
+        weights, loss, pictures = self.stage.weights, pixels.new_zeros(()), None
         with torch.no_grad():
             targets, wanted = self.teacher(pixels, view)
         if weights.perceptual or weights.recognition:
@@ -242,11 +245,13 @@ class Objective(nn.Module):
                 per_patch = losses.perceptual_per_patch(maps, targets, self.tokenizer.backbone.grid_of(pixels))
                 error = error / error.mean() + 0.5 * per_patch / per_patch.mean()
         if weights.semantic:
-            semantic = self.bank.compare(_pooled(rows, keep), targets[-1].float().mean((2, 3)))
+            pooled_rows, pooled_targets = _pooled(rows, keep), targets[-1].float().mean((2, 3))
+            pictures = pooled_rows.detach(), pooled_targets
+            semantic = self.bank.compare(pooled_rows, pooled_targets)
             if semantic is not None:
                 metrics["semantic"] = semantic
                 loss = loss + weights.semantic * semantic
-        return loss, error
+        return loss, error, pictures
 
     def _selector_losses(
         self, log_probs: Tensor, grid: tuple[int, int], error: Tensor | None, known: Tensor, metrics: dict[str, Tensor]
@@ -272,7 +277,10 @@ class Objective(nn.Module):
 
 
 def _pooled(rows: Tensor, keep: Tensor) -> Tensor:
-    """Returns mean and standard deviation of each image's code vectors: [T, C], [B, N] -> [B, 2C]."""
+    """Returns mean and standard deviation of each image's code vectors: [T, C], [B, N] -> [B, 2C].
+
+    As `probe.pooled_vectors`, with a gradient where all vectors of an image are equal.
+    """
     image, count = keep.nonzero()[:, 0], keep.sum(1, keepdim=True)
     none = rows.new_zeros(len(keep), rows.shape[1])
     mean = none.index_add(0, image, rows) / count

@@ -4,7 +4,10 @@ import copy
 import json
 
 import pytest
+import timm
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from dyntok.structure import build
 from dyntok.training.loop import Trainer
@@ -53,6 +56,14 @@ def write_recipe(folder, photos, config):
         ],
     }
     return json.loads(json.dumps(recipe))  # the stages share nothing
+
+
+def write_teacher(folder):
+    """Writes a small teacher with random weights to a folder, and returns its section of a recipe."""
+    options = dict(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16))
+    torch.manual_seed(1)
+    save_file(timm.create_model("convnext_atto", **options).state_dict(), folder / "teacher.safetensors")
+    return {"name": "convnext_atto", "weights": str(folder / "teacher.safetensors"), "kwargs": options}
 
 
 def changed(values, stages=(), **options):

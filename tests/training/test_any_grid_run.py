@@ -4,18 +4,17 @@ import dataclasses
 import json
 
 import pytest
-import timm
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import save_file
 from support.any_grid import any_grid_config
-from support.small_run import log_of, run_until, trainer
+from support.small_run import log_of, run_until, trainer, write_teacher
 
 import dyntok
 from dyntok.cli import main as cli
 from dyntok.config import TokenizerConfig
 from dyntok.tokenizer import DynamicVisualTokenizer
+from dyntok.training import bank
 from dyntok.training.recipe import RECIPES
 from dyntok.training.start import take_weights
 
@@ -25,11 +24,7 @@ GRIDS = {"bands": [{"share": 0.5, "patches": [64, 64]}, {"share": 0.5, "patches"
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
-    options = dict(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16))
-    torch.manual_seed(1)
-    save_file(timm.create_model("convnext_atto", **options).state_dict(), path)
-    return {"name": "convnext_atto", "weights": str(path), "kwargs": options, "sizes": [32, 48], "share": 0.6}
+    return {**write_teacher(tmp_path_factory.mktemp("teacher")), "sizes": [32, 48], "share": 0.6}
 
 
 @pytest.fixture(scope="module")
@@ -77,14 +72,21 @@ def test_the_recipe_trains_a_tokenizer_for_pictures_of_any_shape(name, short, tm
     assert [image.size for image in tokenizer.decode(encoding)][0] == (64, 64)
 
 
-def test_resumed_between_grids_as_if_it_had_not_stopped(short, tmp_path):
+def test_resumed_between_grids_as_if_it_had_not_stopped(short, tmp_path, monkeypatch):
+    monkeypatch.setattr(bank, "_PICTURES", 8)
     values = short("flex")
+    for stage in values["stages"]:
+        stage["weights"]["semantic"] = 1.0
     trainer(values, tmp_path / "whole").run()
     run_until(trainer(values, tmp_path / "parts"), 7)
     resumed = trainer(values, tmp_path / "parts")
     assert resumed.step == 5
     resumed.run()
-    assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
+    log = log_of(tmp_path / "whole")
+    assert log_of(tmp_path / "parts") == log
+    found = [line["step"] for line in log if "semantic" in line]
+    assert found[0] == 3 and any(step > 5 for step in found)  # after 8 pictures, in each stage anew
+    assert not any("semantic" in line for line in log if (line["step"] - 1) % STEPS == 0)
     one, two = (torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("whole", "parts"))
     for part in ("objective", "average"):
         assert all(torch.equal(value, two[part][name]) for name, value in one[part].items())

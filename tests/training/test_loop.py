@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from support.small_run import CODES, EXTRA, WARM, changed, log_of, run_until, trainer
+from support.small_run import CODES, EXTRA, WARM, changed, log_of, run_until, trainer, write_teacher
 
 import dyntok
 from dyntok.cli import main as cli
@@ -192,12 +192,13 @@ def test_learning_rate(values, tmp_path):
 
 
 def test_a_gradient_that_is_not_finite_is_left_out(values, tmp_path, caplog):
-    run = trainer(
-        {**values, "stages": [EXTRA]}, tmp_path, tokenizer=DynamicVisualTokenizer(build(Recipe, values).config)
-    )
+    stages = [{**EXTRA, "weights": {"pixel": 1, "semantic": 1}}]
+    values = {**values, "stages": stages, "teacher": write_teacher(tmp_path)}
+    run = trainer(values, tmp_path, tokenizer=DynamicVisualTokenizer(build(Recipe, values).config))
     stage = run.recipe.stages[0]
     run.train_step([run.data[0]], stage, 0)
     before = copy.deepcopy(run.objective.state_dict())
+    assert before["bank.added"] == 4
     poisoned = run.data[1].clone()
     poisoned[0, 0, 0, 0] = float("nan")
     with caplog.at_level(logging.WARNING, "dyntok"):

@@ -101,25 +101,46 @@ def test_similarities_move_the_batch_alone():
     assert [tensor.grad is None for tensor in tensors] == [False, True, True, True]
 
 
+def test_similarities_are_computed_in_float32():
+    torch.manual_seed(0)
+    tensors = [torch.randn(*shape) for shape in ((3, 4), (3, 9), (20, 4), (20, 9))]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = losses.similarities(*tensors)
+    assert torch.equal(loss, losses.similarities(*tensors))
+
+
+def test_a_component_that_is_constant_in_the_bank_does_not_outweigh_the_rest():
+    torch.manual_seed(0)
+    others = torch.randn(200, 12)
+    images = torch.randn(4, 12)
+    silent, loud = torch.zeros(200, 1), torch.full((4, 1), 0.5)
+    targets, other_targets = torch.cat([images, loud], 1), torch.cat([others, silent], 1)
+    assert float(losses.similarities(images, targets, others, other_targets)) < 0.1
+    scores = losses._cosines(targets, other_targets)
+    assert float(scores.std()) > 0.05
+
+
 def test_the_bank_compares_once_it_is_full_and_keeps_the_last_pictures():
     bank = PictureBank(2, 3)
     generator = torch.Generator().manual_seed(0)
     vectors, targets = torch.randn(300, 2, generator=generator), torch.randn(300, 3, generator=generator)
     for start in range(0, 300, 20):
-        ours = vectors[start : start + 20].requires_grad_()
-        before = bank.vectors.clone(), bank.targets.clone()
-        loss = bank.compare(ours, targets[start : start + 20])
+        ours, theirs = vectors[start : start + 20].requires_grad_(), targets[start : start + 20]
+        loss = bank.compare(ours, theirs)
         if start < 256:
             assert loss is None
         else:
-            assert torch.equal(loss, losses.similarities(ours, targets[start : start + 20], *before))
+            assert torch.equal(loss, losses.similarities(ours, theirs, bank.vectors, bank.targets))
+        bank.add(ours, theirs)
     kept = torch.cat([vectors[256:], vectors[44:256]])  # number i is in place i modulo 256
     assert torch.equal(bank.vectors, kept) and torch.equal(bank.targets, torch.cat([targets[256:], targets[44:256]]))
+    bank.clear()
+    assert bank.compare(vectors[:2], targets[:2]) is None
 
 
 def test_of_a_batch_larger_than_the_bank_the_last_pictures_stay():
     bank, vectors = PictureBank(1, 1), torch.arange(300.0)[:, None]
-    assert bank.compare(vectors, vectors) is None
+    bank.add(vectors, vectors)
     assert torch.equal(bank.vectors, vectors[-256:]) and torch.equal(bank.targets, vectors[-256:])
 
 

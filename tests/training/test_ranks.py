@@ -9,9 +9,11 @@ import pytest
 import torch
 import torch.multiprocessing
 from PIL import Image
+from support.small_run import write_teacher
 
 from dyntok.structure import build
 from dyntok.tokenizer import DynamicVisualTokenizer
+from dyntok.training import bank
 from dyntok.training.crops import Crops
 from dyntok.training.data import TrainingImages
 from dyntok.training.loop import Trainer
@@ -19,7 +21,8 @@ from dyntok.training.recipe import Recipe
 from dyntok.training.sources import find_samples
 
 STEPS = 4  # of each stage of the whole run
-GPU = torch.accelerator.is_available()  # without one, processes on CPUs must find each other unasked
+GPU = torch.accelerator.is_available()  # without one, the trainer itself must choose the CPU
+BANK = 8  # pictures: so few that each stage fills it
 
 # masks without chance, and every loss a mean over the images: what two ranks average must be what one computes
 CERTAIN = {
@@ -30,7 +33,7 @@ CERTAIN = {
 MIXED = {
     "masks": {"learned": 1, "budget": 1, "random": 1},
     "position_drop": 0.5,
-    "weights": {"pixel": 1, "rate": 1, "local": 0.1},
+    "weights": {"pixel": 1, "rate": 1, "local": 0.1, "semantic": 1},
 }
 
 
@@ -50,12 +53,13 @@ def values(tmp_path_factory, photos, small_config):
         "workers": 0,
         "precision": "fp32",
     }
+    teacher = write_teacher(tmp_path_factory.mktemp("teacher"))
     certain = {**shared, "stages": [{"images": 100, "quantize": True, **CERTAIN}]}
     stages = [
         {"name": "frozen", "images": 4 * STEPS, "freeze": ["selector", "merger"], **MIXED},
         {"name": "all", "images": 4 * STEPS, "quantize": True, "lr": 1.0e-2, **MIXED},
     ]
-    return certain, {**shared, "log_every": STEPS, "save_every": 3, "stages": stages}
+    return certain, {**shared, "teacher": teacher, "log_every": STEPS, "save_every": 3, "stages": stages}
 
 
 def one_step(values, folder, batch_size):
@@ -97,6 +101,7 @@ def work(rank, port, certain, mixed, folder):
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
+    bank._PICTURES = BANK
     step = one_step(certain, folder / "step", batch_size=2)
     trainer = Trainer(build(Recipe, {**mixed, "batch_size": 2}), folder / "run", cpu=GPU)
     before = {name: value.clone() for name, value in trainer.objective.named_parameters()}
@@ -166,6 +171,7 @@ def test_codebook_statistics_are_those_of_one_process_with_the_whole_batch(ranks
 def test_both_processes_hold_the_same_weights_to_the_end(ranks):
     """Ranks agree although each drew other masks, parts were frozen at first, and the codebook started in between."""
     (first, second), _ = ranks
+    assert first["trained"]["bank.added"] == 4 * STEPS and first["trained"]["bank.vectors"].abs().sum(1).all()
     for name, value in first["trained"].items():
         assert torch.equal(value, second["trained"][name]), name
     for found in (first, second):
@@ -188,10 +194,12 @@ def test_one_process_writes_for_both(ranks):
         ("all", 2 * STEPS, 8 * STEPS),
     ]
     assert all(line["unreadable"] == 1 for line in lines)  # whichever rank met it
+    assert all("semantic" in line for line in lines)
     assert torch.load(folder / "run" / "state.pt", weights_only=True)["step"] == 2 * STEPS
 
 
-def test_one_process_goes_on_where_two_stood(ranks, values, tmp_path):
+def test_one_process_goes_on_where_two_stood(ranks, values, tmp_path, monkeypatch):
+    monkeypatch.setattr(bank, "_PICTURES", BANK)
     shutil.copytree(ranks[1] / "run", tmp_path / "run")
     more = {**values[1], "stages": [*values[1]["stages"], {"images": 4, "quantize": True, **CERTAIN}]}
     trainer = Trainer(build(Recipe, {**more, "batch_size": 4}), tmp_path / "run", cpu=True)

@@ -16,6 +16,7 @@ from support.small_run import CODES, WARM, changed, log_of, run_until, trainer
 import dyntok
 from dyntok import locks
 from dyntok.cli import main as cli
+from dyntok.errors import CheckpointError
 from dyntok.training import display, loop, precision
 from dyntok.training.display import Display, format_duration
 from dyntok.training.folder import own
@@ -101,9 +102,9 @@ def test_a_dry_run_estimates_every_stage_and_writes_nothing(recipe_file, tmp_pat
     folder = tmp_path / "run"
     assert cli.main(["train", str(recipe_file()), "-o", str(folder), "--cpu", "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == ["warm", "codes", "k-means", "total", "dry"]
-    assert f"{4 * WARM} images" in lines[1] and f"{4 * CODES} images" in lines[2]
-    assert all(re.search(r"\d+ (s|min)$", line) for line in lines[1:5])
+    assert [line.split()[0] for line in lines[1:]] == ["starting", "warm", "codes", "k-means", "total", "dry"]
+    assert f"{4 * WARM} images" in lines[2] and f"{4 * CODES} images" in lines[3]
+    assert all(re.search(r"\d+ (s|min)$", line) for line in lines[2:6])
     assert not folder.exists()
 
 
@@ -136,6 +137,34 @@ with own(Path({str(folder)!r})):
     process.kill()
     process.communicate()
     assert cli.main(arguments) == 0
+
+
+def test_a_run_that_another_one_overtook_is_refused(values, tmp_path):
+    late = trainer(values, tmp_path / "run")
+    trainer(values, tmp_path / "run").run()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    with pytest.raises(CheckpointError, match="another run has trained into .*; run the same command again"):
+        late.run()
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+
+
+def test_a_system_without_locks(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(locks, "fcntl", None)
+    with own(tmp_path):
+        pass
+    assert f"has no file locks (Python offers none on {sys.platform})" in caplog.text
+
+
+@pytest.mark.parametrize("device, expected", [(None, True), ("mps", True), ("cuda", False)])
+def test_ranks_without_a_gpu_that_accelerate_knows(device, expected, monkeypatch):
+    """Others would each become a run of their own."""
+    found = device and torch.device(device)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: found)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert loop._is_rank_without_gpu() == expected
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert not loop._is_rank_without_gpu()
 
 
 def test_a_folder_on_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
