@@ -53,7 +53,7 @@ class Output:
     def locked(self) -> Iterator[None]:
         """Keeps other runs from writing here (local folders only), and removes what a killed run left half-written.
 
-        Raises `BatchError` where another run holds the lock. A file system without locks gives a warning.
+        Raises `BatchError` where another run holds the lock. Where there are no locks, a warning says so.
         """
         if not self.local:
             yield

@@ -39,7 +39,7 @@ class PictureBank(nn.Module):
     def add(self, vectors: Tensor, targets: Tensor) -> None:
         """Puts the pictures of all ranks into the bank, in place of the oldest: vectors [B, C], targets [B, D]."""
         size = len(self.vectors)
-        vectors, targets = (gather_rows_of_ranks(rows.detach().float())[-size:] for rows in (vectors, targets))
+        vectors, targets = (gather_rows_of_ranks(rows.float())[-size:] for rows in (vectors, targets))
         places = (self.added + torch.arange(len(vectors), device=vectors.device)) % size
         self.vectors[places], self.targets[places] = vectors, targets
         self.added += len(vectors)

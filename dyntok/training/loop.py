@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from dyntok.checkpoint import format as checkpoint
@@ -86,6 +87,12 @@ class Trainer:
         if state is not None:
             check_same_run(self.folder / "state.pt", state, self._run)
         self.step = state["step"] if state else 0  # of the whole run
+        steps = set(gather_object([self.step]))
+        if len(steps) > 1:
+            raise CheckpointError(
+                f"processes of this run found checkpoints of different steps in {self.folder} ({sorted(steps)}); use a "
+                "folder that all machines share, and start no second run into it"
+            )
         self.autocast_dtype = self._choose_dtype()
         where = self.accelerator.device.type, self.accelerator.num_processes, self.autocast_dtype
         opening = opening_line(recipe, self.schedule, self.step, self.data.extent, self.folder, *where)
@@ -180,8 +187,8 @@ class Trainer:
             if stage is not current:
                 current = stage
                 self.objective.set_stage(stage)
-                if step == 0 and self.objective.bank is not None:
-                    self.objective.bank.clear()
+            if step == 0 and self.objective.bank is not None:
+                self.objective.bank.clear()
             if stage.quantize and not self.quantizing:
                 display.note(f"starting the codebook by k-means on {self.kmeans_vectors:,} vectors")
                 self._kmeans()
@@ -350,7 +357,10 @@ class Trainer:
 
 
 def _is_rank_without_gpu() -> bool:
-    """Accelerate lets processes on CPUs find each other only if it is told to use CPUs. Ranks can't share a Mac's GPU."""
+    """Accelerate lets processes on CPUs find each other only if it is told to use CPUs.
+
+    A Mac's GPU can't be shared by ranks, so they train on its CPU.
+    """
     several = "LOCAL_RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
     device = torch.accelerator.current_accelerator(check_available=True)
     return several and (device is None or device.type == "mps")

@@ -11,7 +11,8 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from support.small_run import CODES, WARM, changed, log_of, run_until, trainer
+from safetensors.torch import save_file
+from support.small_run import CODES, SAVE_EVERY, WARM, changed, log_of, run_until, trainer
 
 import dyntok
 from dyntok import locks
@@ -48,6 +49,24 @@ def test_the_first_line_says_what_is_trained_and_the_last_what_was_made(recipe_f
     assert cli.main(["train", str(recipe_file()), "-o", str(folder), "--cpu"]) == 0
     resumed = capsys.readouterr().out
     assert resumed.startswith("resuming at image 144: ") and "starting " not in resumed
+
+
+def test_a_run_says_what_its_weights_start_from(values, tmp_path, capsys):
+    small = changed(values, pca_init=False)
+    first = trainer(small, tmp_path / "first")
+    first.save()
+    capsys.readouterr()
+    given = dyntok.load(tmp_path / "first" / "tokenizer")
+    trainer(small, tmp_path / "second", tokenizer=given)
+    count = len(given.state_dict())
+    assert f"starting from {given.name}: {count} of {count} tensors fit\n" in capsys.readouterr().out
+
+    weights = {name: value + 1 for name, value in given.backbone.model.state_dict().items()}
+    save_file(weights, tmp_path / "backbone.safetensors")
+    run = trainer(changed(small, backbone_weights=str(tmp_path / "backbone.safetensors")), tmp_path / "third")
+    assert "starting with a pretrained backbone; --init NAME starts from" in capsys.readouterr().out
+    found = run.objective.tokenizer.backbone.model.state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in weights.items())
 
 
 def test_a_log_gets_a_line_of_progress_at_least_every_minute(monkeypatch, capsys):
@@ -140,7 +159,9 @@ with own(Path({str(folder)!r})):
 
 
 def test_a_run_that_another_one_overtook_is_refused(values, tmp_path):
+    run_until(trainer(values, tmp_path / "run"), SAVE_EVERY + 1)
     late = trainer(values, tmp_path / "run")
+    assert late.step == SAVE_EVERY
     trainer(values, tmp_path / "run").run()
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
     with pytest.raises(CheckpointError, match="another run has trained into .*; run the same command again"):

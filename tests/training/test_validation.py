@@ -3,12 +3,12 @@
 import pytest
 import torch
 from PIL import Image
-from support.small_run import changed, log_of, run_until, trainer
+from support.small_run import changed, log_of, run_until, trainer, write_teacher
 
 import dyntok
 from dyntok.errors import ConfigError, MissingDependencyError
 from dyntok.structure import build
-from dyntok.training import trackers, validation
+from dyntok.training import bank, trackers, validation
 from dyntok.training.recipe import Recipe
 from dyntok.training.schedule import Schedule
 from dyntok.training.sources import is_validation
@@ -100,15 +100,19 @@ def test_accumulated_gradients_are_those_of_one_large_batch(short, tmp_path):
         torch.testing.assert_close(found[1][name], expected, rtol=1e-3, atol=1e-6 + 1e-4 * float(expected.abs().max()))
 
 
-def test_an_accumulating_run_trains_quantizes_and_resumes(values, tmp_path):
-    small = changed(values, batch_size=2, accumulate=2)
+def test_an_accumulating_run_trains_quantizes_and_resumes(values, tmp_path, monkeypatch):
+    monkeypatch.setattr(bank, "_PICTURES", 8)
+    small = changed(values, batch_size=2, accumulate=2, teacher=write_teacher(tmp_path))
     for stage in small["stages"]:
         stage["images"] = 4 * 4
+        stage["weights"]["semantic"] = 1.0
     trainer(small, tmp_path / "whole").run()
     run_until(trainer(changed(small, save_every=3), tmp_path / "parts"), 5)
     trainer(small, tmp_path / "parts").run()
     assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
-    assert [line["images"] for line in log_of(tmp_path / "whole")] == [4 * step for step in range(1, 9)]
+    log = log_of(tmp_path / "whole")
+    assert [line["images"] for line in log] == [4 * step for step in range(1, 9)]
+    assert [line["step"] for line in log if "semantic" in line] == [3, 4, 7, 8]
 
 
 def test_tensorboard_gets_the_lines_of_the_log(short, tmp_path):
