@@ -169,6 +169,13 @@ def test_a_run_that_another_one_overtook_is_refused(values, tmp_path):
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
 
 
+def test_ranks_that_find_checkpoints_of_different_steps_stop(values, tmp_path, monkeypatch):
+    run_until(trainer(values, tmp_path), SAVE_EVERY + 1)
+    monkeypatch.setattr(loop, "gather_object", lambda own: [*own, 0])  # another machine finds an empty folder
+    with pytest.raises(CheckpointError, match=rf"different steps in .* \(\[0, {SAVE_EVERY}\]\); use a folder that all"):
+        trainer(values, tmp_path)
+
+
 def test_a_system_without_locks(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(locks, "fcntl", None)
     with own(tmp_path):
