@@ -7,8 +7,8 @@
 `teacher/mobilenetv2_100_imagenet.safetensors`. Only the validation part is measured. A teacher is a timm classifier and
 a safetensors file of its weights; every one is asked. Sections, each a line of JSON or several:
 
-    recognition  squares at 100 and 160 ids: map with its positions, from ids alone, an even lattice of as many ids;
-                 and a lattice of 85 codes, as lists of integers
+    recognition  squares at 100 and 160 ids: map with its positions, the same with the vectors before the codebook, from
+                 ids alone, an even lattice of as many ids; and a lattice of 85 codes, as lists of integers
     neighbors    kNN by pooled codes against kNN by pixels, squares at 100 ids
     lengths      learned lengths: mean, deviation, rank correlation with the size as a JPEG
     memory       peak of a process that encodes and decodes a photograph at 4,096 patches (Linux)
@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from timing import append, environment
 
 import dyntok
@@ -86,14 +87,28 @@ class Figures:
             rows = [codes[i : i + 32] for i in range(0, len(samples), 32)]
             return (torch.cat([tok.decode_to_pixels(some) for some in rows]) * std + mean).clamp(0, 1)
 
+        @torch.inference_mode()
+        def unrounded(features: dyntok.Features) -> torch.Tensor:
+            images, places = [], features.positions.split(features.lengths.tolist())
+            for tokens, positions in zip(features.split(), places, strict=True):
+                vectors = F.normalize(tok.projection(tokens).float(), dim=-1)  # as the codebook compares them
+                limits = torch.tensor([0, len(vectors)], dtype=torch.int32)
+                images.append(tok.pixel_head(tok.decoder(vectors, limits, positions, grid=tok.grid), tok.grid))
+            return (torch.cat(images) * std + mean).clamp(0, 1)
+
         yield {"form": "originals", "images": len(samples), "recognized": judged(originals)}
         for ids in (100, 160):
             encoding = tok.encode_tensor(pixels, budget=ids - HEADER, places="map", refine=self.refine)
             vocab = dyntok.VisualVocab.of(tok, after=0, layout="map")
             alone = vocab.to_encoding(vocab.to_ids(encoding))
             even = tok.encode_tensor(pixels, budget=ids, places="lattice", refine=self.refine)
-            for form, codes in (("map, with positions", encoding), ("map, from ids", alone), ("lattice", even)):
-                images = painted(codes)
+            forms = {
+                "map, with positions": painted(encoding),
+                "map, before the codebook": unrounded(tok.features_tensor(pixels, budget=ids - HEADER, places="map")),
+                "map, from ids": painted(alone),
+                "lattice": painted(even),
+            }
+            for form, images in forms.items():
                 quality = float(psnr(images, originals).mean())
                 yield {"form": form, "ids": ids, "psnr": quality, "recognized": judged(images)}
         bare = tok.encode_tensor(pixels, budget=85, places="lattice", refine=self.refine)
