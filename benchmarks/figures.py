@@ -7,8 +7,9 @@
 `teacher/mobilenetv2_100_imagenet.safetensors`. Only the validation part is measured. A teacher is a timm classifier and
 a safetensors file of its weights; every one is asked. Sections, each a line of JSON or several:
 
-    recognition  squares at 100 and 160 ids: map with its positions, the same with the vectors before the codebook, from
-                 ids alone, an even lattice of as many ids; and a lattice of 85 codes, as lists of integers
+    recognition  squares at 100 and 160 ids: map with its positions, from ids alone, an even lattice of as many ids;
+                 without --refine also the map with the vectors before the codebook; and a lattice of 85 codes, as
+                 lists of integers
     neighbors    kNN by pooled codes against kNN by pixels, squares at 100 ids
     lengths      learned lengths: mean, deviation, rank correlation with the size as a JPEG
     memory       peak of a process that encodes and decodes a photograph at 4,096 patches (Linux)
@@ -104,10 +105,12 @@ class Figures:
             even = tok.encode_tensor(pixels, budget=ids, places="lattice", refine=self.refine)
             forms = {
                 "map, with positions": painted(encoding),
-                "map, before the codebook": unrounded(tok.features_tensor(pixels, budget=ids - HEADER, places="map")),
                 "map, from ids": painted(alone),
                 "lattice": painted(even),
             }
+            if not self.refine:  # which concerns codes alone
+                features = tok.features_tensor(pixels, budget=ids - HEADER, places="map")
+                forms["map, before the codebook"] = unrounded(features)
             for form, images in forms.items():
                 quality = float(psnr(images, originals).mean())
                 yield {"form": form, "ids": ids, "psnr": quality, "recognized": judged(images)}

@@ -175,7 +175,7 @@ def test_the_figures_of_a_tokenizer(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     forms = [row["form"] for row in rows if row["figure"] == "recognition"]
-    each = ["map, with positions", "map, before the codebook", "map, from ids", "lattice"]
+    each = ["map, with positions", "map, from ids", "lattice", "map, before the codebook"]
     assert forms == ["originals", *each * 2, "codes alone"]
     quality = {(row["form"], row["ids"]): row["psnr"] for row in rows if "psnr" in row}
     for ids in (100, 160):  # the same decoder, with less to guess
