@@ -21,7 +21,8 @@ def load_classifier(teacher: Teacher) -> nn.Module:
     Weights that expect another normalization than timm's need it in kwargs, such as
     {"pretrained_cfg_overlay": {"mean": [...], "std": [...]}}.
 
-    Raises `ConfigError` if timm has no such network, `CheckpointError` if the weights do not fit.
+    Raises `ConfigError` if timm has no such network or its classifier would be random, `CheckpointError` if the weights
+    do not fit.
     """
     return create_network(teacher, with_classifier=True)
 

@@ -24,8 +24,8 @@ _FEWEST = 4  # images that are compared at least: their mean is the center of th
 def create_network(teacher: Teacher, *, with_classifier: bool) -> nn.Module:
     """Returns the timm network with its weights, in evaluation mode.
 
-    Raises `ConfigError` if timm can't create it or it lacks the teacher's layers, `CheckpointError` if its weights
-    can't be fetched or do not fit.
+    Raises `ConfigError` if timm can't create it, if it lacks the teacher's layers or if its classifier would be random,
+    `CheckpointError` if its weights can't be fetched or do not fit.
     """
     options = teacher.kwargs if with_classifier else {"num_classes": 0, **teacher.kwargs}
     try:
@@ -39,7 +39,14 @@ def create_network(teacher: Teacher, *, with_classifier: bool) -> nn.Module:
     count = len(getattr(network, "feature_info", ()))
     if any(not -count <= layer < count for layer in teacher.layers):
         raise ConfigError(f"the teacher {teacher.name!r} has {count} feature maps, but layers are {teacher.layers}")
-    if teacher.weights != "hub":
+    if teacher.weights == "hub":
+        classes, trained = network.num_classes, network.pretrained_cfg["num_classes"]
+        if classes not in (0, trained):
+            raise ConfigError(
+                f"the weights of the teacher {teacher.name!r} have a classifier of {trained} classes, but num_classes "
+                f"is {classes}, so the classifier would be random; remove num_classes from the teacher's options"
+            )
+    else:
         load_timm_weights(network, teacher.weights)
     return network.eval()
 

@@ -28,6 +28,7 @@ from dyntok.training.classifier import Classifier, load_classifier
 from dyntok.training.evaluate import evaluate
 from dyntok.training.recipe import Teacher
 from dyntok.training.sources import find_samples
+from dyntok.training.teacher import TeacherFeatures
 
 
 @pytest.fixture(scope="module")
@@ -169,11 +170,18 @@ def test_a_network_without_classifier_compares_features_only(tokenizer, photogra
     assert "accuracy" not in report.table()
 
 
-def test_teacher_errors_are_helpful(feature_tokenizer, photographs, tmp_path):
+def test_teacher_errors_are_helpful(feature_tokenizer, photographs, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="no pixel head"):
         evaluate(feature_tokenizer, photographs, teacher=FakeTeacher())
     with pytest.raises(ConfigError, match="timm can't create the teacher 'no_such_net'"):
         load_classifier(Teacher("no_such_net", "x.safetensors"))
+    create = timm.create_model  # without fetching weights
+    monkeypatch.setattr(timm, "create_model", lambda *args, pretrained, **options: create(*args, **options))
+    random = Teacher("test_efficientnet", kwargs={"num_classes": 10})
+    for load in (load_classifier, lambda teacher: TeacherFeatures(teacher, (0.5,) * 3, (0.5,) * 3)):
+        with pytest.raises(ConfigError, match="have a classifier of 1000 classes, but num_classes is 10"):
+            load(random)
+    assert load_classifier(Teacher("test_efficientnet", kwargs={"num_classes": 0})).num_classes == 0
     with pytest.raises(CheckpointError, match="x.safetensors"):
         load_classifier(Teacher("test_efficientnet", str(tmp_path / "x.safetensors")))
 
