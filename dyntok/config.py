@@ -4,6 +4,7 @@ Small frozen dataclasses, checked when they are made, and plain JSON on disk.
 Not here: how to train a tokenizer (`dyntok/training/recipes/*.yaml`).
 """
 
+import copy
 import dataclasses
 import re
 from dataclasses import dataclass, field, replace
@@ -117,6 +118,7 @@ class BackboneConfig:
         require(
             isinstance(self.kwargs, dict), f"backbone.kwargs is {brief(self.kwargs)}, expected a mapping of options"
         )
+        object.__setattr__(self, "kwargs", dict(self.kwargs))  # so that the caller's can change
         for option, value in self.kwargs.items():
             refused = not isinstance(option, str) or option in _REFUSED_OPTIONS or option.startswith("pretrained")
             require(
@@ -298,7 +300,7 @@ class TokenizerConfig:
         """Returns one of `PRESETS`: tiny, flex, small, lavit. Raises `ConfigError` on another name."""
         if not isinstance(name, str) or name not in PRESETS:
             raise ConfigError(f"there is no preset {name!r}; expected one of {', '.join(PRESETS)}")
-        return PRESETS[name]
+        return copy.deepcopy(PRESETS[name])  # options of the backbone can be changed in place
 
 
 _TINY = TokenizerConfig(

@@ -15,7 +15,7 @@ from torch import Tensor
 from dyntok.errors import CodeError, FingerprintError, ImageError
 from dyntok.original import Original
 from dyntok.ragged import cu_seqlens_from_lengths, image_of_token, join_rows, pad_rows, split_rows
-from dyntok.structure import brief
+from dyntok.structure import brief, require_type
 from dyntok.validation import (
     as_list,
     check_computed,
@@ -279,6 +279,7 @@ class Encoding:
 
     def to(self, device: torch.device | str) -> "Encoding":
         """Returns the batch with all tensors on `device`: itself if they are there already."""
+        require_type("device", device, (str, int, torch.device), "a device such as 'cpu'; codes are always int64")
         moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in vars(self).items()}
         if all(moved[name] is value for name, value in vars(self).items()):
             return self

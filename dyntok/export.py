@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dyntok.errors import ConfigError, MissingDependencyError
-from dyntok.layout import canonical_mask
+from dyntok.config import MAX_PATCHES
+from dyntok.errors import ConfigError, ImageError, MissingDependencyError
+from dyntok.layout import MAX_SIDE, canonical_mask
 from dyntok.policy import KeepPolicy
 from dyntok.precision import autocast
 from dyntok.ragged import cu_seqlens_from_mask
+from dyntok.structure import brief
 from dyntok.tokenizer import DynamicVisualTokenizer
 from dyntok_kernels import compact
 
@@ -25,7 +27,8 @@ class FixedEncoder(nn.Module):
     The codes are those of `encode_tensor(pixels, budget=budget)`, in half precision, too.
     grid: (rows, columns) of the images, by default the tokenizer's own.
 
-    Raises `ConfigError` unless the budget is from 1 to the number of patches, and on a grid the tokenizer can't take.
+    Raises `ConfigError` unless the budget is from 1 to the number of patches, and on a grid the tokenizer can't take. A
+    call raises `ImageError` on pixels of another grid or that are not normalized floats.
     """
 
     def __init__(self, tokenizer: DynamicVisualTokenizer, budget: int, grid: tuple[int, int] | None = None) -> None:
@@ -41,6 +44,11 @@ class FixedEncoder(nn.Module):
         self.eval()
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        if pixels.dim() != 4 or not pixels.is_floating_point() or self.backbone.grid_of(pixels) != self.grid:
+            height, width = (side * self.backbone.patch_size for side in self.grid)
+            raise ImageError(
+                f"pixels are {pixels.dtype} {list(pixels.shape)}, expected normalized floats [B, 3, {height}, {width}]"
+            )
         dtype = next(self.backbone.parameters()).dtype
         with autocast(pixels.device.type, dtype):
             return self._encode(pixels.to(dtype))
@@ -85,12 +93,18 @@ class FixedDecoder(nn.Module):
 
 def fixed_grid(tokenizer: DynamicVisualTokenizer, grid: tuple[int, int] | None) -> tuple[int, int]:
     """Returns the grid, or the tokenizer's own for None. Raises `ConfigError` where the tokenizer can't take it."""
-    if grid is None or tuple(grid) == tokenizer.grid:
+    if grid is None:
         return tokenizer.grid
-    if not tokenizer.any_grid:
+    pair = tuple(grid) if isinstance(grid, tuple | list) else ()
+    whole = len(pair) == 2 and all(type(side) is int and 1 <= side <= MAX_SIDE for side in pair)
+    if not whole or pair[0] * pair[1] > MAX_PATCHES:
+        raise ConfigError(
+            f"grid is {brief(grid)}, expected (rows, columns) of 1 to {MAX_SIDE}, and at most {MAX_PATCHES:,} patches"
+        )
+    if pair != tokenizer.grid and not tokenizer.any_grid:
         rows, columns = tokenizer.grid
         raise ConfigError(f"grid is {grid}, but this tokenizer knows the grid {rows} x {columns} alone")
-    return grid[0], grid[1]
+    return pair
 
 
 def export(module: FixedEncoder | FixedDecoder, *inputs: Tensor) -> torch.export.ExportedProgram:

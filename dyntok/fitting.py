@@ -42,11 +42,17 @@ def fit(width: int, height: int, config: ImageConfig) -> Fitting:
     if config.resize == "crop":
         box = _centered(width, height, columns / rows)
     elif config.resize == "pad":
-        scale = min(columns / width, rows / height)
-        w, h = max(1, round(width * scale)), max(1, round(height * scale))
-        left, top = (columns - w) // 2, (rows - h) // 2
-        inner = (left, top, left + w, top + h)
+        inner = padded_inside(width, height, target)
     return Fitting(target, box, inner)
+
+
+def padded_inside(width: int, height: int, target: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Returns the part of a (height, width) that a whole original covers with fit "pad": left, top, right, bottom."""
+    rows, columns = target
+    scale = min(columns / width, rows / height)
+    w, h = max(1, round(width * scale)), max(1, round(height * scale))
+    left, top = (columns - w) // 2, (rows - h) // 2
+    return left, top, left + w, top + h
 
 
 def original(width: int, height: int, config: ImageConfig) -> Original:

@@ -4,7 +4,7 @@ Not here: whole images (`vocab.py`).
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from dyntok.errors import CodeError
 from dyntok.layout import MAP_VALUES
@@ -159,9 +159,9 @@ class IdRanges:
         """Returns the narrowest of uint16 and uint32 that holds every id (names as in NumPy)."""
         return "uint16" if self.vocab_size - 1 <= _LARGEST["uint16"] else "uint32"
 
-    def check_dtype(self, dtype: str) -> None:
+    def check_dtype(self, dtype: Any) -> None:
         """Raises `CodeError` when some id would overflow `dtype`: a name such as "uint16", a NumPy or a torch dtype."""
-        name = str(dtype).removeprefix("torch.")
+        name = dtype.__name__ if isinstance(dtype, type) else str(dtype).removeprefix("torch.")
         if name not in _LARGEST:
             raise CodeError(f"ids can't be stored as {name}; expected one of {', '.join(_LARGEST)}")
         if self.vocab_size - 1 > _LARGEST[name]:

@@ -7,7 +7,6 @@ source takes this one path, so the same picture gives the same pixels however it
 frame.
 """
 
-import dataclasses
 import functools
 import os
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from PIL import Image, ImageFile
 
 from dyntok.config import ImageConfig
 from dyntok.errors import ImageError
-from dyntok.fitting import Fitting, fit, smallest_decoding
+from dyntok.fitting import Fitting, fit, padded_inside, smallest_decoding
 from dyntok.imaging.color import to_srgb
 from dyntok.imaging.container import orientation
 from dyntok.imaging.decode import CheckSize, Picture, Smallest, decode, load, says_more
@@ -174,10 +173,8 @@ def restore(image: Image.Image, original: Original, config: ImageConfig) -> Imag
     """
     height, width = original.size
     left, top, right, bottom = original.crop_box
-    way = dataclasses.replace(config, resize=original.fit or config.resize)
-    if way.resize == "pad":
-        way = dataclasses.replace(way, size=(image.height, image.width))
-        image = image.crop(fit(width, height, way).inner)
+    if (original.fit or config.resize) == "pad":
+        image = image.crop(padded_inside(width, height, (image.height, image.width)))
     painted = resize(image, (bottom - top, right - left))
     if painted.size == (width, height):
         return painted
@@ -244,7 +241,7 @@ def _decoded(image: Image.Image, name: str, check_size: CheckSize) -> Picture:
                 f"{name}: format {image.format}, expected one of {formats}; if you trust it, pass image.copy()"
             )
         content = _file_of(image, name)
-        if content is not None and says_more(content, name):
+        if content is not None and ("transparency" in image.info or says_more(content, name)):
             return decode(content, name, check_size)
         load(image)
     else:
@@ -252,7 +249,8 @@ def _decoded(image: Image.Image, name: str, check_size: CheckSize) -> Picture:
     exif = image.info.get("exif")
     state = orientation(exif if isinstance(exif, bytes) else None, None) if exif else _stated_orientation(image)
     profile = image.info.get("icc_profile")
-    return Picture(image, state, profile if isinstance(profile, bytes) else None)
+    white = 65535 if image.format == "PPM" and image.mode == "I" else None  # Pillow scales these samples
+    return Picture(image, state, profile if isinstance(profile, bytes) else None, white)
 
 
 def _file_of(image: ImageFile.ImageFile, name: str) -> bytes | None:

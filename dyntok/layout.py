@@ -72,7 +72,7 @@ def lattice_positions(length: int, grid: tuple[int, int]) -> Tensor:
     patches = grid[0] * grid[1]
     if not 1 <= length <= patches:
         raise CodeError(f"a lattice of {length} tokens on a grid of {grid[0]} x {grid[1]}, expected 1 to {patches}")
-    return lattice_order(grid)[:length].sort().values
+    return lattice_order(grid, torch.device("cpu"))[:length].sort().values
 
 
 def num_blocks(grid: tuple[int, int]) -> int:
@@ -173,7 +173,8 @@ def map_digits() -> Tensor:
 def block_capacities(grid: tuple[int, int]) -> Tensor:
     """Returns the number of patches in the four cells of each block, int64 [blocks, 4]; 0 beyond the border."""
     slot, _ = _slots(grid)
-    return torch.cat([_cells(grid)[2], torch.zeros(1, dtype=torch.long)])[slot]
+    sizes = _cells(grid, torch.device("cpu"))[2]
+    return torch.cat([sizes, sizes.new_zeros(1)])[slot]
 
 
 @_table

@@ -177,10 +177,8 @@ class TokenizerNetwork(PretrainedModule):
 
     def _require_pixel_head(self) -> PixelHead:
         if self.pixel_head is None:
-            raise CodeError(
-                "this tokenizer has no pixel head, so it cannot make images; "
-                "decode_to_features(codes) gives patch features"
-            )
+            rest = "; decode_to_features(codes) gives patch features" if self.decoder else "; it can only encode"
+            raise CodeError(f"this tokenizer has no pixel head, so it cannot make images{rest}")
         return self.pixel_head
 
     def _check_pixels(self, pixels: Tensor) -> None:

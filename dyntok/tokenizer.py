@@ -37,6 +37,7 @@ from dyntok.model.decoder import Decoder
 from dyntok.network import Choice, Merge, TokenizerNetwork
 from dyntok.original import Original
 from dyntok.policy import KeepOptions, KeepPolicy
+from dyntok.structure import require_integer
 from dyntok.validation import check_computed
 
 IntegerRows: TypeAlias = Iterable[Tensor | Sequence[int]]  # one row of integers per image
@@ -109,6 +110,7 @@ class DynamicVisualTokenizer(TokenizerNetwork):
         A GPU is not waited for: where its numbers are not finite, the error comes when the codes are read.
         """
         keep = KeepPolicy.of(policy, options)
+        require_integer("max_pixels", max_pixels, 1)
         failures, originals = self._failures(errors), Originals()
         chunks = load_chunks(
             images,
@@ -143,8 +145,8 @@ class DynamicVisualTokenizer(TokenizerNetwork):
             "original": the size and shape that each had before `encode`; what was cut off is gray, and padding is cut
             off again.
 
-        Codes alone are read as a lattice where the tokenizer keeps canonical masks: exact for codes that were encoded
-        with `places="lattice"`. Codes of other masks need their positions, and look wrong without.
+        Codes alone are read as a lattice where the tokenizer keeps canonical masks. Those are the right places for
+        codes that were encoded with `places="lattice"`. Other codes need their positions, and look wrong without.
 
         Raises `CodeError` on codes or positions out of range, an image without codes or with more codes than patches,
         positions for a decoder that cannot use them, or a tokenizer without a pixel head; and `FingerprintError` on
@@ -179,9 +181,11 @@ class DynamicVisualTokenizer(TokenizerNetwork):
     ) -> Features:
         """Returns the merged tokens that `encode` would quantize, for LLMs that read embeddings.
 
-        Arguments and errors are those of `encode`.
+        Arguments and errors are those of `encode`, without `errors`, `margins` and `refine`: the first bad image
+        raises.
         """
         keep = KeepPolicy.of(policy, options)
+        require_integer("max_pixels", max_pixels, 1)
         config = self.image_config(fit=fit, max_patches=max_patches, size=size, decoding=decoding)
         threads = self._decoding_threads(workers)
         chunks = load_chunks(images, config, self._at_once(batch_size), max_pixels=max_pixels, workers=threads)
@@ -362,7 +366,7 @@ class DynamicVisualTokenizer(TokenizerNetwork):
                 raise CodeError(f"codes are {got}, expected an Encoding or one list of integers per image")
             if positions is not None and (decoder or self.require_decoder()).placement == "rank":
                 raise CodeError("positions were given, but this decoder uses only the order of codes; leave them out")
-            codes = Encoding.pack(codes, positions, grid or self.grid)
+            codes = Encoding.pack(codes, positions, self.grid if grid is None else grid)
         elif positions is not None or grid is not None:
             raise CodeError("positions= or grid= was given with an Encoding, which has its own; leave them out")
         if codes.fingerprint not in (None, self.fingerprint):

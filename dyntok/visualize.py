@@ -1,6 +1,7 @@
 """Contact sheets: the original image, its kept patches and its reconstruction, side by side for people to look at."""
 
 from collections.abc import Sequence
+from math import ceil
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -58,17 +59,22 @@ def contact_sheet(
             panel.append(again)
     panels = [[_enlarged(picture, side) for picture in panel] for panel in panels]
     columns = min(columns, len(panels))
-    widths = [max(len(p) * (p[0].width + _GAP) for p in panels[i::columns]) + _GAP for i in range(columns)]
+    font = ImageFont.load_default(14)
+    captions = [f"{part.num_tokens} tokens of {int(part.grids[0].prod())} patches" for part in encoding]
+    needed = [
+        max(len(panel) * (panel[0].width + _GAP), ceil(font.getlength(caption)) + _GAP)
+        for panel, caption in zip(panels, captions, strict=True)
+    ]
+    widths = [max(needed[i::columns]) + _GAP for i in range(columns)]
     lines = [panels[i : i + columns] for i in range(0, len(panels), columns)]
     heights = [max(panel[0].height for panel in line) + _CAPTION + _GAP for line in lines]
     sheet = Image.new("RGB", (sum(widths), sum(heights) + _GAP), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    for i, (panel, part) in enumerate(zip(panels, encoding, strict=True)):
+    draw = ImageDraw.Draw(sheet)
+    for i, (panel, caption) in enumerate(zip(panels, captions, strict=True)):
         left, top = sum(widths[: i % columns]) + _GAP, sum(heights[: i // columns]) + _GAP
         for j, picture in enumerate(panel):
             sheet.paste(picture, (left + j * (picture.width + _GAP), top))
-        patches = int(part.grids[0].prod())
-        draw.text((left, top + panel[0].height + 3), f"{part.num_tokens} tokens of {patches} patches", "black", font)
+        draw.text((left, top + panel[0].height + 3), caption, "black", font)
     return sheet
 
 

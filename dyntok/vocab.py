@@ -88,7 +88,8 @@ class VisualVocab(IdRanges):
             raise CodeError(f"a vocabulary is made for a tokenizer, as dyntok.load() returns one, got {brief(tok)}")
         if layout is None:
             places = _LAYOUT_OF_PLACES[getattr(tok.config.selector, "places", "free")]
-            layout = places if tok.config.decoder.placement == "grid" else "none"
+            decoder = tok.config.decoder
+            layout = places if decoder is None or decoder.placement == "grid" else "none"
         if any_grid is None:
             any_grid = getattr(tok, "any_grid", False)
         grid, sides = (None, MAX_SIDE) if any_grid else (tok.grid, 0)
@@ -307,12 +308,16 @@ class VisualVocab(IdRanges):
         return _Image(codes, positions, grid)
 
     def _known_grid(self, grid: _Grid | None) -> _Grid | None:
-        if grid is not None and self.grid not in (None, tuple(grid)):
+        if grid is not None:
+            given = grid.tolist() if isinstance(grid, Tensor) else grid
+            if not isinstance(given, tuple | list) or [type(side) for side in given] != [int, int]:
+                raise CodeError(f"grid is {brief(grid)}, expected (rows, columns)")
+            grid = (given[0], given[1])
+        if grid is not None and self.grid not in (None, grid):
             raise CodeError(
-                f"an image has the grid {tuple(grid)}, expected {self.grid}; "
-                "VisualVocab.of(..., any_grid=True) writes any"
+                f"an image has the grid {grid}, expected {self.grid}; VisualVocab.of(..., any_grid=True) writes any"
             )
-        grid = self.grid if grid is None else (grid[0], grid[1])
+        grid = self.grid if grid is None else grid
         if grid is None and self.sides:
             raise CodeError("this vocabulary writes each image's grid; give grid=(rows, columns)")
         return grid

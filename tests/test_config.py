@@ -226,3 +226,12 @@ def test_options_that_reach_for_files_or_the_network_are_refused(option):
 def test_options_of_backbones_are_a_mapping_from_names(kwargs):
     with pytest.raises(ConfigError, match="backbone.kwargs"):
         BackboneConfig(kwargs=kwargs)
+
+
+def test_a_preset_can_be_changed_without_changing_others():
+    TokenizerConfig.preset("tiny").backbone.kwargs["depth"] = 1
+    assert TokenizerConfig.preset("tiny").backbone.kwargs["depth"] == 4
+    given = {"img_size": 128}
+    config = BackboneConfig(kwargs=given)
+    given["checkpoint_path"] = "/etc/x"
+    assert config.kwargs == {"img_size": 128}

@@ -10,7 +10,7 @@ import torch
 from hypothesis import settings
 
 from dyntok.encoding import Encoding
-from dyntok.errors import CodeError, FingerprintError, ImageError
+from dyntok.errors import CodeError, ConfigError, FingerprintError, ImageError
 from dyntok.validation import MAX_GRID_SIDE
 
 LIMITED = settings(max_examples=60, deadline=None)
@@ -323,3 +323,9 @@ def test_from_dict_needs_only_codes_and_grids():
     assert enc == Encoding.pack([[7, 1], [4]], None, [(2, 2), (1, 1)])
     with pytest.raises(CodeError, match="codes and grids"):
         Encoding.from_dict({"codes": [[7, 1]]})
+
+
+@pytest.mark.parametrize("wrong", [torch.bfloat16, torch.int32, None, 1.5], ids=str)
+def test_codes_keep_their_dtype(wrong):
+    with pytest.raises(ConfigError, match="expected a device such as 'cpu'; codes are always int64"):
+        Encoding.pack([[5280, 12247]], None, (2, 2)).to(wrong)

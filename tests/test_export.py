@@ -11,7 +11,7 @@ from support.kernel_cases import bounds, similar_case
 from torch.testing import assert_close
 
 import dyntok
-from dyntok.errors import ConfigError
+from dyntok.errors import ConfigError, ImageError
 from dyntok.export import FixedDecoder, FixedEncoder, export, to_onnx
 from dyntok.image import to_pixels
 from dyntok_kernels import compact
@@ -196,3 +196,20 @@ def test_each_grid_has_its_onnx_graphs(grid, small_config, photos, tmp_path):
     (painted,) = session.run(None, dict(zip(names, [codes.numpy(), positions.numpy()], strict=True)))
     assert painted.shape == (2, 3, 8 * grid[0], 8 * grid[1])
     assert_close(torch.from_numpy(painted), wanted, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("wrong", ["grid", "uint8", "one picture"])
+def test_an_encoder_refuses_pixels_of_another_form(wrong, tiny, pixels):
+    """The grid 8 x 32 has as many patches as 16 x 16: without a check, its codes would be wrong in silence."""
+    given = {"grid": pixels.reshape(-1, 3, 64, 256), "uint8": pixels.to(torch.uint8), "one picture": pixels[0]}[wrong]
+    with pytest.raises(ImageError, match=r"expected normalized floats \[B, 3, 128, 128\]"):
+        FixedEncoder(tiny, BUDGET)(given)
+    wide = FixedEncoder(tiny, BUDGET, (8, 32))(pixels.reshape(-1, 3, 64, 256))
+    assert torch.equal(wide[0], as_rows(tiny.encode_tensor(pixels.reshape(-1, 3, 64, 256), budget=BUDGET))[0])
+
+
+@pytest.mark.parametrize("grid", [16, (16,), (0, 5), (-1, -4), (300, 1), (128, 128), "ab", (16.0, 16)], ids=str)
+def test_grids_that_no_tokenizer_has(grid, tiny):
+    for make in (lambda: FixedEncoder(tiny, 1, grid), lambda: FixedDecoder(tiny, grid)):
+        with pytest.raises(ConfigError, match=r"expected \(rows, columns\) of 1 to 128, and at most 4,096 patches"):
+            make()

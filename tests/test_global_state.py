@@ -22,6 +22,7 @@ import dyntok.batch
 import dyntok_kernels
 from dyntok.cli.main import main
 from dyntok.export import FixedEncoder, export
+from dyntok.layout import block_capacities, lattice_positions
 from dyntok.llm import Document, ImageCodes, ImageGrammar, PackedDataset, Packer, parse_ids, read_documents
 
 SIGNALS = [number for number in signal.valid_signals() if number not in (signal.SIGKILL, signal.SIGSTOP)]
@@ -296,6 +297,8 @@ def test_the_default_device_of_a_program_does_not_matter():
     image, loaded = dyntok.example_image(), {name: dyntok.load(name) for name in ("tiny", "flex")}
     tokenizer = loaded["tiny"]
     wanted = tokenizer.encode(image)
+    lattice = dyntok.VisualVocab.after(100, 16, layout="lattice", grid=(5, 3))
+    row = tokenizer.codebook.embedding.new_zeros(0).long()
     torch.set_default_device("meta")
     try:
         for name, before in loaded.items():
@@ -308,5 +311,8 @@ def test_the_default_device_of_a_program_does_not_matter():
         assert found.codes[0].tolist() == wanted.codes[0].tolist()
         assert [picture.size for picture in tokenizer.decode([[1, 2, 3]])] == [(128, 128)]
         assert tokenizer.features(image).lengths.tolist() == wanted.lengths.tolist()
+        ids = lattice.to_ids(row.new_tensor([1, 2, 3]), positions=lattice_positions(3, (5, 3)))
+        assert lattice.to_encoding([ids]).codes[0].tolist() == [1, 2, 3]
+        assert block_capacities((3, 3)).tolist() == [[4, 2, 2, 1]]
     finally:
         torch.set_default_device(None)

@@ -148,3 +148,8 @@ def test_one_for_each_image(tok, pictures):
     huge = Encoding.pack([[1]], [[0]], (1, 1), originals=[Original((2**20, 2**20), (0, 0, 5, 5))])
     with pytest.raises(CodeError, match="give a smaller size"):
         tok.decode(huge, size="original")
+
+
+def test_padding_of_a_tokenizer_with_one_grid(tokenizer, pictures):
+    again = tokenizer.decode(tokenizer.encode(pictures, fit="pad"), size="original")
+    assert [picture.size for picture in again] == SIZES

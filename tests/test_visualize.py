@@ -41,8 +41,9 @@ def test_without_a_pixel_head_there_are_two_pictures(small_config, photos):
     decoder = dataclasses.replace(small_config.decoder, pixels=False)
     codebook = dataclasses.replace(small_config.codebook, projection="mlp")
     tokenizer = DynamicVisualTokenizer(dataclasses.replace(small_config, decoder=decoder, codebook=codebook)).eval()
-    sheet = contact_sheet(tokenizer, photos, tokenizer.encode(photos, budget=9), side=SIDE, columns=3)
-    assert sheet.size == (3 * (2 * (SIDE + GAP) + GAP), 2 * (SIDE + CAPTION + GAP) + GAP)
+    side = 2 * SIDE  # for the width of a caption
+    sheet = contact_sheet(tokenizer, photos, tokenizer.encode(photos, budget=9), side=side, columns=3)
+    assert sheet.size == (3 * (2 * (side + GAP) + GAP), 2 * (side + CAPTION + GAP) + GAP)
 
 
 def test_codes_must_be_those_of_the_images(tokenizer, photos):
@@ -73,3 +74,12 @@ def test_panels_of_many_shapes_take_the_room_that_they_need(small_config, photos
     assert w0 > 2 * h0 and h1 > 2 * w1
     assert sheet.width == 3 * (max(w0, w2) + GAP) + GAP + 3 * (max(w1, w3) + GAP) + GAP
     assert sheet.height == max(h0, h1) + max(h2, h3) + 2 * (CAPTION + GAP) + GAP
+
+
+def test_captions_fit_beside_narrow_pictures(small_config, photos):
+    tall = any_grid_tokenizer(small_config)
+    pictures = [photos[0][:, :64]] * 2
+    sheet = contact_sheet(tall, pictures, tall.encode(pictures), columns=2)
+    dark = (np.asarray(sheet)[-24:].min(-1) < 128).any(0)  # the line of the captions
+    half = sheet.width // 2
+    assert dark[:half].any() and dark[half:].any() and not dark[half - 8 : half + 8].any() and not dark[-8:].any()

@@ -124,7 +124,7 @@ def test_dtype_is_the_narrowest_that_holds_every_id():
 
 
 @pytest.mark.parametrize(
-    "dtype", ["uint16", "int32", "uint32", "int64", "uint64", np.dtype("uint16"), torch.int32], ids=str
+    "dtype", ["uint16", "int32", "uint32", "int64", "uint64", np.dtype("uint16"), np.uint16, torch.int32], ids=str
 )
 def test_wide_enough_dtypes_pass(dtype):
     VisualVocab.lavit().check_dtype(dtype)

@@ -1,11 +1,14 @@
 """Objects of a wrong type, given to public calls: an error of ours that says what came and what was expected."""
 
+import dataclasses
+
 import numpy as np
 import pytest
+import torch
 
 import dyntok
 from dyntok import batch, llm
-from dyntok.errors import DyntokError
+from dyntok.errors import CodeError, ConfigError, DyntokError
 
 VOCAB = dyntok.VisualVocab.after(300, size=256, patches=64)
 GRAMMAR = llm.ImageGrammar(VOCAB)
@@ -105,3 +108,64 @@ def test_options_of_a_dataset(option, wrong, tmp_path):
 
 def test_whole_numbers_of_numpy_are_numbers():
     assert packer(length=np.int64(64)).length == 64
+
+
+PHOTO = np.zeros((64, 64, 3), np.uint8)
+
+
+@pytest.mark.parametrize("wrong", [None, 0, -1, 1.5, "x"])
+def test_max_pixels(wrong, tokenizer):
+    """With errors="skip", a wrong limit would leave out every picture."""
+    for call in (
+        lambda: tokenizer.encode(PHOTO, max_pixels=wrong, errors="skip"),
+        lambda: tokenizer.features(PHOTO, max_pixels=wrong),
+    ):
+        with pytest.raises(ConfigError, match="max_pixels is .*, expected an integer of 1 or more"):
+            call()
+
+
+@pytest.mark.parametrize("grid", [16, (16,), "ab", (1, 2, 3), (2.0, 4)], ids=str)
+def test_grids_of_ids(grid):
+    with pytest.raises(CodeError, match=r"grid is .*, expected \(rows, columns\)"):
+        dyntok.VisualVocab.after(100, 16, layout="lattice", sides=8).to_ids([1, 2], positions=[0, 1], grid=grid)
+
+
+@pytest.mark.parametrize("name", ["bos", "eos", "pad"])
+@pytest.mark.parametrize("wrong", ["x", 2.5, -1, True])
+def test_ids_of_a_packer(name, wrong):
+    with pytest.raises(ConfigError, match=f"{name} is .*, expected an integer of 0 or more"):
+        packer(**{name: wrong})
+    with pytest.raises(ConfigError, match="pad is None"):
+        packer(pad=None)
+
+
+def test_a_row_of_grids_is_a_grid(tokenizer):
+    encoding = tokenizer.encode(PHOTO, budget=9)
+    rows = {"positions": [encoding.positions[0]], "grid": encoding.grids[0]}
+    assert tokenizer.decode([encoding.codes[0]], **rows)[0].tobytes() == tokenizer.decode(encoding)[0].tobytes()
+
+
+def test_a_vocabulary_of_a_tokenizer_without_a_decoder(small_config):
+    tokenizer = dyntok.DynamicVisualTokenizer(dataclasses.replace(small_config, decoder=None))
+    vocab, encoding = dyntok.VisualVocab.of(tokenizer, after=10), tokenizer.encode(PHOTO, budget=9)
+    assert vocab.layout == "positions" and vocab.to_encoding(vocab.to_ids(encoding)) == encoding
+    with pytest.raises(CodeError, match="it can only encode"):
+        tokenizer.decode(encoding)
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "labels"])
+def test_shapes_of_a_prefix(name, tokenizer):
+    features, prefix = tokenizer.features(PHOTO, budget=9), llm.VisualPrefix(48, 8)
+    with pytest.raises(CodeError, match=f"{name} has shape .*, expected .1, 5., as the text"):
+        prefix(features, torch.zeros(1, 5, 8), **{name: torch.ones(1, 4, dtype=torch.long)})
+    with pytest.raises(CodeError, match="expected at least one"):
+        prefix(tokenizer.features([]), torch.zeros(0, 5, 8))
+
+
+def test_a_codebook_as_an_array():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=300, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+    )
+    with pytest.raises(ConfigError, match="expected 'mean' or the codebook's vectors"):
+        llm.extend_model(transformers.LlamaForCausalLM(config), VOCAB, init=np.zeros((256, 8)))

@@ -76,7 +76,7 @@ class Parquet:
             columns["margins"] = pa.list_(pa.float32(), 2)
         self.interleaved = options.interleaved
         self.columns = {name: pa.list_(kind) for name, kind in columns.items()} if self.interleaved else columns
-        self.metadata = {METADATA_KEY: json.dumps(metadata, ensure_ascii=False).encode()}
+        self.metadata = {METADATA_KEY: json.dumps(metadata).encode()}
 
     def write(
         self, output: Output, name: str, rows: Sequence[TokenizedRow], types: Mapping[str, pa.DataType]

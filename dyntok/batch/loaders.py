@@ -62,7 +62,7 @@ def document_ids(
                 row.append(torch.tensor([id for id in encode(words) if not vocab.is_visual(id)], dtype=torch.long))
             if row and eod is not None:
                 row.append(torch.tensor([eod]))
-            if row:
+            if sum(map(len, row)):
                 yield torch.cat(row).numpy()
 
 

@@ -17,6 +17,7 @@ from dyntok.addresses import StorageOptions, address_key, is_remote, local_path,
 from dyntok.batch.engines.rows import Failure, Range, RangeEnd, Retry, TokenizedRow, Work
 from dyntok.batch.formats import Writer
 from dyntok.batch.inputs.left_out import LeftOut
+from dyntok.batch.inputs.names import without_surrogates
 from dyntok.batch.inputs.samples import Input, Shard
 from dyntok.batch.megatron import text_tokenizer_digest
 from dyntok.batch.options import BatchOptions
@@ -56,6 +57,7 @@ class Record:
     files: dict[str, dict[str, int]]  # name -> {"rows": ..., "bytes": ...}
     attempt: int = 0  # the last `--retry-errors`
     left_out: dict[str, int] = field(default_factory=dict)  # input files that were not read, by suffix
+    digest: str = ""  # of the keys of its rows; "" in old outputs
 
     @property
     def data_files(self) -> list["RecordedFile"]:
@@ -81,6 +83,12 @@ def describe_run(
         },
         "options": values,
     }
+
+
+def refuse_foreign(output: Output) -> None:
+    """Raises `BatchError` where a folder holds files and is not the output of a run."""
+    if output.read_json(f"{RUN}/run.json") is None and next(iter(output.names()), None) is not None:
+        raise BatchError(f"{redact(output.address)} holds files that are of no run; name a new or an empty folder")
 
 
 def read_description(output: Output) -> dict[str, Any]:
@@ -163,14 +171,12 @@ def read_errors(output: Output, span: Range, record: Record) -> list[dict[str, A
 class Manifest:
     """Of one output folder; made where there is none, unless `create` is false.
 
-    Raises `BatchError` where the folder holds another run, or something else.
+    Raises `BatchError` where the folder holds another run.
     """
 
     def __init__(self, output: Output, description: Mapping[str, Any], *, create: bool = True) -> None:
         self.output = output
         before = output.read_json(f"{RUN}/run.json")
-        if before is None and next(iter(output.names()), None) is not None:
-            raise BatchError(f"{redact(output.address)} holds files that are of no run; name a new or an empty folder")
         if next(iter(output.names(f"{RUN}/done")), None) is not None:
             described = read_description(output)
             known = {"dyntok": None, "device": None}  # another version may resume; devices have a message of their own
@@ -213,7 +219,12 @@ class Manifest:
             )
 
     def failed_work(self, source: Input) -> Iterator[Work]:
-        """Yields the failed rows as work, to be tried again."""
+        """Yields the failed rows as work, to be tried again. Raises `BatchError` where there is no run yet."""
+        if next(iter(self.output.names(f"{RUN}/done")), None) is None:
+            raise BatchError(
+                f"{redact(self.output.address)} holds no run whose failed pictures could be tried again; leave "
+                "retry_errors (--retry-errors) out"
+            )
         records = _RecordsByShard(read_records(self.output))
         for shard in source.shards():
             for number, record in records.of(shard.index).items():
@@ -221,7 +232,7 @@ class Manifest:
                     keys = {
                         row["place"]: row["key"] for row in read_errors(self.output, Range(shard.index, number), record)
                     }
-                    retry = Retry(record.attempt + 1, keys, record.rows, record.last)
+                    retry = Retry(record.attempt + 1, keys, record.rows, record.last, record.digest)
                     yield Work(shard, number, record.start, retry=retry)
 
     def commit(self, end: RangeEnd, rows: Sequence[TokenizedRow], writer: Writer) -> Record:
@@ -250,6 +261,7 @@ class Manifest:
             files={file: {"rows": len(good), "bytes": size} for file, size in sizes.items()},
             attempt=end.range.attempt,
             left_out=end.left_out,
+            digest=end.digest,
         )
         name = f"{RUN}/done/{replace(end.range, attempt=0).name}.json"
         values = self.output.read_json(name)  # of a range that is retried, or whose files were lost
@@ -329,7 +341,7 @@ def _errors_name(span: Range) -> str:
 def _failure(row: TokenizedRow, failure: Failure) -> dict[str, Any]:
     return {
         "key": row.key,
-        "source": row.source,
+        "source": without_surrogates(row.source),
         "reason": failure.reason,
         "place": row.place,
         "image": failure.image if len(row.images) > 1 else None,

@@ -118,7 +118,7 @@ class BatchOptions:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How the work is done, which changes no result. Raises `ConfigError`."""
+    """How the work is done. Only `time_limit` can change a result. Raises `ConfigError`."""
 
     name: Literal["local", "ray"] = "local"
     batch_size: int = 32  # images at once, at most

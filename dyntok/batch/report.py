@@ -13,6 +13,7 @@ from PIL import Image
 
 from dyntok.addresses import StorageOptions
 from dyntok.batch.dataset import CodesDataset, packed
+from dyntok.batch.engines.rows import Range
 from dyntok.batch.inputs.open import open_input
 from dyntok.batch.inputs.samples import Broken, Input, Shard
 from dyntok.batch.manifest import Record, read_description, read_errors, read_records
@@ -187,7 +188,8 @@ def draw_sample_sheet(
 
     The originals are read from the input.
 
-    Raises `BatchError` where the input can't be found as it was, `FingerprintError` where the tokenizer is another one.
+    Raises `DataError` or `BatchError` where the input can't be found as it was, `FingerprintError` where the tokenizer
+    is another one.
     """
     output = Output(folder, storage or {})
     description = read_description(output)
@@ -208,7 +210,7 @@ def draw_sample_sheet(
     for shard in source.shards():
         for span, record in chosen.items():
             if span.shard == shard.index:
-                found = _originals(source, shard, record, output, written)
+                found = _originals(source, shard, span, record, output, written)
                 pairs += itertools.islice(found, min(_PER_SHARD, images - len(pairs)))
     if not pairs:
         raise BatchError("the originals were not found in the input; it may have moved or changed")
@@ -227,13 +229,17 @@ def draw_sample_sheet(
 
 
 def _originals(
-    source: Input, shard: Shard, record: Record, output: Output, fingerprint: str
+    source: Input, shard: Shard, span: Range, record: Record, output: Output, fingerprint: str
 ) -> Iterator[tuple[Any, Encoding]]:
-    """Returns the first images of an output shard, and their codes."""
-    rows = {row.key: row for row in read_block(output, record.data_files[0], 0) if row.images}
+    """Returns the first images of an output shard, and their codes. Rows that share a key are left out."""
+    block = read_block(output, record.data_files[0], 0)
+    times = Counter(row.key for row in block)
+    rows = {row.key: row for row in block if row.images and times[row.key] == 1}
+    failed = {(row["place"], row["image"] or 0) for row in read_errors(output, span, record)}
     with source.open(shard, record.start) as reading:
-        for sample in itertools.islice(reading, record.rows):
-            if sample.key in rows:
-                image = next((image for image in source.fetch(sample).images if image is not None), None)
-                if image is not None and not isinstance(image, Broken):
-                    yield image, packed(rows[sample.key].images[:1], fingerprint)
+        for place, sample in enumerate(itertools.islice(reading, record.rows)):
+            present = [i for i, image in enumerate(sample.images) if image is not None and (place, i) not in failed]
+            if present and sample.key in rows:
+                image = source.fetch(sample).images[present[0]]
+                if not isinstance(image, Broken):
+                    yield image, packed(rows.pop(sample.key).images[:1], fingerprint)

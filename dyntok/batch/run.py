@@ -45,7 +45,7 @@ def tokenize(
                     one kind
     model           as in `dyntok.load`, or a tokenizer
     options         what is written
-    engine          performance options; they never affect the output
+    engine          performance options; of these only `time_limit` can affect the output
     retry_errors    read only the rows of the errors table
     max_error_rate  stop when a larger share of images fails
     storage         arguments of fsspec's file systems, by protocol; they are written nowhere

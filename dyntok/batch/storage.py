@@ -123,7 +123,7 @@ class Output:
             warnings.warn(f"the file system of {redact(self.address)} {problem}", RuntimeWarning, stacklevel=2)
 
     def publish_json(self, name: str, values: Any) -> None:
-        text = json.dumps(values, ensure_ascii=False, indent=1) + "\n"
+        text = json.dumps(values, indent=1) + "\n"
         self.publish(name, lambda path: Path(path).write_text(text, encoding="utf-8"))
 
     def remove(self, name: str) -> None:

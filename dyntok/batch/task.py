@@ -9,7 +9,7 @@ import dyntok
 from dyntok.addresses import StorageOptions, locate, redact
 from dyntok.batch.inputs.open import open_input
 from dyntok.batch.inputs.samples import Input
-from dyntok.batch.manifest import Manifest, describe_run
+from dyntok.batch.manifest import Manifest, describe_run, refuse_foreign
 from dyntok.batch.options import BatchOptions, EngineOptions
 from dyntok.batch.shapes import check_shapes
 from dyntok.batch.storage import Output
@@ -63,6 +63,7 @@ def prepare(
             raise ConfigError(
                 f"the output {redact(target.address)} lies inside the input {redact(name)}; name another folder"
             )
+    refuse_foreign(target)
     source = open_input(sources, options, storage)
     if isinstance(model, DynamicVisualTokenizer):
         tokenizer = model

@@ -39,7 +39,8 @@ class PretrainedModule(nn.Module):
         self.batch_invariant = False  # computes every image alone on a GPU, too; see `dyntok.load`
         self.origin: Origin | None = None  # where it was loaded from
         self.card: str | None = None  # a model card that must stay with the weights, for the license it names
-        self._fingerprint: tuple[Any, str] | None = None  # what it was computed from, and the hash
+        # what it was computed from, the hash, and the tensors: kept, so that no other gets one's address in memory
+        self._fingerprint: tuple[Any, str, list[torch.Tensor]] | None = None
 
     @property
     def config(self) -> TokenizerConfig:
@@ -64,7 +65,7 @@ class PretrainedModule(nn.Module):
         versions = [(t.data_ptr(), t.dtype, t._version) for t in tensors if not t.is_inference()]
         basis = encoding_sections(self.config), versions
         if self._fingerprint is None or self._fingerprint[0] != basis or len(versions) < len(tensors):
-            self._fingerprint = basis, fingerprint(self.config, state)
+            self._fingerprint = basis, fingerprint(self.config, state), tensors
         return self._fingerprint[1]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -137,7 +138,7 @@ class PretrainedModule(nn.Module):
         """
         if push_options and not push_to_hub:
             raise TypeError(f"save_pretrained got {', '.join(push_options)}, which only push_to_hub=True uses")
-        folder = Path(save_directory)
+        folder = Path(save_directory).expanduser()
         subfolders = self._save(folder, dtype)
         if not push_to_hub:
             return None

@@ -158,8 +158,8 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 def names(text: str) -> list[str]:
-    """Read names separated by commas."""
-    return text.split(",")
+    """Read names separated by commas; spaces around them do not count."""
+    return [name.strip() for name in text.split(",")]
 
 
 def keep_options(options: argparse.Namespace) -> "KeepOptions":

@@ -21,7 +21,7 @@ from dyntok.cli.arguments import (
     report,
     whole,
 )
-from dyntok.errors import DyntokError
+from dyntok.errors import ConfigError, DyntokError
 
 if TYPE_CHECKING:
     from dyntok.batch import Summary
@@ -54,7 +54,9 @@ def add_batch(commands: "Commands") -> None:
     add_shape_options(add)
     _add_input_options(add.add_argument_group("input"))
     _add_output_options(add.add_argument_group("output"))
-    _add_performance_options(add.add_argument_group("performance (these options never affect the output)"))
+    _add_performance_options(
+        add.add_argument_group("performance (these options never affect the output, except --time-limit)")
+    )
 
 
 def _add_input_options(group: "argparse._ArgumentGroup") -> None:
@@ -177,6 +179,8 @@ def _batch(options: argparse.Namespace) -> int:
     from dyntok.cli.batch_progress import Progress
     from dyntok.validation import counted
 
+    if options.dry_run and options.retry_errors:
+        raise ConfigError("--dry-run and --retry-errors were both given; give one of them")
     given = vars(options)
     run_options = BatchOptions(**{name: given[name] for name in BatchOptions.__dataclass_fields__ if name in given})
     engine = EngineOptions(

@@ -25,7 +25,7 @@ from dyntok.cli.arguments import (
     shape_options,
     size_or_original,
 )
-from dyntok.cli.files import guard_write, image_sources, read_codes, save_picture
+from dyntok.cli.files import guard_write, image_sources, read_codes, save_picture, writable_suffixes
 from dyntok.errors import CodeError, ConfigError
 
 if TYPE_CHECKING:
@@ -136,11 +136,9 @@ def _encoded(encoding: "Encoding", path: str | None) -> str:
 
 
 def _decode(options: argparse.Namespace) -> int:
-    from PIL import Image
-
     from dyntok import load
 
-    target, formats = Path(options.output), Image.registered_extensions()
+    target, formats = Path(options.output), writable_suffixes()
     if target.suffix and target.suffix.lower() not in formats and not target.is_dir():
         raise ConfigError(
             f"can't write pictures as {target.suffix}; "

@@ -60,8 +60,17 @@ def save_picture(picture: "Image.Image", output: str) -> None:
     """Write a picture to a file, or as PNG to stdout if the output is "-"."""
     if output == "-":
         picture.save(sys.stdout.buffer, "PNG")
-    else:
-        guard_write(lambda: picture.save(output), output)
+        return
+    if (suffix := Path(output).suffix) and suffix.lower() not in writable_suffixes():
+        raise ConfigError(f"can't write {output}: pictures are not written as {suffix}; name a .png")
+    guard_write(lambda: picture.save(output), output)
+
+
+def writable_suffixes() -> set[str]:
+    """Returns the suffixes of the formats that Pillow writes, such as ".png"."""
+    from PIL import Image
+
+    return {suffix for suffix, format in Image.registered_extensions().items() if format in Image.SAVE}
 
 
 def guard_write(write: Callable[[], Any], output: object) -> None:

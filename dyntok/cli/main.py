@@ -7,6 +7,7 @@ skipped; 130 interrupted. Each command imports what it needs when it runs, so `d
 import argparse
 import contextlib
 import errno
+import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -32,15 +33,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _streams() -> Iterator[None]:
-    """Sends what is printed nowhere where standard output or error is closed.
+    """Sends what is printed nowhere where standard output or error is closed, and escapes what it can't encode.
 
-    Python would print the messages of a closed standard error to standard output.
+    Python would print the messages of a closed standard error to standard output. File names may hold any characters,
+    and the encoding of a terminal or pipe need not have them.
     """
     with contextlib.ExitStack() as stack:
         if None in (sys.stdout, sys.stderr):
             nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             stack.enter_context(contextlib.redirect_stdout(sys.stdout or nowhere))
             stack.enter_context(contextlib.redirect_stderr(sys.stderr or nowhere))
+        stdout = sys.stdout
+        if isinstance(stdout, io.TextIOWrapper) and stdout.errors == "strict":
+            stdout.reconfigure(errors="backslashreplace")
+            stack.callback(stdout.reconfigure, errors="strict")
         yield
 
 

@@ -111,8 +111,8 @@ def decode(data: bytes, name: str, check_size: CheckSize, smallest: Smallest | N
         reduction = _reduce(image, container.orientation, smallest)
     load(image)
     picture: Image.Image = image
-    if format == "PNG" and container.white:
-        picture = _by_significant_bits(image, container, rawmode)
+    if format == "PNG":
+        picture = _png(image, container, rawmode)
     elif container.signed:
         picture = Image.fromarray(np.asarray(image).view(np.int8).astype(np.int32))
     profile = container.profile or picture.info.get("icc_profile")
@@ -261,6 +261,27 @@ Image.register_decoder(_STRICT, _StrictDecoder)  # type: ignore[arg-type]  # onl
 def _rawmode(image: ImageFile.ImageFile) -> str:
     args = image.tile[0][3] if image.tile else ""
     return args[0] if isinstance(args, tuple) else args or ""
+
+
+def _png(image: ImageFile.ImageFile, container: Container, rawmode: str) -> Image.Image:
+    """Returns a PNG with what Pillow does not heed of its sBIT and tRNS chunks."""
+    picture = _by_significant_bits(image, container, rawmode) if container.white else image
+    key = image.info.get("transparency")
+    if image.mode not in ("1", "L", "RGB") or not isinstance(key, int | tuple):
+        return picture
+    # the color that is transparent, in samples of the file; Pillow compares it with those that it has scaled
+    depth = 1 if image.mode == "1" else int(rawmode.partition(";")[2].rstrip("B") or 8)
+    samples = np.asarray(image).astype(np.uint16)
+    if depth == 16:
+        samples = samples << 8 | _decoded_as(container.data, rawmode[:-1] + "L")[..., :3]
+    elif depth > 1:
+        samples //= 255 // ((1 << depth) - 1)
+    same = samples == np.array(key) % (1 << depth)
+    transparent = same if samples.ndim == 2 else same.all(2)
+    picture = picture.convert("L") if picture.mode == "1" else picture.copy()
+    picture.info.pop("transparency", None)
+    picture.putalpha(Image.fromarray(np.where(transparent, 0, 255).astype(np.uint8)))
+    return picture
 
 
 def _by_significant_bits(image: Image.Image, container: Container, rawmode: str) -> Image.Image:

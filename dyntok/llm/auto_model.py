@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor, nn
 
@@ -60,7 +59,6 @@ class DyntokModel(nn.Module):
         """Returns features of all patches as the decoder restores them, [B, N, D]."""
         return self.tokenizer.decode_to_features(self.tokenizer.encode_tensor(pixel_values))
 
-    @torch.inference_mode()
     def get_image_tokens(
         self,
         pixel_values: Tensor | Sequence[Tensor],
@@ -83,7 +81,6 @@ class DyntokModel(nn.Module):
         encoding = self.tokenizer.encode_tensor(pixel_values, **keep)
         return list(encoding.codes) if vocab is None else vocab.to_ids(encoding)
 
-    @torch.inference_mode()
     def decode_image_tokens(
         self, image_tokens: Sequence[Tensor], vocab: VisualVocab | None = None
     ) -> list[Image.Image]:

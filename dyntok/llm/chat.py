@@ -5,6 +5,7 @@ stand, and are then replaced or removed.
 """
 
 import base64
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from urllib.parse import unquote
 from dyntok.errors import CodeError
 from dyntok.image import ImageSource
 from dyntok.llm.packing import IGNORED
+from dyntok.structure import brief
 from dyntok.validation import counted
 
 Message = Mapping[str, Any]
@@ -41,24 +43,47 @@ class Rendered:
 
 
 def flatten_messages(
-    messages: Sequence[Message], images: list[ImageSource], fetch: Fetch | None = None
+    messages: Sequence[Message], images: list[ImageSource], *, local_paths: bool = True, fetch: Fetch | None = None
 ) -> list[dict[str, Any]]:
     """Returns messages whose contents are lists of texts and `ImagePlace`s, and appends their pictures to `images`.
 
+    local_paths: whether pictures may be paths and file:// addresses
     fetch: gets pictures of http addresses; None: such addresses are refused
+
+    Raises `CodeError` on a picture in another form.
     """
-    return [{**message, "content": _flat(message.get("content") or [], images, fetch)} for message in messages]
+
+    def picture(part: Mapping[str, Any]) -> ImageSource:
+        source = _picture(part, fetch)
+        if not local_paths and isinstance(source, str | os.PathLike):
+            raise CodeError(
+                f"a picture is the local file {str(source)[:60]!r}, and this processor was made with "
+                "local_paths=False; give the picture's bytes, or a data URI"
+            )
+        return source
+
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise CodeError(f'a message is {brief(message)}, expected {{"role": ..., "content": ...}}')
+    return [{**message, "content": _flat(message.get("content") or [], images, picture)} for message in messages]
 
 
-def _flat(content: Any, images: list[ImageSource], fetch: Fetch | None) -> list[str | ImagePlace]:
+def _flat(
+    content: Any, images: list[ImageSource], picture: Callable[[Mapping[str, Any]], ImageSource]
+) -> list[str | ImagePlace]:
     if isinstance(content, str):
         return [content]
+    if not isinstance(content, Sequence):
+        raise CodeError(f"a content is {brief(content)}, expected text or a list of parts")
     parts: list[str | ImagePlace] = []
     for part in content:
-        if part.get("type") == "text":
+        if not isinstance(part, Mapping):
+            raise CodeError(f"a part of a message is {brief(part)}, expected a mapping with its type")
+        part = {name: value for name, value in part.items() if value is not None}  # tables fill all columns
+        if part.get("type") == "text" and isinstance(part.get("text"), str):
             parts.append(part["text"])
         else:
-            images.append(_picture(part, fetch))
+            images.append(picture(part))
             parts.append(ImagePlace())
     return parts
 
@@ -68,12 +93,12 @@ def _picture(part: Mapping[str, Any], fetch: Fetch | None) -> ImageSource:
     kind = part.get("type")
     if kind == "image_url" and "image_url" in part:
         link = part["image_url"]
-        return _linked(link["url"] if isinstance(link, Mapping) else link, fetch)
+        return _linked(link.get("url") if isinstance(link, Mapping) else link, fetch)
     if kind == "image":
         for name in ("image", "path"):
             if name in part:
                 source = part[name]
-                is_link = isinstance(source, str) and source.startswith(("data:", "http://", "https://"))
+                is_link = isinstance(source, str) and source.startswith(("data:", "file://", "http://", "https://"))
                 return _linked(source, fetch) if is_link else source
         if "url" in part:
             return _linked(part["url"], fetch)
@@ -86,6 +111,8 @@ def _picture(part: Mapping[str, Any], fetch: Fetch | None) -> ImageSource:
 
 
 def _linked(address: str, fetch: Fetch | None) -> ImageSource:
+    if not isinstance(address, str):
+        raise CodeError(f"the address of a picture is {brief(address)}, expected text")
     if address.startswith("data:"):
         head, _, data = address.partition(",")
         if not head.endswith(";base64"):
@@ -106,7 +133,7 @@ def _linked(address: str, fetch: Fetch | None) -> ImageSource:
 def _decoded(text: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise CodeError(f"a picture of a message is no base64: {error}") from error
 
 

@@ -185,6 +185,11 @@ def _images(row: dict[str, Any], nested: bool) -> list[ImageCodes | None]:
     columns = [row.get(name) for name in ("codes", "positions", "grid")]
     rows = [column if nested else [column] for column in columns]
     codes, positions, grids = (values or [None] * len(rows[0] or []) for values in rows)
+    if not len(codes) == len(positions) == len(grids):
+        raise DataError(
+            f"row {row.get('key')!r} has {len(codes)} lists of codes, {len(positions)} of positions and {len(grids)} "
+            "grids, expected equally many"
+        )
     return [
         ImageCodes(own, places, tuple(grid) if grid else None) if own else None
         for own, places, grid in zip(codes, positions, grids, strict=True)

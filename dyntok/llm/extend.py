@@ -88,20 +88,19 @@ def extend_model(
     """
     require_methods("model", model, ["get_input_embeddings"], "a causal language model of transformers")
     require_type("vocab", vocab, VisualVocab, "a VisualVocab")
-    if (
-        isinstance(init, Tensor)
-        and (init.dim() != 2 or len(init) != vocab.size)
-        or not isinstance(init, Tensor)
-        and init != "mean"
-    ):
-        got = list(init.shape) if isinstance(init, Tensor) else repr(init)
+    if isinstance(init, Tensor):
+        known = init.dim() == 2 and len(init) == vocab.size
+    else:
+        known = isinstance(init, str) and init == "mean"
+    if not known:
+        got = list(init.shape) if isinstance(init, Tensor) else brief(init)
         raise ConfigError(f"init is {got}, expected 'mean' or the codebook's vectors [{vocab.size}, C]")
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding):
         raise ConfigError(
             f"the model's embedding is {type(embedding).__name__}, expected nn.Embedding with rows that can be added"
         )
-    visual = torch.tensor(sorted(vocab.tokens.values()))
+    visual = torch.tensor(sorted(vocab.tokens.values()), device="cpu")
     old = min(int(visual.min()), len(embedding.weight))  # the rows after these are padding, or visual already
     new = visual[visual >= _filled_rows(model, vocab, len(embedding.weight))]
     tables = [embedding.weight.detach()[:old].clone()]
@@ -152,7 +151,7 @@ def _around(old: Tensor, vectors: Tensor, seed: int) -> Tensor:
 
 def _coordinates(part: IdRange, vocab: VisualVocab) -> Tensor:
     """Returns what the numbers of a range say: the counts of map values, row and column of positions, or a side."""
-    numbers = torch.arange(part.first, part.first + part.size)
+    numbers = torch.arange(part.first, part.first + part.size, device="cpu")
     if part.kind == "map":
         return map_digits()
     if part.kind == "position":
@@ -163,11 +162,12 @@ def _coordinates(part: IdRange, vocab: VisualVocab) -> Tensor:
 
 def _sinusoids(coordinates: Tensor) -> Tensor:
     """Returns sines and cosines of coordinates [n, d] at eight frequencies: [n, 16 d]."""
-    angles = (coordinates[..., None] * MAX_SIDE ** -torch.linspace(0, 1, 8, dtype=torch.float32)).flatten(1)
+    frequencies = MAX_SIDE ** -torch.linspace(0, 1, 8, dtype=torch.float32, device="cpu")
+    angles = (coordinates[..., None] * frequencies).flatten(1)
     return torch.cat([angles.sin(), angles.cos()], 1)
 
 
 def _projection(rows: int, columns: int, seed: int) -> Tensor:
     """Returns a random matrix [rows, columns], always the same for a seed, that keeps distances on average."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, columns, generator=generator, dtype=torch.float32) / math.sqrt(columns)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float32, device="cpu") / math.sqrt(columns)

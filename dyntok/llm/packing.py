@@ -41,9 +41,9 @@ class PackedRow:
 
         A token (row) sees itself and the earlier tokens (columns) of its document.
         """
-        place = torch.arange(len(self.document))
+        place = torch.arange(len(self.document), device=self.document.device)
         seen = (self.document[:, None] == self.document) & (place[:, None] >= place)
-        mask = torch.zeros(1, *seen.shape, dtype=dtype)
+        mask = torch.zeros(1, *seen.shape, dtype=dtype, device=seen.device)
         return mask.masked_fill(~seen, torch.finfo(dtype).min)
 
     @property
@@ -97,6 +97,10 @@ class Packer:
             raise ConfigError(f"loss is {loss!r}, expected 'both', 'text' or 'image'")
         require_integer("length", length, 2)
         require_integer("open_rows", open_rows, 1)
+        require_integer("pad", pad, 0)
+        for name, id in (("bos", bos), ("eos", eos)):
+            if id is not None:
+                require_integer(name, id, 0)
         require_type("vocab", vocab, VisualVocab, "a VisualVocab")
         require(callable(encode), f"encode is {brief(encode)}, expected a function of a text")
         self.length, self.vocab, self.encode, self.bos, self.eos, self.pad = length, vocab, encode, bos, eos, pad
@@ -145,7 +149,7 @@ class Packer:
         self._open.remove(row)
         empty = self.length - len(row.ids)
         filled = ((row.ids, self.pad), (row.labels, IGNORED), (row.positions, 0), (row.document, -1))
-        return PackedRow(*(torch.tensor(values + [fill] * empty) for values, fill in filled))
+        return PackedRow(*(torch.tensor(values + [fill] * empty, device="cpu") for values, fill in filled))
 
     def _parts(self, document: Document) -> Iterator[tuple[list[int], list[int]]]:
         """Yields the (ids, labels) of the document in one or more parts, each at most a row long."""

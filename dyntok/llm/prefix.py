@@ -63,12 +63,16 @@ class VisualPrefix(nn.Module):
         text: embeddings [B, L, E] of one text per image. attention_mask: [B, L], false at padding (None: no padding).
         side: of the new padding, "left" for `generate`.
 
-        Raises `CodeError` if the numbers of images and texts differ.
+        Raises `CodeError` if there is no image, or the numbers of images and texts, or the shapes, differ.
         """
-        if text.dim() != 3 or len(features) != len(text):
+        if text.dim() != 3 or len(features) != len(text) or not len(text):
             raise CodeError(
-                f"{len(features)} images came with text embeddings {list(text.shape)}, expected [{len(features)}, L, E]"
+                f"{len(features)} images came with text embeddings {list(text.shape)}, expected at least one, and "
+                f"[{len(features)}, L, E]"
             )
+        for name, given in (("attention_mask", attention_mask), ("labels", labels)):
+            if given is not None and given.shape != text.shape[:2]:
+                raise CodeError(f"{name} has shape {list(given.shape)}, expected {list(text.shape[:2])}, as the text")
         mask = (
             torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
             if attention_mask is None
@@ -83,9 +87,9 @@ class VisualPrefix(nn.Module):
         ones = [torch.ones(len(row), dtype=torch.long, device=text.device) for row in rows]
         targets = None
         if labels is not None:
-            given = [row[kept] for row, kept in zip(labels, mask, strict=True)]
-            ignored = [row.new_full((len(image),), IGNORED) for row, image in zip(given, visual, strict=True)]
-            targets = _padded([torch.cat(pair) for pair in zip(ignored, given, strict=True)], IGNORED, side)
+            texts = [row[kept] for row, kept in zip(labels, mask, strict=True)]
+            ignored = [row.new_full((len(image),), IGNORED) for row, image in zip(texts, visual, strict=True)]
+            targets = _padded([torch.cat(pair) for pair in zip(ignored, texts, strict=True)], IGNORED, side)
         return Prefixed(_padded(rows, 0, side), _padded(ones, 0, side), targets)
 
 

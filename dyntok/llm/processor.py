@@ -25,7 +25,7 @@ from dyntok.llm.parsing import Segment, parse_ids
 from dyntok.llm.processor_files import load_parts, save_parts
 from dyntok.llm.row_batch import RowOptions, batch_of
 from dyntok.policy import KeepOptions
-from dyntok.structure import require_methods, require_type
+from dyntok.structure import brief, require_methods, require_type
 from dyntok.tokenizer import DynamicVisualTokenizer, Fit, Size
 from dyntok.validation import counted
 from dyntok.vocab import VisualVocab
@@ -44,6 +44,8 @@ class VisualProcessor:
     shape          how a picture meets its grid: `fit`, `max_patches`, `size` of `encode`
     visual_tokens  whether texts may spell pictures, such as `<|image|><|v:0001|><|/image|>`, as a model wrote them
                    before. By default such texts are refused, since a user's text could bring a picture that way.
+    local_paths    whether chats may name pictures on this machine, by a path or file:// address. A server that takes
+                   chats from strangers needs False.
     fetch          gets the pictures of chats that are at http addresses, such as `fetch_image`. By default such
                    addresses are refused.
 
@@ -70,6 +72,7 @@ class VisualProcessor:
         max_patches: int | None = None,
         size: Size | None = None,
         visual_tokens: bool = False,
+        local_paths: bool = True,
         fetch: Fetch | None = None,
     ) -> None:
         require_type("visual", visual, DynamicVisualTokenizer, "a tokenizer, as dyntok.load() returns one")
@@ -90,7 +93,7 @@ class VisualProcessor:
                 f"the tokenizer has no token {missing[0]} with its id; call extend_tokenizer(tokenizer, vocab) first"
             )
         self.tokenizer, self.visual, self.vocab, self.placeholder = tokenizer, visual, vocab, placeholder
-        self.visual_tokens, self.fetch = visual_tokens, fetch
+        self.visual_tokens, self.local_paths, self.fetch = visual_tokens, local_paths, fetch
         self.policy: KeepOptions = {"budget": budget, "threshold": threshold, "max_tokens": max_tokens}
         if vocab.layout in ("map", "lattice"):
             self.policy["places"] = vocab.layout
@@ -100,7 +103,7 @@ class VisualProcessor:
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Writes the processor beside a language model: tokenizer, `dyntok.json`, options, pictures in `visual/`.
 
-        `fetch` is a function, and is not written.
+        `local_paths` and `fetch` are for whoever loads it to choose, and are not written.
         """
         options: dict[str, Any] = {name: self.policy.get(name) for name in ("budget", "threshold", "max_tokens")}
         options |= {"placeholder": self.placeholder, "visual_tokens": self.visual_tokens}
@@ -174,6 +177,7 @@ class VisualProcessor:
         messages: of one conversation, or a list of such: `{"role": ..., "content": ...}`, where content is text or a
             list of `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}`. Pictures may also be
             `"path"`, `"base64"`, `"url"` (a data URI, file://, or http where `fetch` is given), or an `image_url`.
+            Paths and file:// are refused where `local_paths` is false.
             The placeholder in a text is text like any other.
         options: padding, truncation, max_length and return_tensors of a call, and those of the tokenizer's
             `apply_chat_template`, such as add_generation_prompt.
@@ -186,7 +190,9 @@ class VisualProcessor:
         if not all(options.pop(name, True) for name in ("tokenize", "return_dict")):
             raise ConfigError("tokenize and return_dict are always True; the tokenizer itself writes plain text")
         shape = RowOptions(**{f.name: options.pop(f.name) for f in fields(RowOptions) if f.name in options})
-        several = bool(messages) and not isinstance(messages[0], Mapping)
+        if not isinstance(messages, Sequence) or isinstance(messages, str):
+            raise CodeError(f"messages are {brief(messages)}, expected a list of them")
+        several = bool(messages) and isinstance(messages[0], list | tuple)
         rows, labels = [], []
         for conversation in messages if several else [messages]:
             ids, learned = self._conversation(conversation, options)
@@ -198,7 +204,7 @@ class VisualProcessor:
     def _conversation(self, messages: Sequence[Message], options: Mapping[str, Any]) -> tuple[list[int], Any]:
         """Returns the ids of a conversation, and its labels; None where they can't be found."""
         images: list[ImageSource] = []
-        plain = flatten_messages(messages, images, self.fetch)
+        plain = flatten_messages(messages, images, local_paths=self.local_paths, fetch=self.fetch)
         written = self._written(images, [len(images)])
         rendered = render(self.tokenizer, plain, written, options)
         ids = self._encoded(rendered.text, written, add_special_tokens=False)  # the template writes them

@@ -16,6 +16,7 @@ PROCESSOR_FILE = "processor_config.json"  # by this name AutoProcessor of transf
 VISUAL = "visual"  # the folder of the tokenizer of pictures; config.json beside it is the language model's
 
 _SAVED = ("budget", "threshold", "max_tokens", "fit", "max_patches", "size", "placeholder", "visual_tokens")
+_CALLERS = ("local_paths", "fetch")  # what a server allows; no saved file decides that
 _HUB = ("revision", "local_files_only", "token", "cache_dir", "force_download")
 _OF_AUTO = ("trust_remote_code", "_from_auto", "_commit_hash")  # AutoProcessor passes these to every class
 
@@ -32,7 +33,8 @@ def save_parts(
     vocab.save_pretrained(Path(folder))
     visual.save_pretrained(Path(folder) / VISUAL)
     saved = {"processor_class": "VisualProcessor", **options}
-    (Path(folder) / PROCESSOR_FILE).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(saved, indent=2, default=lambda number: number.item())  # numbers of NumPy
+    (Path(folder) / PROCESSOR_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def load_parts(
@@ -42,8 +44,8 @@ def load_parts(
 
     Raises `CheckpointError`, `ConfigError`.
     """
-    if unknown := sorted(set(given) - {*_SAVED, *_HUB, *_OF_AUTO, "fetch", "device"}):
-        known = ", ".join([*_SAVED, "fetch", "device", *_HUB])
+    if unknown := sorted(set(given) - {*_SAVED, *_CALLERS, *_HUB, *_OF_AUTO, "device"}):
+        known = ", ".join([*_SAVED, *_CALLERS, "device", *_HUB])
         raise ConfigError(f"{', '.join(unknown)}: no options of a processor of pictures, expected {known}")
     try:
         from transformers import AutoTokenizer
@@ -53,7 +55,7 @@ def load_parts(
     hub = {option: given[option] for option in _HUB if given.get(option) is not None}
     origin = Origin(name, **hub)
     visual = origin.path if origin.path and not (origin.path / VISUAL).is_dir() else origin.folder(VISUAL)
-    options = _saved(origin) | {option: given[option] for option in (*_SAVED, "fetch") if option in given}
+    options = _saved(origin) | {option: given[option] for option in (*_SAVED, *_CALLERS) if option in given}
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(origin.path or name), **hub)
     except (OSError, ValueError) as error:

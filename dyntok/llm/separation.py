@@ -26,9 +26,9 @@ def document_leak(model: Any, *, mask: torch.dtype | None = None) -> float:
     """
     require_methods("model", model, ["get_input_embeddings"], "a language model of transformers")
     size = len(model.get_input_embeddings().weight)
-    generator = torch.Generator().manual_seed(0)
-    first, second, own = torch.randint(0, size, (3, _LENGTH), generator=generator)
-    training = model.training
+    generator = torch.Generator("cpu").manual_seed(0)
+    first, second, own = torch.randint(0, size, (3, _LENGTH), generator=generator, device="cpu")
+    training = [part for part in model.modules() if part.training]
     model.eval()
     try:
         one, other = (_logits(model, [neighbor, own], mask)[_LENGTH:] for neighbor in (first, second))
@@ -37,7 +37,8 @@ def document_leak(model: Any, *, mask: torch.dtype | None = None) -> float:
             f"{type(model).__name__} does not take packed rows ({error}); give it one document per row"
         ) from error
     finally:
-        model.train(training)
+        for part in training:
+            part.training = True
     return (one - other).abs().max().item() / max(one.abs().max().item(), 1e-12)
 
 
@@ -57,7 +58,7 @@ def _logits(model: Any, documents: list[Tensor], mask: torch.dtype | None) -> Te
     row = PackedRow(
         input_ids=ids,
         labels=ids,
-        position_ids=torch.cat([torch.arange(len(document)) for document in documents]),
+        position_ids=torch.cat([torch.arange(len(document), device="cpu") for document in documents]),
         document=torch.cat([torch.full_like(document, i) for i, document in enumerate(documents)]),
     )
     device = model.get_input_embeddings().weight.device

@@ -9,7 +9,7 @@ import pytest
 from support.batch_data import codes, pictures, rows, run, tables, tar_members, write_folder, write_table, write_tar
 
 import dyntok
-from dyntok.batch import BatchOptions, read
+from dyntok.batch import BatchOptions, read, report
 from dyntok.batch.formats import Megatron, megatron_index
 from dyntok.errors import BatchError, ConfigError, DataError
 
@@ -261,3 +261,23 @@ def test_megatron_documents_of_several_images(images, checkpoint_folder, tmp_pat
 def test_megatron_refuses_ids_that_do_not_fit():
     with pytest.raises(BatchError, match="do not fit"):
         Megatron(dyntok.VisualVocab.after(2**31 - 10, 256))
+
+
+def test_a_sheet_shows_no_codes_of_other_pictures(photos, checkpoint_folder, tokenizer, tmp_path, monkeypatch):
+    """Rows that share a key are left out, and so is a broken picture before the first one that has codes."""
+    content = list(pictures(photos, 5).values())
+    shown = []
+    monkeypatch.setattr(
+        report, "contact_sheet", lambda tok, images, encoding, **options: shown.append((images, encoding))
+    )
+    for name, some in (("a", {"0": content[0], "1": content[1]}), ("b", {"0": content[2]})):
+        write_folder(tmp_path / name, some)
+    run([tmp_path / "a", tmp_path / "b"], tmp_path / "folders", checkpoint_folder)
+    report.draw_sample_sheet(str(tmp_path / "folders"), tokenizer)
+    struct = pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    cells = [[{"bytes": part, "path": None} for part in row] for row in ((b"broken", content[3]), (content[4],))]
+    pq.write_table(pa.table({"key": ["a", "b"], "images": pa.array(cells, struct)}), tmp_path / "in.parquet")
+    run(tmp_path / "in.parquet", tmp_path / "rows", checkpoint_folder, interleaved=True)
+    report.draw_sample_sheet(str(tmp_path / "rows"), tokenizer)
+    for (images, encoding), expected in zip(shown, ([content[1]], content[3:]), strict=True):
+        assert tokenizer.encode(images) == tokenizer.encode(expected) == encoding

@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.batch_data import codes, errors, pictures, rows, run, write_folder, write_table, write_tar
+from support.batch_data import codes, errors, pictures, rows, run, tables, write_folder, write_table, write_tar
 
 from dyntok import locks
 from dyntok.batch import storage
@@ -317,3 +317,52 @@ def test_a_folder_that_can_not_be_read_is_named(images, checkpoint_folder, tmp_p
     monkeypatch.setattr(listing.os, "scandir", refuse)
     with pytest.raises(BatchError, match=f"can't read the folder {tmp_path}/in/locked: Permission denied"):
         run(tmp_path / "in", tmp_path / "out", checkpoint_folder)
+
+
+@pytest.mark.parametrize("names", [["txt"], ["TXT"]])
+def test_captions_in_any_case(names, images, checkpoint_folder, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i, suffix in enumerate(("txt", "TXT", "Txt")):
+        (folder / f"{i}.jpg").write_bytes(images[i])
+        (folder / f"{i}.{suffix}").write_text(suffix)
+    summary = run(folder, tmp_path / "out", checkpoint_folder, keep_columns=names)
+    assert [row[names[0]] for row in rows(tmp_path / "out")] == ["txt", "TXT", None]
+    assert summary.left_out == {".txt": 1}
+
+
+def test_spaces_between_names_of_columns(images, checkpoint_folder, tmp_path):
+    tar = write_tar(tmp_path / "a.tar", [("0.jpg", images[0]), ("0.txt", b"zero"), ("0.cls", b"7")])
+    command = ["batch", tar, str(tmp_path / "out"), "--model", str(checkpoint_folder), "--keep-columns"]
+    assert main([*command, "cls, txt"]) == 0
+    assert [(row["cls"], row["txt"]) for row in rows(tmp_path / "out")] == [("7", "zero")]
+    assert main([*command, "txt,"]) == 1
+
+
+def test_keys_that_are_bytes(images, checkpoint_folder, tmp_path):
+    table = pa.table({"__key__": pa.array([b"r0", b"r1"], pa.binary()), "image": pa.array(images[:2], pa.binary())})
+    pq.write_table(table, tmp_path / "a.parquet")
+    run(tmp_path / "a.parquet", tmp_path / "out", checkpoint_folder, image_column="image")
+    assert set(codes(tmp_path / "out")) == {"r0", "r1"}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names are bytes on POSIX systems alone")
+def test_paths_that_are_not_utf8(images, checkpoint_folder, tmp_path):
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/f\xe9")
+    write_folder(folder, {"a/0": images[0]})
+    tar = os.fsdecode(os.fsencode(tmp_path) + b"/t\xe9.tar")
+    write_tar(tar, [("0.jpg", images[0]), ("1.jpg", b"broken")])
+    for i, source in enumerate((folder, tar, tar)):
+        summary = run(source, tmp_path / f"out{i > 0}", checkpoint_folder)
+        assert summary.images == (i < 2)  # the third run finds that everything is done
+    (row,) = tables(tmp_path / "outTrue", "__run__/errors/*.parquet")[0].to_pylist()
+    assert row["source"].endswith(r"/t\xe9.tar")
+
+
+def test_a_folder_that_is_refused_is_not_touched(images, checkpoint_folder, tmp_path):
+    table = write_table(tmp_path / "a.parquet", {"0": images[0]})
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(BatchError, match="holds files that are of no run"):
+        run(table, tmp_path / "mine", checkpoint_folder)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]

@@ -3,6 +3,8 @@
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from support.batch_data import pictures, run, write_folder
@@ -165,3 +167,22 @@ def test_energon_reads_on_two_ranks_and_resumes(photos, checkpoint_folder, tmp_p
     begin = [next(rows)[0]["__key__"] for _ in range(3)]
     second.restore_state_rank(first.save_state_rank())
     assert [*begin, *(sample["__key__"] for (sample,) in second)] == [s["__key__"] for (s,) in energon_loader(out, 0)]
+
+
+def test_a_row_without_pictures_and_with_an_empty_text(photos, checkpoint_folder, vocab, tmp_path):
+    content = list(pictures(photos, 1).values())
+    rows = pa.array(
+        [[{"bytes": content[0], "path": None}], []], pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    )
+    pq.write_table(pa.table({"key": ["a", "b"], "images": rows, "txt": ["", ""]}), tmp_path / "in.parquet")
+    run(
+        str(tmp_path / "in.parquet"),
+        str(tmp_path / "out"),
+        str(checkpoint_folder),
+        interleaved=True,
+        keep_columns=("txt",),
+    )
+    write_memmap(
+        str(tmp_path / "out"), tmp_path / "ids.bin", vocab, text="txt", encode=lambda text: list(map(ord, text))
+    )
+    assert json.loads((tmp_path / "ids.json").read_text())["documents"] == [0]

@@ -17,7 +17,6 @@ from support.batch_data import (
     errors,
     files,
     pictures,
-    records,
     rows,
     run,
     tar_members,
@@ -222,48 +221,6 @@ def test_a_run_that_goes_wrong_stops_early(images, checkpoint_folder, tmp_path):
     assert len(errors(tmp_path / "out")) in (50, 100, 150)
 
 
-def test_errors_are_tried_again(images, checkpoint_folder, tmp_path):
-    folder = tmp_path / "folder"
-    write_folder(folder, images)
-    missing = ["a/001", "a/008", "b/013"]
-    for key in missing:
-        (folder / f"{key}.jpg").write_bytes(b"")
-    run(str(folder), tmp_path / "out", checkpoint_folder, shard_size=6)
-    before = files(tmp_path / "out")
-    for key in missing[:2]:
-        (folder / f"{key}.jpg").write_bytes(images[key])
-    summary = run(str(folder), tmp_path / "out", checkpoint_folder, shard_size=6, retry_errors=True)
-    assert (summary.rows, summary.images, summary.errors) == (3, 2, 1)
-    data = {name: content for name, content in before.items() if "__run__" not in name}
-    assert data.items() <= files(tmp_path / "out").items()
-    found = codes(tmp_path / "out")
-    assert len(found) == 19 and sorted(set(f"{key}.jpg" for key in images) - set(found)) == ["b/013.jpg"]
-    (folder / "b" / "013.jpg").write_bytes(images["b/013"])
-    summary = run(str(folder), tmp_path / "out", checkpoint_folder, shard_size=6, retry_errors=True)
-    assert (summary.rows, summary.images, summary.errors) == (1, 1, 0) and len(codes(tmp_path / "out")) == 20
-    assert sum(record["images"] for record in records(tmp_path / "out").values()) == 20
-    assert run(str(folder), tmp_path / "out", checkpoint_folder, shard_size=6, retry_errors=True).rows == 0
-
-
-def test_a_lost_file_after_a_retry_is_done_without_doubles(images, checkpoint_folder, tmp_path):
-    table = write_table(tmp_path / "a.parquet", {**images, "a/001": None})
-    run(table, tmp_path / "out", checkpoint_folder, shard_size=6)
-    write_table(tmp_path / "a.parquet", images)
-    run(table, tmp_path / "out", checkpoint_folder, shard_size=6, retry_errors=True)
-    assert (tmp_path / "out" / "000000-000000-retry1.parquet").exists() and len(codes(tmp_path / "out")) == 20
-    for record in (tmp_path / "out" / "__run__" / "done").glob(
-        "*.json"
-    ):  # the input is another file now; say that it is not
-        values = json.loads(record.read_text())
-        info = (tmp_path / "a.parquet").stat()
-        record.write_text(
-            json.dumps({**values, "shard": {**values["shard"], "size": info.st_size, "stamp": str(info.st_mtime)}})
-        )
-    (tmp_path / "out" / "000000-000000.parquet").unlink()
-    run(table, tmp_path / "out", checkpoint_folder, shard_size=6)
-    assert len(codes(tmp_path / "out")) == 20 and not list((tmp_path / "out").glob("*retry*"))
-
-
 def test_what_a_run_left_that_finished_nothing(tars, checkpoint_folder, tmp_path):
     """Data was written, its record was not, and then somebody asked for another format."""
     output = tmp_path / "out"
@@ -271,31 +228,6 @@ def test_what_a_run_left_that_finished_nothing(tars, checkpoint_folder, tmp_path
     (output / "__run__" / "done" / "000000-000000.json").unlink()
     run(tars[:1], output, checkpoint_folder, format="webdataset")
     assert {path.name for path in output.iterdir()} == {"__run__", "000000-000000.tar"}
-
-
-def test_a_tar_that_was_cut_is_read_to_its_end_when_it_is_whole(images, checkpoint_folder, tmp_path):
-    tar = tmp_path / "a.tar"
-    write_tar(tar, tar_members(images))
-    whole = tar.read_bytes()
-    tar.write_bytes(whole[: len(whole) // 2])
-    run(tar, tmp_path / "out", checkpoint_folder, shard_size=4)
-    assert len(codes(tmp_path / "out")) < 12 and list(errors(tmp_path / "out")) == [""]
-    tar.write_bytes(whole)
-    run(tar, tmp_path / "out", checkpoint_folder, shard_size=4, retry_errors=True)
-    run(tar, tmp_path / "clean", checkpoint_folder)
-    assert codes(tmp_path / "out") == codes(tmp_path / "clean")
-
-
-def test_retry_refuses_what_it_can_not_do(images, tars, checkpoint_folder, tmp_path):
-    table = write_table(tmp_path / "a.parquet", {**images, "bad": b"x"})
-    run(table, tmp_path / "out", checkpoint_folder)
-    write_table(
-        tmp_path / "a.parquet", {**{f"new{key}": content for key, content in images.items()}, "other": images["a/000"]}
-    )
-    with pytest.raises(BatchError, match="is 'other' now and was 'bad'"):
-        run(table, tmp_path / "out", checkpoint_folder, retry_errors=True)
-    with pytest.raises(ConfigError, match="retry_errors"):
-        run(tars, tmp_path / "rows", checkpoint_folder, interleaved=True, retry_errors=True)
 
 
 def test_an_output_that_can_not_be_written(tars, checkpoint_folder, tmp_path):

@@ -237,3 +237,22 @@ def test_a_refused_push_is_explained(tokenizer, hub):
     assert hub.commits == []
     with pytest.raises(TypeError, match="unexpected keyword argument 'privat'"):
         tokenizer.push_to_hub("org/name", privat=True)
+
+
+def test_a_codebook_that_was_replaced_twice_has_another_fingerprint(tokenizer):
+    """The second one may get the address in memory that the first one had."""
+    codebook = tokenizer.codebook
+    for seed in range(8):
+        codebook.embedding = codebook.embedding.clone()
+        before = tokenizer.fingerprint
+        codebook.embedding = torch.randn(codebook.embedding.shape, generator=torch.Generator().manual_seed(seed))
+        codebook.embedding = torch.nn.functional.normalize(codebook.embedding, dim=-1)
+        assert before != tokenizer.fingerprint == fingerprint(tokenizer.config, tokenizer.state_dict())
+
+
+def test_the_home_folder_may_be_a_tilde(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    tokenizer.save_pretrained("~/mine")
+    assert (tmp_path / "mine" / "config.json").is_file()
+    assert dyntok.load("~/mine").fingerprint == tokenizer.fingerprint

@@ -219,3 +219,21 @@ def test_pictures_that_are_no_squares_come_back_whole(photos, tmp_path, capsys):
     assert main(["show", str(tmp_path / "long.png"), "-o", str(tmp_path / "sheet.png")]) == 1
     told = capsys.readouterr().err
     assert "long.png: 900 x 100 pixels are 9.0 to 1, expected at most 8 to 1" in told and "(--fit)" in told
+
+
+@pytest.mark.parametrize("name", ["again.psd", "again.mpg"])
+def test_formats_that_are_read_only(run, folder, tmp_path, name):
+    assert run("encode", folder / "cat.png", "-o", tmp_path / "codes.json")[0] == 0
+    for command in (["decode", tmp_path / "codes.json"], ["show", folder / "cat.png"]):
+        code, _, err = run(*command, "-o", tmp_path / name)
+        assert code == 1 and "can't write" in err and "name a .png" in err
+
+
+def test_names_that_the_output_can_not_encode_are_escaped(run, folder, tmp_path, monkeypatch):
+    name = tmp_path / "\u65e5.png"
+    name.write_bytes((folder / "cat.png").read_bytes())
+    raw = io.BytesIO()
+    stdout = io.TextIOWrapper(raw, encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert run("encode", name)[0] == 0
+    assert rb"\u65e5.png: " in raw.getvalue() and stdout.errors == "strict"

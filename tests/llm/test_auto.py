@@ -90,3 +90,11 @@ def test_other_options_are_refused(folder):
 def test_the_room_does_not_import_transformers():
     code = "import sys, dyntok.llm; raise SystemExit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_image_tokens_can_be_trained_with(folder, photos):
+    model = transformers.AutoModel.from_pretrained(folder)
+    pixels = transformers.AutoImageProcessor.from_pretrained(folder)(photos[:1], return_tensors="pt")["pixel_values"]
+    (tokens,) = model.get_image_tokens(pixels)
+    torch.nn.Embedding(256, 4)(tokens).sum().backward()
+    tokens[0] = 0

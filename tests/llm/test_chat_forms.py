@@ -2,7 +2,9 @@
 
 import base64
 import io
+import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -59,6 +61,26 @@ def test_other_pictures_are_refused(part, message, processor):
         processor.apply_chat_template([user(part)])
 
 
+@pytest.mark.parametrize("form", ["image", "path", "pathlib", "url", "image_url"])
+def test_a_server_refuses_its_own_files(form, tokenizer, photos, tmp_path):
+    path = tmp_path / "secret.png"
+    Image.fromarray(photos[0]).save(path)
+    part = {
+        "image": {"type": "image", "image": str(path)},
+        "path": {"type": "image", "path": str(path)},
+        "pathlib": {"type": "image", "image": path},
+        "url": {"type": "image", "url": path.as_uri()},
+        "image_url": {"type": "image_url", "image_url": {"url": path.as_uri()}},
+    }[form]
+    trusting, server = made(tokenizer, budget=4), made(tokenizer, budget=4, local_paths=False)
+    assert len(trusting.apply_chat_template([user(part)])["input_ids"][0]) > 6
+    with pytest.raises(CodeError, match="made with local_paths=False"):
+        server.apply_chat_template([user(part)])
+    data = base64.b64encode(path.read_bytes()).decode()
+    for other in ({"type": "image", "base64": data}, {"type": "image", "image": photos[0]}):
+        assert len(server.apply_chat_template([user(other)])["input_ids"][0]) > 6
+
+
 def test_a_batch_of_conversations(processor, photos):
     chats = [
         [user({"type": "image", "image": photos[0]}), {"role": "assistant", "content": "a cat"}],
@@ -108,3 +130,42 @@ def test_padding_and_truncation_cut_no_picture(processor, photos):
 def test_options_that_do_not_fit_are_refused(options, message, processor):
     with pytest.raises(ConfigError, match=message):
         processor("a", **options)
+
+
+def test_addresses_of_files_and_columns_that_are_empty(processor, photos, tmp_path):
+    """Some models have addresses under `image`; a table has all columns in each of its rows."""
+    Image.fromarray(photos[0]).save(tmp_path / "a cat.png")
+    wanted = processor.apply_chat_template([user({"type": "image", "image": photos[0]})])["input_ids"]
+    for part in (
+        {"type": "image", "image": (tmp_path / "a cat.png").as_uri()},
+        {"type": "image", "image": None, "path": str(tmp_path / "a cat.png"), "text": None},
+    ):
+        assert torch.equal(processor.apply_chat_template([user(part)])["input_ids"], wanted)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        {"role": "user", "content": "x"},
+        "x",
+        None,
+        ["x"],
+        [{"content": "x"}],
+        [{"role": "user", "content": 5}],
+        [{"role": "user", "content": ["x"]}],
+        [user({"type": "text"})],
+        [user({"type": "text", "text": 5})],
+        [user({"type": "image", "base64": 5})],
+        [user({"type": "image", "url": 5})],
+        [user({"type": "image_url", "image_url": {}})],
+    ],
+    ids=str,
+)
+def test_messages_of_another_form_are_errors_of_ours(messages, processor):
+    with pytest.raises(CodeError):
+        processor.apply_chat_template(messages)
+
+
+def test_options_may_be_numbers_of_numpy(tokenizer, tmp_path):
+    made(tokenizer, budget=np.int64(5)).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "processor_config.json").read_text())["budget"] == 5

@@ -3,6 +3,7 @@
 Not here: what the stages do (`stages.py`).
 """
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeAlias, TypeVar
 
@@ -47,7 +48,27 @@ class Retry:
     attempt: int
     keys: dict[int, str]  # by their place in the range
     rows: int  # of the range
-    last: bool  # of its input shard: rows after it could not be reached before
+    last: bool  # of its input shard
+    digest: str  # `KeyDigest` of the range; "" where it was not noted
+
+    @property
+    def broke_off(self) -> bool:
+        """Returns whether the shard could not be read to its end, so that rows may follow now."""
+        return self.last and self.keys.get(self.rows - 1) == ""
+
+
+class KeyDigest:
+    """What the keys of rows are, in order. Rows without a key do not count."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def add(self, key: str) -> None:
+        if key:
+            self._hash.update(key.encode("utf-8", "surrogatepass") + b"\0")
+
+    def __str__(self) -> str:
+        return self._hash.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -105,6 +126,7 @@ class RangeEnd:
     types: dict[str, pa.DataType]  # of the extra columns
     share: float = 0.0  # of the input shard that is left after its last row
     left_out: dict[str, int] = field(default_factory=dict)  # files of the input, by suffix
+    digest: str = ""  # `KeyDigest` of the range
 
 
 @dataclass(frozen=True)

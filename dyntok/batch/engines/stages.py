@@ -12,9 +12,11 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from dyntok.addresses import redact
 from dyntok.batch.engines.rows import (
     DecodedImage,
     Failure,
+    KeyDigest,
     Range,
     RangeEnd,
     Retry,
@@ -68,8 +70,10 @@ def read(source: Input, work: Work, shard_size: int) -> Iterator[SourceRow | Ran
         number = work.number
         while number != work.stop:
             span, rows, end, left_out = Range(work.shard.index, number), 0, start, LeftOut()
+            digest = KeyDigest()
             for sample in islice(chain([first] if first else [], samples), shard_size):
                 left_out.merge(sample.left_out)
+                digest.add(sample.key)
                 yield SourceRow(span, rows, sample, _share(work.shard, end, sample.next))
                 rows, end = rows + 1, sample.next
             first = next(samples, None)
@@ -77,8 +81,8 @@ def read(source: Input, work: Work, shard_size: int) -> Iterator[SourceRow | Ran
             if first is None:
                 left_out.merge(reading.left_out)
                 rest = _share(work.shard, end, work.shard.begin + work.shard.extent)
-            types = dict(reading.types)
-            yield RangeEnd(span, work.shard.identity, rows, start, end, first is None, types, rest, dict(left_out))
+            facts = first is None, dict(reading.types), rest, dict(left_out), str(digest)
+            yield RangeEnd(span, work.shard.identity, rows, start, end, *facts)
             if first is None:
                 return
             number, start = number + 1, end
@@ -90,20 +94,30 @@ def _share(shard: Shard, start: int, end: int) -> float:
 
 def _read_again(reading: ShardReader, work: Work, retry: Retry) -> Iterator[SourceRow | RangeEnd]:
     span = Range(work.shard.index, work.number, retry.attempt)
-    rows = 0
+    rows, found, before, now = 0, 0, KeyDigest(), KeyDigest()
     for place, sample in enumerate(reading):
         if place >= retry.rows and not retry.last:
             break
+        was = retry.keys.get(place, "")
+        if was and sample.key != was:
+            raise BatchError(
+                f"row {place} of {sample.source} is {sample.key!r} now and was {was!r}: "
+                "the input changed; run into a new folder"
+            )
+        found += 1
+        now.add(sample.key)
+        if retry.keys.get(place) != "" and place < retry.rows:
+            before.add(sample.key)
         if place in retry.keys or place >= retry.rows:
-            before = retry.keys.get(place, "")
-            if before and sample.key != before:
-                raise BatchError(
-                    f"row {place} of {sample.source} is {sample.key!r} now and was {before!r}: "
-                    "the input changed; run into a new folder"
-                )
             yield SourceRow(span, place, sample, 0.0)
             rows += 1
-    yield RangeEnd(span, work.shard.identity, rows, work.start, work.start, retry.last, dict(reading.types))
+    if found < retry.rows or (found > retry.rows and not retry.broke_off) or retry.digest not in ("", str(before)):
+        raise BatchError(
+            f"{redact(work.shard.address)} holds other pictures, or in another order, than when this run began: only "
+            "pictures that failed may change; run into a new folder"
+        )
+    facts = retry.last, dict(reading.types), 0.0, {}, str(now)
+    yield RangeEnd(span, work.shard.identity, rows, work.start, work.start, *facts)
 
 
 def chunked(rows: Iterable[SourceRow | RangeEnd], size: int) -> Iterator[RowChunk[SourceRow]]:

@@ -96,7 +96,8 @@ class _ImageFiles(ABC):
         """Returns the text of the file with the same name and another extension, or None where there is none."""
         try:
             fs, path = locate(address, self.storage)
-            for name in dict.fromkeys((f"{_stem(path)}.{extension}", f"{_stem(path)}.{extension.upper()}")):
+            for written in _spellings(extension):
+                name = f"{_stem(path)}.{written}"
                 if fs.isfile(name):
                     return _read_file(fs, name, MAX_TEXT_BYTES).decode("utf-8-sig")
         except UnicodeDecodeError:
@@ -126,13 +127,14 @@ class Folders(_ImageFiles):
 
     def _images_in(self, fs: fsspec.AbstractFileSystem, root: str, left_out: LeftOut) -> Iterator[ListedFile]:
         files = find_unnamed_images(fs, list_files(fs, root, left_out))
+        texts = {written for name in self.options.keep_columns for written in _spellings(name)}
         for _, pairs in itertools.groupby(files, key=lambda pair: split_key(pair[0].key)[0]):
             group = [(file, unnamed or is_image(file.key)) for file, unnamed in pairs]
             stems = {_stem(file.key) for file, image in group if image}
             for file, image in group:
                 if image:
                     yield file
-                elif not (_extension(file.key) in self.options.keep_columns and _stem(file.key) in stems):
+                elif not (file.key.rpartition(".")[2] in texts and _stem(file.key) in stems):
                     left_out.count(file.key)
 
 
@@ -217,5 +219,6 @@ def _stem(path: str) -> str:
     return folder + slash + (name.rpartition(".")[0] or name)
 
 
-def _extension(path: str) -> str:
-    return path.rpartition(".")[2].lower()
+def _spellings(extension: str) -> list[str]:
+    """Returns the forms in which an extension is looked for: as it was given, in lower case and in upper case."""
+    return list(dict.fromkeys((extension, extension.lower(), extension.upper())))

@@ -53,7 +53,7 @@ def open_input(sources: Sequence[str], options: BatchOptions, storage: StorageOp
 def _check_extensions(names: Sequence[str]) -> None:
     """Raises `ConfigError` for names that no file beside an image can have as its extension."""
     for name in names:
-        if name.startswith(".") or is_image(f".{name}"):
+        if not name or name.startswith(".") or is_image(f".{name}"):
             raise ConfigError(
                 f"keep_columns has {name!r}; expected the extension of a text file without the dot, such as 'txt'"
             )

@@ -96,7 +96,7 @@ class _TableReader:
             key = values[self.key] if self.key else row_key(stem, row)
             columns = {name: values[name] for name in kept}
             images = self._images(values[self.image])
-            yield InputSample("" if key is None else str(key), images, columns, row + 1, source)
+            yield InputSample(_text(key), images, columns, row + 1, source)
 
     def _rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yields the wanted rows with their numbers, reading only the row groups that hold some."""
@@ -143,3 +143,10 @@ class _TableReader:
             return _Path(path)
         fs, table = locate(address, self.tables.storage)
         return _Path(address_of(address, fs, f"{table.rpartition('/')[0]}/{path}"))
+
+
+def _text(key: Any) -> str:
+    """Returns a key as text, "" where there is none. Columns of some writers hold bytes."""
+    if isinstance(key, bytes):
+        return key.decode("utf-8", "backslashreplace")
+    return "" if key is None else str(key)
