@@ -16,7 +16,7 @@ from dyntok.layout import MAX_SIDE, canonical_mask
 from dyntok.policy import KeepPolicy
 from dyntok.precision import autocast
 from dyntok.ragged import cu_seqlens_from_mask
-from dyntok.structure import brief
+from dyntok.structure import brief, pair_of
 from dyntok.tokenizer import DynamicVisualTokenizer
 from dyntok_kernels import compact
 
@@ -34,6 +34,7 @@ class FixedEncoder(nn.Module):
     def __init__(self, tokenizer: DynamicVisualTokenizer, budget: int, grid: tuple[int, int] | None = None) -> None:
         super().__init__()
         self.grid = fixed_grid(tokenizer, grid)
+        self.shape = (3, *(side * tokenizer.backbone.patch_size for side in self.grid))
         self.places = tokenizer.config.selector.places
         patches = self.grid[0] * self.grid[1]
         if not 1 <= budget <= patches:
@@ -44,11 +45,9 @@ class FixedEncoder(nn.Module):
         self.eval()
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        if pixels.dim() != 4 or not pixels.is_floating_point() or self.backbone.grid_of(pixels) != self.grid:
-            height, width = (side * self.backbone.patch_size for side in self.grid)
-            raise ImageError(
-                f"pixels are {pixels.dtype} {list(pixels.shape)}, expected normalized floats [B, 3, {height}, {width}]"
-            )
+        if not pixels.is_floating_point() or pixels.shape[1:] != self.shape:
+            sizes = ", ".join(map(str, self.shape))
+            raise ImageError(f"pixels are {pixels.dtype} {list(pixels.shape)}, expected normalized floats [B, {sizes}]")
         dtype = next(self.backbone.parameters()).dtype
         with autocast(pixels.device.type, dtype):
             return self._encode(pixels.to(dtype))
@@ -95,9 +94,8 @@ def fixed_grid(tokenizer: DynamicVisualTokenizer, grid: tuple[int, int] | None) 
     """Returns the grid, or the tokenizer's own for None. Raises `ConfigError` where the tokenizer can't take it."""
     if grid is None:
         return tokenizer.grid
-    pair = tuple(grid) if isinstance(grid, tuple | list) else ()
-    whole = len(pair) == 2 and all(type(side) is int and 1 <= side <= MAX_SIDE for side in pair)
-    if not whole or pair[0] * pair[1] > MAX_PATCHES:
+    pair = pair_of(grid)
+    if pair is None or not all(1 <= side <= MAX_SIDE for side in pair) or pair[0] * pair[1] > MAX_PATCHES:
         raise ConfigError(
             f"grid is {brief(grid)}, expected (rows, columns) of 1 to {MAX_SIDE}, and at most {MAX_PATCHES:,} patches"
         )

@@ -81,9 +81,9 @@ def load_image(
     cHRM chunks and EXIF's ColorSpace are ignored.
 
     White is what the file states: TIFF's BitsPerSample, SMaxSampleValue and MaxSampleValue (rounded up to whole bits),
-    and PNG's sBIT where no sample exceeds it. A PIL image that is decoded, as by `image.load()`, states nothing. Where
-    nothing states it, or a sample exceeds it, 16-bit samples are scaled from 0..65535, and for modes I and F the first
-    of 1 (F only), 255 and 65535 that holds every value is white; other values are refused.
+    and PNG's sBIT where no sample exceeds it. A PIL image that is decoded, as by `image.load()`, states nothing, unless
+    it is a PPM. Where nothing states it, or a sample exceeds it, 16-bit samples are scaled from 0..65535, and for modes
+    I and F the first of 1 (F only), 255 and 65535 that holds every value is white; other values are refused.
 
     `max_pixels` is checked before decoding. Settings of Pillow such as `LOAD_TRUNCATED_IMAGES` have no effect. Raises
     `ImageError`.

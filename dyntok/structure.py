@@ -124,6 +124,15 @@ def require_methods(name: str, value: Any, methods: Sequence[str], expected: str
     require(has, f"{name} is {_value_and_type(value)}, expected {expected}")
 
 
+def pair_of(values: Any) -> tuple[int, int] | None:
+    """Returns two whole numbers, of Python, NumPy or a tensor, as a tuple; None for anything else."""
+    given = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(given, tuple | list) or len(given) != 2:
+        return None
+    whole = all(isinstance(value, Integral) and not isinstance(value, bool) for value in given)
+    return (int(given[0]), int(given[1])) if whole else None
+
+
 def names_of(name: str, values: Any) -> tuple[str, ...]:
     """Returns a list of names as a tuple. Raises `ConfigError` on anything else, such as one text."""
     found = tuple(values) if isinstance(values, Iterable) and not isinstance(values, str | bytes) else (None,)

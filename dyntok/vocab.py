@@ -26,7 +26,7 @@ from dyntok.layout import (
     mask_to_counts,
     num_blocks,
 )
-from dyntok.structure import brief, require_path
+from dyntok.structure import brief, pair_of, require_path
 from dyntok.validation import counted, integer_rows, integers, refuse
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ class VisualVocab(IdRanges):
         `CodeError`.
         """
         require_path("folder", folder)
-        path = Path(folder) / VOCAB_FILE
+        path = Path(folder).expanduser() / VOCAB_FILE
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
@@ -150,9 +150,10 @@ class VisualVocab(IdRanges):
         """Writes `dyntok.json`, with ids, layout and fingerprint, into the folder of a language model or its
         tokenizer.
         """
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        folder = Path(folder).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(asdict(self), indent=2) + "\n"
-        (Path(folder) / VOCAB_FILE).write_text(text, encoding="utf-8")
+        (folder / VOCAB_FILE).write_text(text, encoding="utf-8")
 
     @overload
     def to_ids(self, codes: Encoding, wrap: bool = True) -> list[Tensor]: ...
@@ -309,10 +310,9 @@ class VisualVocab(IdRanges):
 
     def _known_grid(self, grid: _Grid | None) -> _Grid | None:
         if grid is not None:
-            given = grid.tolist() if isinstance(grid, Tensor) else grid
-            if not isinstance(given, tuple | list) or [type(side) for side in given] != [int, int]:
-                raise CodeError(f"grid is {brief(grid)}, expected (rows, columns)")
-            grid = (given[0], given[1])
+            given, grid = grid, pair_of(grid)
+            if grid is None:
+                raise CodeError(f"grid is {brief(given)}, expected (rows, columns)")
         if grid is not None and self.grid not in (None, grid):
             raise CodeError(
                 f"an image has the grid {grid}, expected {self.grid}; VisualVocab.of(..., any_grid=True) writes any"

@@ -169,3 +169,10 @@ def test_a_codebook_as_an_array():
     )
     with pytest.raises(ConfigError, match="expected 'mean' or the codebook's vectors"):
         llm.extend_model(transformers.LlamaForCausalLM(config), VOCAB, init=np.zeros((256, 8)))
+
+
+def test_grids_of_numpy():
+    vocab = dyntok.VisualVocab.of(dyntok.load("tiny"), after=10, layout="positions", any_grid=True)
+    wanted = vocab.to_ids([1, 2], positions=[0, 1], grid=(4, 8))
+    for grid in (np.array([4, 8], np.uint16), (np.int64(4), np.int64(8)), torch.tensor([4, 8])):
+        assert torch.equal(vocab.to_ids([1, 2], positions=[0, 1], grid=grid), wanted)

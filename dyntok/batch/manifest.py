@@ -91,6 +91,15 @@ def refuse_foreign(output: Output) -> None:
         raise BatchError(f"{redact(output.address)} holds files that are of no run; name a new or an empty folder")
 
 
+def require_records(output: Output) -> None:
+    """Raises `BatchError` where no run has finished anything in a folder."""
+    if next(iter(output.names(f"{RUN}/done")), None) is None:
+        raise BatchError(
+            f"{redact(output.address)} holds no run whose failed pictures could be tried again; leave retry_errors "
+            "(--retry-errors) out"
+        )
+
+
 def read_description(output: Output) -> dict[str, Any]:
     """Returns the description of an output folder. Raises `DataError` where it is none."""
     described = output.read_json(f"{RUN}/run.json")
@@ -219,21 +228,20 @@ class Manifest:
             )
 
     def failed_work(self, source: Input) -> Iterator[Work]:
-        """Yields the failed rows as work, to be tried again. Raises `BatchError` where there is no run yet."""
-        if next(iter(self.output.names(f"{RUN}/done")), None) is None:
-            raise BatchError(
-                f"{redact(self.output.address)} holds no run whose failed pictures could be tried again; leave "
-                "retry_errors (--retry-errors) out"
-            )
+        """Yields the failed rows as work, to be tried again."""
         records = _RecordsByShard(read_records(self.output))
         for shard in source.shards():
-            for number, record in records.of(shard.index).items():
+            done = records.of(shard.index)
+            for number, record in done.items():
                 if record.errors:
+                    start, skip, earlier = record.start, 0, [done.get(n) for n in range(number)]
+                    if differences(shard.identity, record.shard) and None not in earlier:  # rows may have moved
+                        start, skip = shard.begin, sum(other.rows for other in earlier if other)
                     keys = {
                         row["place"]: row["key"] for row in read_errors(self.output, Range(shard.index, number), record)
                     }
-                    retry = Retry(record.attempt + 1, keys, record.rows, record.last, record.digest)
-                    yield Work(shard, number, record.start, retry=retry)
+                    retry = Retry(record.attempt + 1, keys, record.rows, record.last, record.digest, skip)
+                    yield Work(shard, number, start, retry=retry)
 
     def commit(self, end: RangeEnd, rows: Sequence[TokenizedRow], writer: Writer) -> Record:
         """Writes an output shard: its errors, then its data, and its record last. Returns what was written now.
@@ -324,6 +332,7 @@ def _merged(before: Record, retried: Record, rows: Sequence[TokenizedRow]) -> Re
     """Returns the record of a range after some of its rows were tried again."""
     return replace(
         retried,
+        start=before.start,
         next=before.next,
         rows=before.rows + sum(row.place >= before.rows for row in rows),
         images=before.images + retried.images,

@@ -233,7 +233,7 @@ def _originals(
 ) -> Iterator[tuple[Any, Encoding]]:
     """Returns the first images of an output shard, and their codes. Rows that share a key are left out."""
     block = read_block(output, record.data_files[0], 0)
-    times = Counter(row.key for row in block)
+    times = Counter(row.key for file in record.data_files for row in read_block(output, file, 0))
     rows = {row.key: row for row in block if row.images and times[row.key] == 1}
     failed = {(row["place"], row["image"] or 0) for row in read_errors(output, span, record)}
     with source.open(shard, record.start) as reading:

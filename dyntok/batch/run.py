@@ -15,7 +15,7 @@ from dyntok.batch.engines.local import run_local
 from dyntok.batch.engines.rows import Range, RangeEnd, RowChunk, TokenizedRow
 from dyntok.batch.formats import make_writer
 from dyntok.batch.inputs.samples import Input
-from dyntok.batch.manifest import Manifest, read_records
+from dyntok.batch.manifest import Manifest, read_records, require_records
 from dyntok.batch.options import BatchOptions, EngineOptions
 from dyntok.batch.summary import Summary
 from dyntok.batch.task import Task, prepare
@@ -64,6 +64,8 @@ def tokenize(
         raise ConfigError(
             "retry_errors works on rows of one image; interleaved rows are already written, with gaps for their errors"
         )
+    if retry_errors:
+        require_records(task.output)
     with task.output.locked():
         return _run(task, engine, retry_errors, max_error_rate, progress)
 

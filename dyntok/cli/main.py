@@ -46,8 +46,13 @@ def _streams() -> Iterator[None]:
         stdout = sys.stdout
         if isinstance(stdout, io.TextIOWrapper) and stdout.errors == "strict":
             stdout.reconfigure(errors="backslashreplace")
-            stack.callback(stdout.reconfigure, errors="strict")
+            stack.callback(_restore, stdout)
         yield
+
+
+def _restore(stdout: io.TextIOWrapper) -> None:
+    with contextlib.suppress(OSError, ValueError):  # it is flushed, and its reader may be gone
+        stdout.reconfigure(errors="strict")
 
 
 def _run(options: argparse.Namespace) -> int:

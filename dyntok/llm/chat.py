@@ -7,7 +7,7 @@ stand, and are then replaced or removed.
 import base64
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -50,27 +50,18 @@ def flatten_messages(
     local_paths: whether pictures may be paths and file:// addresses
     fetch: gets pictures of http addresses; None: such addresses are refused
 
-    Raises `CodeError` on a picture in another form.
+    Raises `CodeError` on messages, contents, parts and pictures of another form.
     """
-
-    def picture(part: Mapping[str, Any]) -> ImageSource:
-        source = _picture(part, fetch)
-        if not local_paths and isinstance(source, str | os.PathLike):
-            raise CodeError(
-                f"a picture is the local file {str(source)[:60]!r}, and this processor was made with "
-                "local_paths=False; give the picture's bytes, or a data URI"
-            )
-        return source
-
+    if isinstance(messages, str) or not isinstance(messages, Iterable):
+        raise CodeError(f"a conversation is {brief(messages)}, expected a list of messages")
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise CodeError(f'a message is {brief(message)}, expected {{"role": ..., "content": ...}}')
-    return [{**message, "content": _flat(message.get("content") or [], images, picture)} for message in messages]
+    sources = _Sources(local_paths, fetch)
+    return [{**message, "content": _flat(message.get("content") or [], images, sources)} for message in messages]
 
 
-def _flat(
-    content: Any, images: list[ImageSource], picture: Callable[[Mapping[str, Any]], ImageSource]
-) -> list[str | ImagePlace]:
+def _flat(content: Any, images: list[ImageSource], sources: "_Sources") -> list[str | ImagePlace]:
     if isinstance(content, str):
         return [content]
     if not isinstance(content, Sequence):
@@ -83,51 +74,65 @@ def _flat(
         if part.get("type") == "text" and isinstance(part.get("text"), str):
             parts.append(part["text"])
         else:
-            images.append(picture(part))
+            images.append(sources.picture(part))
             parts.append(ImagePlace())
     return parts
 
 
-def _picture(part: Mapping[str, Any], fetch: Fetch | None) -> ImageSource:
-    """Returns the picture of a part, in any of the forms that chats have."""
-    kind = part.get("type")
-    if kind == "image_url" and "image_url" in part:
-        link = part["image_url"]
-        return _linked(link.get("url") if isinstance(link, Mapping) else link, fetch)
-    if kind == "image":
-        for name in ("image", "path"):
-            if name in part:
-                source = part[name]
-                is_link = isinstance(source, str) and source.startswith(("data:", "file://", "http://", "https://"))
-                return _linked(source, fetch) if is_link else source
-        if "url" in part:
-            return _linked(part["url"], fetch)
-        if "base64" in part:
-            return _decoded(part["base64"])
-    raise CodeError(
-        f"a part of a message is {kind!r} with {', '.join(part)}; "
-        "expected text, image with image, path, url or base64, or image_url"
-    )
+@dataclass(frozen=True)
+class _Sources:
+    """Where the pictures of a chat may come from."""
 
+    local_paths: bool
+    fetch: Fetch | None
 
-def _linked(address: str, fetch: Fetch | None) -> ImageSource:
-    if not isinstance(address, str):
-        raise CodeError(f"the address of a picture is {brief(address)}, expected text")
-    if address.startswith("data:"):
-        head, _, data = address.partition(",")
-        if not head.endswith(";base64"):
-            raise CodeError(f"a data URI begins with {head[:60]!r}, expected data:image/...;base64,...")
-        return _decoded(data)
-    if address.startswith("file://"):
-        return unquote(address.removeprefix("file://"))
-    if not address.startswith(("http://", "https://")):
-        raise CodeError(f"a picture is at {address[:60]!r}, expected a data URI, file://, http:// or https://")
-    if fetch is None:
+    def picture(self, part: Mapping[str, Any]) -> ImageSource:
+        """Returns the picture of a part, in any of the forms that chats have."""
+        kind = part.get("type")
+        if kind == "image_url" and "image_url" in part:
+            link = part["image_url"]
+            return self._linked(link.get("url") if isinstance(link, Mapping) else link)
+        if kind == "image":
+            for name in ("image", "path"):
+                if name in part:
+                    source = part[name]
+                    is_link = isinstance(source, str) and source.startswith(("data:", "file://", "http://", "https://"))
+                    return self._linked(source) if is_link else self._allowed(source)
+            if "url" in part:
+                return self._linked(part["url"])
+            if "base64" in part:
+                return _decoded(part["base64"])
         raise CodeError(
-            f"a picture is at {address[:60]!r}, and dyntok downloads nothing by itself; make the processor with "
-            "fetch=dyntok.llm.fetch_image to allow it, or give the picture itself, a path or a data URI"
+            f"a part of a message is {kind!r} with {', '.join(part)}; "
+            "expected text, image with image, path, url or base64, or image_url"
         )
-    return fetch(address)
+
+    def _allowed(self, source: ImageSource) -> ImageSource:
+        if not self.local_paths and isinstance(source, str | os.PathLike):
+            raise CodeError(
+                f"a picture is the local file {str(source)[:60]!r}, and this processor was made with "
+                "local_paths=False; give the picture's bytes, or a data URI"
+            )
+        return source
+
+    def _linked(self, address: str) -> ImageSource:
+        if not isinstance(address, str):
+            raise CodeError(f"the address of a picture is {brief(address)}, expected text")
+        if address.startswith("data:"):
+            head, _, data = address.partition(",")
+            if not head.endswith(";base64"):
+                raise CodeError(f"a data URI begins with {head[:60]!r}, expected data:image/...;base64,...")
+            return _decoded(data)
+        if address.startswith("file://"):
+            return self._allowed(unquote(address.removeprefix("file://")))
+        if not address.startswith(("http://", "https://")):
+            raise CodeError(f"a picture is at {address[:60]!r}, expected a data URI, file://, http:// or https://")
+        if self.fetch is None:
+            raise CodeError(
+                f"a picture is at {address[:60]!r}, and dyntok downloads nothing by itself; make the processor with "
+                "fetch=dyntok.llm.fetch_image to allow it, or give the picture itself, a path or a data URI"
+            )
+        return self.fetch(address)
 
 
 def _decoded(text: str) -> bytes:

@@ -190,9 +190,9 @@ class VisualProcessor:
         if not all(options.pop(name, True) for name in ("tokenize", "return_dict")):
             raise ConfigError("tokenize and return_dict are always True; the tokenizer itself writes plain text")
         shape = RowOptions(**{f.name: options.pop(f.name) for f in fields(RowOptions) if f.name in options})
-        if not isinstance(messages, Sequence) or isinstance(messages, str):
+        if isinstance(messages, str | Mapping) or not hasattr(messages, "__len__"):
             raise CodeError(f"messages are {brief(messages)}, expected a list of them")
-        several = bool(messages) and isinstance(messages[0], list | tuple)
+        several = len(messages) > 0 and not isinstance(messages[0], Mapping)
         rows, labels = [], []
         for conversation in messages if several else [messages]:
             ids, learned = self._conversation(conversation, options)

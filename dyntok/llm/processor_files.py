@@ -29,12 +29,13 @@ def save_parts(
     options: Mapping[str, Any],
 ) -> None:
     """Writes the parts of a processor, and its options for `AutoProcessor`, into the folder of a language model."""
+    folder = Path(folder).expanduser()
     tokenizer.save_pretrained(folder)
-    vocab.save_pretrained(Path(folder))
-    visual.save_pretrained(Path(folder) / VISUAL)
+    vocab.save_pretrained(folder)
+    visual.save_pretrained(folder / VISUAL)
     saved = {"processor_class": "VisualProcessor", **options}
     text = json.dumps(saved, indent=2, default=lambda number: number.item())  # numbers of NumPy
-    (Path(folder) / PROCESSOR_FILE).write_text(text + "\n", encoding="utf-8")
+    (folder / PROCESSOR_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def load_parts(

@@ -272,8 +272,15 @@ def test_a_sheet_shows_no_codes_of_other_pictures(photos, checkpoint_folder, tok
     )
     for name, some in (("a", {"0": content[0], "1": content[1]}), ("b", {"0": content[2]})):
         write_folder(tmp_path / name, some)
-    run([tmp_path / "a", tmp_path / "b"], tmp_path / "folders", checkpoint_folder)
+    folders = [tmp_path / "a", tmp_path / "b"]
+    run(folders, tmp_path / "folders", checkpoint_folder)
     report.draw_sample_sheet(str(tmp_path / "folders"), tokenizer)
+    (tmp_path / "b" / "0.jpg").write_bytes(b"broken")
+    run(folders, tmp_path / "retried", checkpoint_folder)
+    (tmp_path / "b" / "0.jpg").write_bytes(content[2])
+    run(folders, tmp_path / "retried", checkpoint_folder, retry_errors=True)
+    with pytest.raises(BatchError, match="originals were not found"):
+        report.draw_sample_sheet(str(tmp_path / "retried"), tokenizer)
     struct = pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()}))
     cells = [[{"bytes": part, "path": None} for part in row] for row in ((b"broken", content[3]), (content[4],))]
     pq.write_table(pa.table({"key": ["a", "b"], "images": pa.array(cells, struct)}), tmp_path / "in.parquet")

@@ -2,6 +2,8 @@
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from support.batch_data import (
     codes,
@@ -127,6 +129,44 @@ def test_other_pictures_than_the_failed_ones_must_not_change(kind, change, image
         assert files(tmp_path / "out") == before
 
 
+def test_failures_in_several_ranges_of_a_repaired_tar(images, checkpoint_folder, tmp_path):
+    """Repaired pictures have other sizes, so what follows them in the tar has moved."""
+    broken = {**images, "a/001": b"x", "b/013": b"broken"}
+    tar = write_tar(tmp_path / "a.tar", tar_members(broken))
+    run(tar, tmp_path / "out", checkpoint_folder, shard_size=4)
+    starts = [record["start"] for record in records(tmp_path / "out").values()]
+    write_tar(tmp_path / "a.tar", tar_members(images))
+    assert run(tar, tmp_path / "out", checkpoint_folder, shard_size=4, retry_errors=True).images == 2
+    run(tar, tmp_path / "clean", checkpoint_folder)
+    assert codes(tmp_path / "out") == codes(tmp_path / "clean")
+    assert [record["start"] for record in records(tmp_path / "out").values()] == starts
+
+
+def test_a_tar_that_was_cut_after_its_last_picture(images, checkpoint_folder, tmp_path):
+    tar = write_tar(tmp_path / "a.tar", [*tar_members(dict(list(images.items())[:3])), ("notes.json", b"x" * 600)])
+    whole = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(whole[: whole.index(b"x" * 600) + 300])
+    run(tar, tmp_path / "out", checkpoint_folder)
+    assert len(codes(tmp_path / "out")) == 3 and list(errors(tmp_path / "out")) == [""]
+    (tmp_path / "a.tar").write_bytes(whole[:2048])
+    with pytest.raises(BatchError, match="a.tar: the tar can't be read further"):
+        run(tar, tmp_path / "out", checkpoint_folder, retry_errors=True)
+    (tmp_path / "a.tar").write_bytes(whole)
+    run(tar, tmp_path / "out", checkpoint_folder, retry_errors=True)
+    assert len(codes(tmp_path / "out")) == 3
+    assert [record["errors"] for record in records(tmp_path / "out").values()] == [0]
+
+
+def test_a_row_that_had_no_key(images, checkpoint_folder, tmp_path):
+    content = list(images.values())[:3]
+    for keys in (["a", None, "c"], ["a", "b", "c"]):
+        table = pa.table({"key": keys, "image": pa.array(content, pa.binary())})
+        pq.write_table(table, tmp_path / "a.parquet")
+        options = {"image_column": "image", "retry_errors": keys[1] == "b"}
+        run(tmp_path / "a.parquet", tmp_path / "out", checkpoint_folder, **options)
+    assert set(codes(tmp_path / "out")) == {"a", "b", "c"}
+
+
 def test_records_of_earlier_versions_have_no_digest(images, checkpoint_folder, tmp_path):
     table = write_table(tmp_path / "a.parquet", {**images, "bad": b"x"})
     run(table, tmp_path / "out", checkpoint_folder)
@@ -141,4 +181,5 @@ def test_nothing_to_retry(images, checkpoint_folder, tmp_path, capsys):
     table = write_table(tmp_path / "a.parquet", images)
     command = ["batch", table, str(tmp_path / "out"), "--model", str(checkpoint_folder), "--retry-errors"]
     assert main(command) == 1 and "no run whose failed pictures could be tried again" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
     assert main([*command, "--dry-run"]) == 1 and "give one of them" in capsys.readouterr().err

@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 from support.processors import made  # noqa: E402
 
 from dyntok.errors import CodeError, ConfigError  # noqa: E402
-from dyntok.llm import parse_ids  # noqa: E402
+from dyntok.llm import VisualProcessor, parse_ids  # noqa: E402
 
 
 def user(*content):
@@ -166,6 +166,24 @@ def test_messages_of_another_form_are_errors_of_ours(messages, processor):
         processor.apply_chat_template(messages)
 
 
-def test_options_may_be_numbers_of_numpy(tokenizer, tmp_path):
-    made(tokenizer, budget=np.int64(5)).save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "processor_config.json").read_text())["budget"] == 5
+def test_options_may_be_numbers_of_numpy(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    made(tokenizer, budget=np.int64(5)).save_pretrained("~/mine")
+    assert json.loads((tmp_path / "mine" / "processor_config.json").read_text())["budget"] == 5
+    assert VisualProcessor.from_pretrained(tmp_path / "mine").policy["budget"] == 5
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_what_a_server_fetches_may_be_a_file(tokenizer, photos, tmp_path):
+    """Its own function may keep pictures in a cache; only the chat must not name files."""
+    Image.fromarray(photos[0]).save(tmp_path / "cached.png")
+    server = made(tokenizer, budget=4, local_paths=False, fetch=lambda address: tmp_path / "cached.png")
+    part = {"type": "image", "url": "https://example.org/cat.png"}
+    assert len(server.apply_chat_template([user(part)])["input_ids"][0]) > 6
+
+
+def test_conversations_in_an_array(processor):
+    chats = np.empty(2, object)
+    chats[:] = [np.array([{"role": "user", "content": text}]) for text in ("a cat", "a")]
+    assert len(processor.apply_chat_template(chats)["input_ids"]) == 2

@@ -50,10 +50,11 @@ class Retry:
     rows: int  # of the range
     last: bool  # of its input shard
     digest: str  # `KeyDigest` of the range; "" where it was not noted
+    skip: int  # rows between the place where reading starts and the range
 
     @property
     def broke_off(self) -> bool:
-        """Returns whether the shard could not be read to its end, so that rows may follow now."""
+        """Returns whether the shard may not have been read to its end, so that rows may follow now."""
         return self.last and self.keys.get(self.rows - 1) == ""
 
 

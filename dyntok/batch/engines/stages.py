@@ -81,8 +81,18 @@ def read(source: Input, work: Work, shard_size: int) -> Iterator[SourceRow | Ran
             if first is None:
                 left_out.merge(reading.left_out)
                 rest = _share(work.shard, end, work.shard.begin + work.shard.extent)
-            facts = first is None, dict(reading.types), rest, dict(left_out), str(digest)
-            yield RangeEnd(span, work.shard.identity, rows, start, end, *facts)
+            yield RangeEnd(
+                span,
+                work.shard.identity,
+                rows,
+                start,
+                end,
+                last=first is None,
+                types=dict(reading.types),
+                share=rest,
+                left_out=dict(left_out),
+                digest=str(digest),
+            )
             if first is None:
                 return
             number, start = number + 1, end
@@ -94,8 +104,8 @@ def _share(shard: Shard, start: int, end: int) -> float:
 
 def _read_again(reading: ShardReader, work: Work, retry: Retry) -> Iterator[SourceRow | RangeEnd]:
     span = Range(work.shard.index, work.number, retry.attempt)
-    rows, found, before, now = 0, 0, KeyDigest(), KeyDigest()
-    for place, sample in enumerate(reading):
+    rows, found, before, now, damage = 0, 0, KeyDigest(), KeyDigest(), ""
+    for place, sample in enumerate(islice(reading, retry.skip, None)):
         if place >= retry.rows and not retry.last:
             break
         was = retry.keys.get(place, "")
@@ -106,18 +116,20 @@ def _read_again(reading: ShardReader, work: Work, retry: Retry) -> Iterator[Sour
             )
         found += 1
         now.add(sample.key)
+        if not sample.key and isinstance(sample.images[0], Broken):
+            damage = sample.images[0].reason
         if retry.keys.get(place) != "" and place < retry.rows:
             before.add(sample.key)
         if place in retry.keys or place >= retry.rows:
             yield SourceRow(span, place, sample, 0.0)
             rows += 1
-    if found < retry.rows or (found > retry.rows and not retry.broke_off) or retry.digest not in ("", str(before)):
-        raise BatchError(
-            f"{redact(work.shard.address)} holds other pictures, or in another order, than when this run began: only "
-            "pictures that failed may change; run into a new folder"
-        )
-    facts = retry.last, dict(reading.types), 0.0, {}, str(now)
-    yield RangeEnd(span, work.shard.identity, rows, work.start, work.start, *facts)
+    as_many = found == retry.rows or (retry.broke_off and found >= retry.rows - 1)
+    if not as_many or retry.digest not in ("", str(before)):
+        changed = "holds other pictures, or in another order, than when this run began: only pictures that failed may "
+        reason = f": {damage}" if damage else f" {changed}change; run into a new folder"
+        raise BatchError(f"{redact(work.shard.address)}{reason}")
+    types = dict(reading.types)
+    yield RangeEnd(span, work.shard.identity, rows, work.start, work.start, retry.last, types, digest=str(now))
 
 
 def chunked(rows: Iterable[SourceRow | RangeEnd], size: int) -> Iterator[RowChunk[SourceRow]]:

@@ -146,8 +146,6 @@ class _TarReader:
 
     def _members(self) -> Iterator[tuple[str, Role, bytes | Broken | None, int]]:
         """Yields (name, role, content, offset) of every file and link."""
-        if self.shard.size == 0:
-            raise tarfile.ReadError("it has 0 bytes")
         for tar, member in tar_members(self.content.file, self.start):
             self._position, self._tar = member.offset, tar
             if is_hidden(member.name):
