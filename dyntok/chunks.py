@@ -22,6 +22,7 @@ from dyntok.fitting import original
 from dyntok.image import ImageSource, is_single, to_array
 from dyntok.original import Original
 from dyntok.ragged import cu_seqlens_from_lengths
+from dyntok.structure import require_integer
 
 _MAX_WAITING = 256  # images of different shapes
 _CHECKED_TOGETHER = 32  # chunks: an error is raised so much later, at most
@@ -73,7 +74,10 @@ def load_chunks(
 
     What was read is added to `originals`. Errors are added to `failures`, or raised where that is None.
     workers: threads that decode ahead.
+
+    Raises `ConfigError` on a limit that is no positive integer: with it, every picture would be a failure.
     """
+    require_integer("max_pixels", max_pixels, 1)
     single = is_single(images)
 
     def read(index: int, image: Any) -> tuple[np.ndarray, Original]:

@@ -41,7 +41,8 @@ def instructions() -> dict[str, bool]:
         "AVX512": capability == "AVX512",
         "oneDNN": torch.backends.mkldnn.is_available(),
         "MKL": torch.backends.mkl.is_available(),
-        "bf16 in hardware": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+        # builds without oneDNN, as for Macs, lack the operation
+        "bf16 in hardware": torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
     }
 
 

@@ -37,7 +37,6 @@ from dyntok.model.decoder import Decoder
 from dyntok.network import Choice, Merge, TokenizerNetwork
 from dyntok.original import Original
 from dyntok.policy import KeepOptions, KeepPolicy
-from dyntok.structure import require_integer
 from dyntok.validation import check_computed
 
 IntegerRows: TypeAlias = Iterable[Tensor | Sequence[int]]  # one row of integers per image
@@ -110,7 +109,6 @@ class DynamicVisualTokenizer(TokenizerNetwork):
         A GPU is not waited for: where its numbers are not finite, the error comes when the codes are read.
         """
         keep = KeepPolicy.of(policy, options)
-        require_integer("max_pixels", max_pixels, 1)
         failures, originals = self._failures(errors), Originals()
         chunks = load_chunks(
             images,
@@ -185,7 +183,6 @@ class DynamicVisualTokenizer(TokenizerNetwork):
         raises.
         """
         keep = KeepPolicy.of(policy, options)
-        require_integer("max_pixels", max_pixels, 1)
         config = self.image_config(fit=fit, max_patches=max_patches, size=size, decoding=decoding)
         threads = self._decoding_threads(workers)
         chunks = load_chunks(images, config, self._at_once(batch_size), max_pixels=max_pixels, workers=threads)

@@ -130,20 +130,26 @@ class CodesDataset(IterableDataset):
 
     def __iter__(self) -> Iterator[Any]:
         begin, self._resume = self._resume, 0
+        self._done = begin  # before the first batch, since persistent workers are asked then
+        return self._batches(begin)
+
+    def _batches(self, begin: int) -> Iterator[Any]:
         worker, workers = _worker()
         first, end = (len(self) * (worker + i) // workers for i in (0, 1))
         start = self.rank * self._rows_per_rank
         stop = start + min(end * self.batch_size, self._rows_per_rank)
         rows = self._rows(start + (first + begin) * self.batch_size, stop)
-        self._done = begin
         while some := list(islice(rows, self.batch_size)):
             self._done += 1
             batch = self._batch(some)
             yield batch if self.pad_to is None else batch.to_tensors(self.pad_to)
-        self._done = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns where this reader stands; of one worker, where a loader has workers."""
+        """Returns where this reader stands; of one worker, where a loader has workers.
+
+        After its last batch it stands at the end of the epoch: a reader that resumes there gives no batch, and starts
+        anew in the next iteration.
+        """
         return {"epoch": self.epoch, "batches": self._done, **self._order()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -51,15 +51,15 @@ def _doctor(options: argparse.Namespace) -> int:
         return OK
     from dyntok import machine
 
-    compared = compare(tokenizer, options.golden or GOLDEN)
     facts: dict[str, Any] = {
         "versions": machine.versions(),
         "devices": machine.devices(),
         "instructions": machine.instructions(),
         "kernels": machine.kernels(tokenizer.device),
-        "golden": None if compared is None else [vars(one) for one in compared],
     }
     failed = [name for name, form in facts["kernels"].items() if form.startswith("fails")]
+    compared = None if failed else compare(tokenizer, options.golden or GOLDEN)
+    facts["golden"] = None if compared is None else [vars(one) for one in compared]
     unexplained = [one.name for one in compared or [] if not one.explained]
     if options.json:
         print_json({**facts, "fingerprint": tokenizer.fingerprint, "device": str(tokenizer.device)})
@@ -69,7 +69,9 @@ def _doctor(options: argparse.Namespace) -> int:
         for name, value in facts[title].items():
             print(f"  {name:<18}{_in_words(value)}")
     print(f"golden codes of {tokenizer.fingerprint}, on {tokenizer.device}:")
-    if compared is None:
+    if failed:
+        print("  not compared, because operations fail")
+    elif compared is None:
         print("  the golden codes are of another tokenizer; `dyntok doctor --write-golden FILE` makes such codes")
     for one in compared or []:
         result = "equal" if not one.differing else f"{one.differing} of {one.tokens} tokens differ"

@@ -101,7 +101,7 @@ def _eval(options: argparse.Namespace) -> int:
     if not samples:
         raise DataError(f"no key of an image in {', '.join(options.data)} starts with {options.keys!r}")
     teacher = (
-        load_classifier(Teacher(options.teacher, options.teacher_weights, options.teacher_args))
+        load_classifier(Teacher(options.teacher, options.teacher_weights, options.teacher_args)).to(tokenizer.device)
         if options.teacher
         else None
     )

@@ -40,7 +40,7 @@ def convert(
         raise ConfigError(
             f"{folder} holds released files, which would hide the new checkpoint; write it to another folder"
         )
-    tokenizer, folder = load_release(Origin(source, revision), config=config, dtype=dtype), Path(folder)
+    tokenizer, folder = load_release(Origin(source, revision), config=config, dtype=dtype), Path(folder).expanduser()
     assert tokenizer.origin is not None and tokenizer.lazy_parts is not None
     released = tokenizer.origin.path
 

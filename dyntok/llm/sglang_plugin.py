@@ -24,6 +24,7 @@ from torch import Tensor
 from dyntok.errors import ConfigError, DyntokError
 from dyntok.llm.grammar import UNLIMITED, ImageGrammar
 from dyntok.llm.serving import PREFIX, RequestGrammar, Served, find_vocab
+from dyntok.structure import brief
 from dyntok.vocab import VisualVocab
 
 
@@ -68,6 +69,8 @@ def _rules(params: Mapping[str, Any], width: int, times: int) -> RequestGrammar:
         raise ConfigError(_LATE)
     if times > 1:
         raise ConfigError("images can't be written with speculative decoding; start SGLang without it")
+    if not isinstance(params["dyntok"], str):
+        raise ConfigError(f"{_NO_MODEL}; it is {brief(params['dyntok'])}")
     own = {name: value for name, value in params.items() if name.startswith(PREFIX)}
     grammar = _grammar(params["dyntok"], _eos(request), width, json.dumps(own, sort_keys=True))
     most = request.sampling_params.max_new_tokens
@@ -90,7 +93,13 @@ def _eos(request: Any) -> tuple[int, ...]:
 
 @lru_cache(maxsize=1024)
 def _grammar(folder: str, eos: tuple[int, ...], width: int, arguments: str) -> ImageGrammar:
-    return Served(_vocab(folder), eos, width).grammar(json.loads(arguments))
+    vocab = _vocab(folder)
+    if width < vocab.vocab_size:
+        raise ConfigError(
+            f"the model scores {width} ids, but the ids of {folder} go up to {vocab.vocab_size - 1}; serve the model "
+            "that was extended for them"
+        )
+    return Served(vocab, eos, width).grammar(json.loads(arguments))
 
 
 @lru_cache

@@ -38,4 +38,4 @@ def rotate(x: Tensor, table: Tensor | None) -> Tensor:
         return x
     from timm.layers import apply_rot_embed_cat
 
-    return apply_rot_embed_cat(x, table[:, None])
+    return apply_rot_embed_cat(x, table[:, None]).to(x.dtype)  # timm 1.0.17 to 1.0.28 give float32

@@ -55,7 +55,7 @@ def facts(tokenizer: DynamicVisualTokenizer, webgpu: bool) -> dict[str, object]:
     """Returns all that the page has to know about the tokenizer, as plain JSON types."""
     image, selector = tokenizer.config.image, tokenizer.config.selector
     return {
-        "name": Path(tokenizer.name).name,
+        "name": Path(tokenizer.name).name if Path(tokenizer.name).is_dir() else tokenizer.name,
         "fingerprint": tokenizer.fingerprint,
         "codes": tokenizer.vocab_size,
         "grid": list(tokenizer.grid),
@@ -83,7 +83,7 @@ def _runtime_files(source: Path, wanted: tuple[str, ...]) -> dict[str, bytes]:
         else:
             place = source / "dist" if (source / "dist").is_dir() else source
             found = {name: (place / name).read_bytes() for name in wanted if (place / name).is_file()}
-    except (OSError, tarfile.TarError) as error:
+    except (OSError, EOFError, tarfile.TarError) as error:
         raise ConfigError(f"can't read the runtime {source}: {error}; `npm pack onnxruntime-web` gives it") from error
     if missing := [name for name in wanted if name not in found]:
         raise ConfigError(

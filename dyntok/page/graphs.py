@@ -131,7 +131,6 @@ class _MaskedAttention:
         later = torch.ones(count, count).triu(1)
         self.to_kept = _NEVER * (1 - mask) + _NEVER * later
         self.to_others, self.table = _NEVER * mask, table
-        self.full = (mask.sum() == count).to(mask.dtype)
 
     def among_kept(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return _attention(rotate(q, self.table), rotate(k, self.table), v, self.to_kept)

@@ -39,7 +39,7 @@ class Classifier:
         config = network.pretrained_cfg
         self.name = str(config.get("architecture") or type(network).__name__)
         self.size = tuple(config["input_size"][-2:])
-        self.mean, self.std = (torch.tensor(config[name]).view(3, 1, 1) for name in ("mean", "std"))
+        self.mean, self.std = (torch.tensor(config[name], device="cpu").view(3, 1, 1) for name in ("mean", "std"))
         subset = infer_imagenet_subset(network) if getattr(network, "num_classes", 0) else None
         wnids = {wnid: index for index, wnid in enumerate(ImageNetInfo(subset).label_names())} if subset else {}
         found = sorted({label for label in labels if label in wnids})

@@ -62,7 +62,9 @@ class CodebookTrainer(nn.Module):
             return 0
         candidates = gather_rows_of_ranks(z)
         dead = dead[: len(candidates)]
-        picked = candidates[torch.randperm(len(candidates), generator=generator)[: len(dead)].to(z.device)]
+        picked = candidates[
+            torch.randperm(len(candidates), generator=generator, device="cpu")[: len(dead)].to(z.device)
+        ]
         codebook.embedding[dead] = picked.to(codebook.embedding.dtype)
         # a count high enough that the code survives until it wins vectors of its own
         count = average * max(0.5, 2 * self.revive_below)
@@ -83,13 +85,13 @@ class CodebookTrainer(nn.Module):
             raise CodeError(f"k-means got {len(vectors)} vectors for {size} codes, expected at least {size} vectors")
         _check_finite(vectors, "k-means")
         z = F.normalize(vectors.float(), dim=-1)
-        codebook.embedding.copy_(z[torch.randperm(len(z), generator=generator)[:size].to(z.device)])
+        codebook.embedding.copy_(z[torch.randperm(len(z), generator=generator, device="cpu")[:size].to(z.device)])
         for _ in range(KMEANS_ITERATIONS):
             codes = torch.cat([codebook(part) for part in z.split(VECTORS_PER_SEARCH)])
             counts, sums = codebook_stats(z, codes, size)
             empty = (counts == 0).nonzero()[:, 0]
             rows = F.normalize(sums, dim=-1)
-            rows[empty] = z[torch.randperm(len(z), generator=generator)[: len(empty)].to(z.device)]
+            rows[empty] = z[torch.randperm(len(z), generator=generator, device="cpu")[: len(empty)].to(z.device)]
             codebook.embedding.copy_(rows)
         self.counts.copy_(counts.clamp(min=1e-3 * float(counts.mean())))
         self.counts.div_(self.counts.mean())

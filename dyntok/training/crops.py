@@ -59,7 +59,8 @@ class Crops:
     def crop(self, image: Image.Image, place: int, size: tuple[int, int]) -> Tensor:
         """Returns a picture's crop at (height, width): normalized, float32 [3, H, W]."""
         height, width = size
-        draw = torch.rand(4, generator=torch.Generator().manual_seed(self.seed * 2_000_003 + place)).tolist()
+        generator = torch.Generator("cpu").manual_seed(self.seed * 2_000_003 + place)
+        draw = torch.rand(4, generator=generator, device="cpu").tolist()
         share = self.min_crop + (1 - self.min_crop) * draw[0]
         crop_width = min(image.width, image.height * width / height) * share
         crop_height = crop_width * height / width

@@ -19,9 +19,8 @@ from dyntok.training.crops import Crops
 from dyntok.training.recipe import Recipe
 from dyntok.training.shards import find_shards, images_of
 from dyntok.training.sources import ImageSample, Inventory, find_samples, spread, take_inventory
-from dyntok.training.stream import StreamedImages
+from dyntok.training.stream import GIVE_UP, StreamedImages
 
-_GIVE_UP = 100  # unreadable images in a row: then the disk or the path is at fault
 _MAX_WARNINGS = 10
 _MAX_SMALL = 8  # pictures that are looked at for one with enough pixels
 _JUMP = 7919  # places between them
@@ -46,7 +45,9 @@ def held_out(recipe: Recipe) -> list[ImageSample]:
     limit = recipe.validation_images
     if not recipe.stream:
         return spread(find_samples(recipe.data, "validation"), limit)
-    images = (image for shard in find_shards(recipe.data) for image in images_of(shard, "validation"))
+    shards = spread(find_shards(recipe.data), limit)
+    of_each = -(-limit // max(len(shards), 1))
+    images = (image for shard in shards for image in islice(images_of(shard, "validation"), of_each))
     found = [image.alone() for image in islice(images, limit)]
     if not found:
         raise DataError("the shards hold no images of the validation part, expected one in 20; set validate_every: 0")
@@ -130,8 +131,8 @@ class TrainingImages(torch.utils.data.Dataset):
     def _image(self, epoch: int, place: int) -> Image.Image:
         if self._order is None or self._order[0] != epoch:
             generator = torch.Generator().manual_seed(self.crops.seed * 1_000_003 + epoch)
-            self._order = epoch, torch.randperm(len(self.samples), generator=generator)
-        tries = min(_GIVE_UP, len(self.samples))
+            self._order = epoch, torch.randperm(len(self.samples), generator=generator, device="cpu")
+        tries = min(GIVE_UP, len(self.samples))
         for i in range(tries):
             index = int(self._order[1][(place + i) % len(self.samples)])
             try:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from dyntok.addresses import is_remote
 from dyntok.training.recipe import Recipe
 from dyntok.training.schedule import Schedule
 
@@ -99,8 +100,11 @@ def opening_line(
 def closing_line(recipe: Recipe, folder: Path, fingerprint: str, unreadable: int, seconds: float) -> str:
     """Returns what a run has made, where it is, and what to do next."""
     made, data = folder / "tokenizer", " ".join(map(shlex.quote, recipe.data))
+    if any(is_remote(source) or source.endswith(".parquet") for source in recipe.data):
+        data = "PICTURES"  # `dyntok eval` reads local folders and tars
     left_out = f", {unreadable:,} unreadable images left out" if unreadable else ""
     return (
         f"trained in {format_duration(seconds)}{left_out}: {made}, fingerprint {fingerprint}; measure it with "
-        f"`dyntok eval {data} --split validation --model {made}`, use it with dyntok.load({str(made)!r})"
+        f"`dyntok eval {data} --split validation --model {shlex.quote(str(made))}`, "
+        f"use it with dyntok.load({str(made)!r})"
     )

@@ -78,7 +78,7 @@ def evaluate(
     encoder = SampleEncoder(tokenizer, policy, selection, batch_size, total, image, progress, max_pixels, refine)
     # the classes are those of all samples, so that a limit does not make the task easier
     classifier = Classifier(teacher, [sample.label for sample in samples]) if teacher is not None else None
-    tally = _Tally(torch.zeros(len(tokenizer.codebook.embedding), dtype=torch.long))
+    tally = _Tally(torch.zeros(len(tokenizer.codebook.embedding), dtype=torch.long, device="cpu"))
     failed: list[Failure] = []
     probe_failed: list[Failure] = []
     for batch in encoder.batches(chosen, failed):
@@ -175,8 +175,9 @@ def _compare(
     tally: _Tally,
 ) -> None:
     codes = batch.encoding if positions else dataclasses.replace(batch.encoding, packed_positions=None)
-    decoder = tokenizer.config.decoder
-    if decoder is not None and decoder.head == "mlp" and decoder.out_dim is None:
+    decoder, config = tokenizer.decoder, tokenizer.config.decoder
+    restores = decoder is not None and (config.head == "mlp" or tokenizer.pixel_head is None)
+    if restores and decoder.out_dim == tokenizer.backbone.embed_dim:
         with tokenizer.inference():
             target = tokenizer.backbone(batch.pixels.to(tokenizer.device, tokenizer.dtype))
         tally.feature_cosine += metrics.patch_cosine(tokenizer.decode_to_features(codes), target).tolist()

@@ -201,7 +201,8 @@ class Trainer:
                 speed = (self.step - since) * self.schedule.images_per_step / (now - reported)
                 self._report(stage, averages.collect(self.data.unreadable) | {"images_per_second": speed})
                 since, reported = self.step, now
-            if self.recipe.validate_every and (self.step % self.recipe.validate_every == 0 or ended):
+            measuring = self.recipe.validate_every and self.quantizing  # without codes there is nothing to measure
+            if measuring and (self.step % self.recipe.validate_every == 0 or ended):
                 self._validate(stage, display)
             due = now - saved >= 60 * self.recipe.save_minutes
             by_steps = self.recipe.save_every and self.step % self.recipe.save_every == 0

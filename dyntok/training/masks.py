@@ -19,8 +19,9 @@ def seed_of(key: str, salt: str) -> int:
 def random_mask(count: int, grid: tuple[int, int], key: str) -> Tensor:
     """Returns a mask, bool [N], with `count` of rows * columns patches, drawn by a seed made from `key`."""
     num_patches = grid[0] * grid[1]
-    drawn = torch.randperm(num_patches, generator=torch.Generator().manual_seed(seed_of(key, "random_mask")))
-    return torch.zeros(num_patches, dtype=torch.bool).index_fill_(0, drawn[:count], True)
+    generator = torch.Generator("cpu").manual_seed(seed_of(key, "random_mask"))
+    drawn = torch.randperm(num_patches, generator=generator, device="cpu")
+    return torch.zeros(num_patches, dtype=torch.bool, device="cpu").index_fill_(0, drawn[:count], True)
 
 
 def even_mask(count: int, grid: tuple[int, int]) -> Tensor:

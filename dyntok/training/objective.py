@@ -117,10 +117,11 @@ class Objective(nn.Module):
                 f"{name} has learned masks, which need selector.places: free and merger.position: none; "
                 "set masks.learned: 0 and give the other kinds shares"
             )
-        if weights.feature and decoder.head == "none" and decoder.embed_dim not in (None, width):
+        restored = tok.require_decoder().out_dim
+        if weights.feature and restored != width:
             raise ConfigError(
-                f"{name} compares features, but the decoder's have {decoder.embed_dim} channels and the backbone's "
-                f"{width}; set decoder.head: mlp, or remove decoder.embed_dim"
+                f"{name} compares features, but the decoder's have {restored} channels and the backbone's {width}; "
+                "remove decoder.out_dim, and set decoder.head: mlp or remove decoder.embed_dim"
             )
 
     def _frozen(self) -> list[nn.Module]:

@@ -99,6 +99,9 @@ class Recipe:
         needs_teacher = any(stage.weights.needs_teacher for stage in stages)
         message = "perceptual, recognition and semantic losses need teacher.name (a timm model)"
         require(bool(self.teacher.name) or not needs_teacher, message)
+        compares = any(stage.weights.recognition for stage in stages)
+        message = "the recognition loss compares the pictures of a batch; set batch_size to 2 or more"
+        require(self.batch_size > 1 or not compares, message)
         config = self.config  # refuses an invalid tokenizer
         remedy = "remove grids, or choose a tokenizer with image.max_patches"
         fits = self.grids is None or config.image.max_patches is not None

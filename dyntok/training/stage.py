@@ -90,5 +90,11 @@ class Stage:
         reconstructs = self.weights.pixel + self.weights.low + self.weights.feature + self.weights.perceptual > 0
         remedy = "give weights.pixel, feature or perceptual a positive value"
         require(reconstructs, f"{name} has no loss on the reconstruction; {remedy}")
+        measured = self.masks.random + self.masks.lattice > 0
+        require(
+            measured or not self.weights.local,
+            f"{name} has weights.local, which follows the error of random or lattice masks, and masks has neither; "
+            "give masks.lattice a share, or leave weights.local out",
+        )
         unknown = sorted(set(self.freeze) - set(PARTS))
         require(not unknown, f"{name} freezes {', '.join(unknown)}, expected some of {', '.join(PARTS)}")

@@ -41,6 +41,8 @@ def first_tokenizer(
         if not resuming:
             parts = "a pretrained backbone" if weights else "new weights"
             tell(f"starting with {parts}; --init NAME starts from the weights of a tokenizer")
+            if recipe.config.backbone.frozen and not weights:
+                tell("the backbone is frozen with random weights; set backbone_weights, or backbone.frozen: false")
         return tokenizer, False
     start = take_weights(tokenizer, given)
     if not resuming:

@@ -63,7 +63,7 @@ def read_state(path: Path) -> dict[str, Any] | None:
 def describe_run(recipe: Recipe, keys: Sequence[str], images_per_step: int) -> dict[str, Any]:
     """Returns what `state.pt` keeps to recognize its run, as plain types. keys: of the images, or of their shards."""
     return {
-        "recipe": recipe.to_dict(),
+        "recipe": {name: value for name, value in recipe.to_dict().items() if name != "data"},  # may hold a password
         "images": len(keys),
         "digest": digest_of(keys),
         "images_per_step": images_per_step,

@@ -25,6 +25,7 @@ from dyntok.training.crops import Crops
 from dyntok.training.shards import images_of
 from dyntok.training.sources import ImageSample, Split
 
+GIVE_UP = 100  # unreadable images in a row: then the disk or the path is at fault
 _log = logging.getLogger(__name__)
 
 
@@ -109,19 +110,24 @@ class StreamedImages:
     def from_loader(self, parts: "Iterable[Part | DataError]", workers: int) -> Iterator[Tensor]:
         """Yields the batches that a loader with `workers` processes, which takes turns, gives in parts.
 
-        Raises `DataError` if no image can be read.
+        A batch without a readable image is the one before it again. Raises `DataError` if there is none before it, and
+        after 100 images in a row that can't be read.
         """
+        batch, unreadable = None, 0
         for several in batched(parts, max(workers, 1)):
             rows: dict[int, Tensor] = {}
             for part in several:
                 if isinstance(part, DataError):
                     raise part
                 rows.update(zip(part.rows, part.pixels, strict=True))
-            if not rows:
-                raise DataError(f"{part.count} images in a row can't be read, the last one {part.last_key}")
-            tensors = [rows[row] for row in sorted(rows)]
-            # others of the batch stand in for an unreadable image, so that the order does not depend on it
-            yield torch.stack([tensors[i % len(tensors)] for i in range(part.count)])
+            unreadable = 0 if rows else unreadable + part.count
+            if not rows and (batch is None or unreadable >= GIVE_UP):
+                raise DataError(f"{unreadable} images in a row can't be read, the last one {part.last_key}")
+            if rows:
+                tensors = [rows[row] for row in sorted(rows)]
+                # others of the batch stand in for an unreadable image, so that the order does not depend on it
+                batch = torch.stack([tensors[i % len(tensors)] for i in range(part.count)])
+            yield batch
 
     def batches(self, first: int, last: int | None = None) -> Iterator[Tensor]:
         """Yields the batches from number `first` on, before `last`. Raises `DataError` if no image can be read."""

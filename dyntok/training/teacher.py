@@ -86,6 +86,13 @@ class TeacherFeatures(nn.Module):
         super().__init__()
         self.layers, self.sizes, self.share = list(teacher.layers) or None, teacher.sizes, teacher.share
         model: Any = create_network(teacher, with_classifier=False)
+        embed = getattr(model, "patch_embed", None)
+        fixed = getattr(embed, "img_size", None) if getattr(embed, "strict_img_size", False) else None
+        if fixed and set(self.sizes) != {fixed[0]}:
+            raise ConfigError(
+                f"the teacher {teacher.name} takes pictures of {fixed[0]} x {fixed[1]} pixels alone; set "
+                "teacher.kwargs: {dynamic_img_size: true}"
+            )
         self.out_dim = model.feature_info[self.layers[-1] if self.layers else -1]["num_chs"]
         config = model.pretrained_cfg
         values = (mean, std, config["mean"], config["std"])

@@ -93,7 +93,8 @@ def nearest_code(z: Tensor, codebook: Tensor, normalize: bool) -> Tensor:
         codes[start : start + _ROWS] = group * _GROUP + place
         doubtful[start : start + _ROWS] = best - rival <= slack[start : start + _ROWS]
     if doubtful.any():
-        codes[doubtful] = _lowest_nearest(z[doubtful].double(), codebook.double())
+        found = _lowest_nearest(z[doubtful].cpu().double(), codebook.cpu().double())  # MPS has no float64
+        codes[doubtful] = found.to(z.device)
     return codes
 
 

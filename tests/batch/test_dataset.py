@@ -127,7 +127,9 @@ def test_reading_goes_on_where_it_stood(shuffle, outputs, wanted):
         CodesDataset(outputs["parquet"], rank=1, world=2).load_state_dict(data.state_dict())
 
 
-def test_a_stateful_loader_goes_on(outputs, wanted):
+@pytest.mark.parametrize("stop", [6, 13, 14, 15])
+def test_a_stateful_loader_goes_on(stop, outputs, wanted):
+    """At the end of an epoch, too, when one of the two workers has given its last batch."""
     stateful = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
 
     def loader():
@@ -141,12 +143,13 @@ def test_a_stateful_loader_goes_on(outputs, wanted):
     whole, first, begun = [batch.keys for batch in loader()], [], loader()
     for batch in begun:
         first.append(batch.keys)
-        if len(first) == 6:
+        if len(first) == stop:
             state = begun.state_dict()
             break
     again = loader()
     again.load_state_dict(state)
     assert first + [batch.keys for batch in again] == whole
+    assert [batch.keys for batch in again] == whole  # the next epoch begins at the beginning
 
 
 def test_folders_and_columns_that_do_not_fit(outputs, images, checkpoint_folder, tmp_path):

@@ -4,8 +4,10 @@ import json
 import re
 
 import pytest
+import torch
 
 import dyntok
+from dyntok import machine
 from dyntok.cli.main import main
 from dyntok.golden import GOLDEN, pictures
 
@@ -54,3 +56,17 @@ def test_other_codes_are_told(run, tmp_path):
 def test_golden_codes_of_another_tokenizer_are_not_compared(run):
     code, out, _ = run("doctor")
     assert code == 0 and "of another tokenizer" in out and "equal" not in out
+
+
+def test_codes_are_not_compared_where_operations_fail(run, monkeypatch):
+    """As on a GPU without Triton: the doctor says so instead of encoding with them."""
+    monkeypatch.setattr(machine, "kernels", lambda device: {"compact": "PyTorch", "nearest_code": "fails: no Triton"})
+    monkeypatch.setattr(dyntok.golden, "compare", None)
+    code, out, _ = run("doctor")
+    assert code == 1 and "fails: no Triton" in out and "not compared, because operations fail" in out
+
+
+def test_builds_of_pytorch_without_onednn(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops, "mkldnn", None)
+    assert machine.instructions()["bf16 in hardware"] is False

@@ -104,11 +104,13 @@ def test_every_form_of_text_is_read_back_and_is_that_of_python(places):
     assert [form["kept"] for form in back] == [None, kept, kept, kept]
 
 
-def test_the_line_of_python_runs_and_gives_the_picture(photos):
-    tokenizer = dyntok.load()
+@pytest.mark.parametrize("name", ["flex", "tiny"])
+def test_the_line_of_python_runs_and_gives_the_picture(name, photos):
+    tokenizer = dyntok.load(name)
     encoding = tokenizer.encode(photos[0], budget=16)
     values = {"codes": encoding.codes[0].tolist(), "kept": encoding.positions[0].tolist(), "known": True}
-    line = run({"text.js": "asPython"}, "asPython(x)", values | {"grid": encoding.grids[0].tolist()})
+    values |= {"grid": encoding.grids[0].tolist()}
+    line = run({"text.js": "asPython"}, "asPython(x[0], x[1])", [values, {"name": name}])
     picture = eval(line, {"dyntok": dyntok})  # as a reader does after `import dyntok`
     assert np.array_equal(picture, tokenizer.decode(encoding)[0])
 

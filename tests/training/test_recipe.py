@@ -9,10 +9,12 @@ import yaml
 
 from dyntok.config import TokenizerConfig
 from dyntok.errors import ConfigError
+from dyntok.structure import build
 from dyntok.tokenizer import DynamicVisualTokenizer
 from dyntok.training import objective
 from dyntok.training import teacher as teacher_module
-from dyntok.training.recipe import RECIPES, Recipe
+from dyntok.training.display import closing_line
+from dyntok.training.recipe import RECIPES, Recipe, Teacher
 from dyntok.training.stage import Masks, Stage, Weights
 from dyntok.training.teacher import TeacherFeatures
 
@@ -135,6 +137,7 @@ def test_wrong_types(tmp_path, where, value, told):
         ("stages.budgets", [0.6, 0.5], "budgets"),
         ("stages.freeze", ["teacher"], "freezes teacher, expected some of backbone"),
         ("stages.weights.rate", -1, r"weights\.rate is -1"),
+        ("stages.weights.local", 0.5, r"weights\.local, which follows the error of random or lattice masks"),
         ("stages.weights.pixel", 0, "no loss on the reconstruction"),
         ("stages.masks", {"learned": 0}, "masks"),
         ("stages.masks", {"random": -0.5}, "masks"),
@@ -223,3 +226,29 @@ def test_bundled_recipes_load_and_build(path, tmp_path, monkeypatch):
         trained.set_stage(stage)
         assert any(p.requires_grad for p in trained.parameters())
     assert any(stage.quantize for stage in recipe.stages)
+
+
+def test_the_recognition_loss_needs_several_pictures(tmp_path):
+    values = changed("stages.weights.recognition", 1) | {"teacher": {"name": "resnet18"}, "batch_size": 1}
+    with pytest.raises(ConfigError, match="set batch_size to 2 or more"):
+        load(tmp_path, values)
+
+
+def test_a_teacher_of_one_size(monkeypatch):
+    monkeypatch.setattr(teacher_module, "load_timm_weights", lambda model, file: None)
+    given = {"name": "vit_tiny_patch16_224", "weights": "file"}
+    with pytest.raises(ConfigError, match="224 x 224 pixels alone; set teacher.kwargs: .dynamic_img_size: true."):
+        TeacherFeatures(Teacher(**given, sizes=(112, 224)), (0.5,) * 3, (0.5,) * 3)
+    TeacherFeatures(Teacher(**given, sizes=(224,)), (0.5,) * 3, (0.5,) * 3)
+    TeacherFeatures(Teacher(**given, kwargs={"dynamic_img_size": True}), (0.5,) * 3, (0.5,) * 3)
+
+
+def test_the_line_that_says_how_to_measure(tmp_path):
+    def line(*data):
+        recipe = build(Recipe, MINIMAL | {"data": list(data)})
+        return closing_line(recipe, tmp_path / "my runs", "f" * 16, 0, 60)
+
+    assert f"`dyntok eval photos --split validation --model '{tmp_path}/my runs/tokenizer'`" in line("photos")
+    for address in ("s3://name:password@host/shards", "rows.parquet"):
+        told = line("photos", address)
+        assert "`dyntok eval PICTURES --split" in told and "password" not in told

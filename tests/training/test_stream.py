@@ -306,3 +306,17 @@ def test_a_streamed_run_resumes_as_if_it_had_not_stopped(folder, values, tmp_pat
     assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
     one, two = (torch.load(tmp_path / name / "state.pt", weights_only=True)["objective"] for name in ("whole", "parts"))
     assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+def test_a_batch_of_one_unreadable_picture(photos, tmp_path):
+    """The batch before it comes again; only many in a row end the run."""
+
+    def ones(name, pictures):
+        write_tar(tmp_path / name, [(f"{i}.jpg", picture) for i, picture in enumerate(pictures)])
+        crops = Crops(CONFIG, 1, seed=3, min_crop=0.8)
+        return StreamedImages([str(tmp_path / name)], crops, split="all", buffer=1).batches(0)
+
+    batches = list(islice(ones("a.tar", [*(jpeg(photo) for photo in photos[:4]), b"broken"]), 10))
+    assert [torch.equal(batches[i], batches[i - 1]) for i in range(1, 10)] == [i in (4, 9) for i in range(1, 10)]
+    with pytest.raises(DataError, match="1 images in a row can't be read"):
+        next(ones("b.tar", [b"broken"] * 5))

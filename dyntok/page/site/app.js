@@ -23,6 +23,7 @@ let model;
 let maxPatches;
 let work = Promise.resolve();
 let comparing;
+let asked = false; // whether the visitor has opened something
 
 /** Runs tasks one after another; onnxruntime takes one at a time. Errors become the message. */
 function queue(task) {
@@ -39,7 +40,13 @@ function queue(task) {
 }
 
 export function openFile(file) {
+  return open(() => file);
+}
+
+function open(find) {
+  asked = true;
   return queue(async () => {
+    const file = await find();
     const photo = await readPhoto(file, facts, maxPatches);
     Object.assign(photo, await model.score(photo));
     showMessage(null);
@@ -101,7 +108,9 @@ export function setLength(count) {
 }
 
 export function exchange(index, code) {
+  const { codes } = state;
   return queue(async () => {
+    if (state.codes !== codes) return; // others came while this one waited
     if (!(Number.isInteger(code) && code >= 0 && code < facts.codes))
       throw new Error(`${code} is no code. Codes are 0 to ${facts.codes - 1}.`);
     showMessage(null);
@@ -112,6 +121,7 @@ export function exchange(index, code) {
 }
 
 export function paste(text) {
+  asked = true;
   return queue(async () => {
     const { codes, kept, grid } = parse(text, facts);
     showMessage(null);
@@ -138,10 +148,12 @@ function mark(chosen) {
   for (const button of $("examples").children) button.setAttribute("aria-pressed", button === chosen);
 }
 
-async function openExample(name, button) {
+function openExample(name, button) {
   mark(button);
-  const blob = await (await fetch(`photos/${name}.jpg`)).blob();
-  return openFile(new File([blob], `${name}.jpg`, { type: blob.type }));
+  return open(async () => {
+    const blob = await (await fetch(`photos/${name}.jpg`)).blob();
+    return new File([blob], `${name}.jpg`, { type: blob.type });
+  });
 }
 
 function makeExamples() {
@@ -265,8 +277,10 @@ async function start() {
   listenToFiles();
   listenToStrip();
   listenToForms();
-  model = await Model.load(facts);
-  await openExample("astronaut", $("examples").firstChild);
+  work = Model.load(facts).then((loaded) => (model = loaded)); // what is opened meanwhile waits for it
+  await work;
+  if (!asked) openExample("astronaut", $("examples").firstChild);
+  await work;
   document.documentElement.dataset.ready = Math.round(performance.now()); // milliseconds since the page was opened
 }
 

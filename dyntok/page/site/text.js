@@ -29,9 +29,10 @@ export function asJson({ codes, kept, grid, known }, facts) {
 }
 
 /** A line that decodes in Python. */
-export function asPython({ codes, kept, grid, known }) {
+export function asPython({ codes, kept, grid, known }, facts) {
   const positions = known ? `, positions=[[${kept.join(", ")}]]` : "";
-  return `dyntok.load().decode([[${codes.join(", ")}]]${positions}, grid=(${grid.join(", ")}))[0]`;
+  const load = `dyntok.load(${JSON.stringify(facts.name)})`;
+  return `${load}.decode([[${codes.join(", ")}]]${positions}, grid=(${grid.join(", ")}))[0]`;
 }
 
 /** Reads any of these forms: {codes, kept or null, grid}. Throws an Error with a sentence for people. */
