@@ -232,8 +232,8 @@ def _originals(
     source: Input, shard: Shard, span: Range, record: Record, output: Output, fingerprint: str
 ) -> Iterator[tuple[Any, Encoding]]:
     """Returns the first images of an output shard, and their codes. Rows that share a key are left out."""
-    block = read_block(output, record.data_files[0], 0)
-    times = Counter(row.key for file in record.data_files for row in read_block(output, file, 0))
+    *retried, block = (read_block(output, file, 0) for file in record.data_files)
+    times = Counter(row.key for rows in (*retried, block) for row in rows)
     rows = {row.key: row for row in block if row.images and times[row.key] == 1}
     failed = {(row["place"], row["image"] or 0) for row in read_errors(output, span, record)}
     with source.open(shard, record.start) as reading:

@@ -54,6 +54,7 @@ def flatten_messages(
     """
     if isinstance(messages, str) or not isinstance(messages, Iterable):
         raise CodeError(f"a conversation is {brief(messages)}, expected a list of messages")
+    messages = list(messages)
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise CodeError(f'a message is {brief(message)}, expected {{"role": ..., "content": ...}}')
