@@ -11,7 +11,7 @@ import dyntok
 from dyntok import CheckpointError, CodeError, ConfigError, DyntokError, KeepPolicy
 from dyntok.loading import BUNDLED
 
-FINGERPRINT = "1b92eae744956096"  # codes of the default tokenizer that users stored rest on it
+FINGERPRINT = "9c37a9e29e5dd559"  # codes of the default tokenizer that users stored rest on it
 TINY = "3430ff5f2bb35b50"
 
 
