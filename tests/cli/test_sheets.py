@@ -56,7 +56,7 @@ def test_unusable_images_and_paths_are_errors(run, folder, bad, tmp_path):
     for arguments, message in (
         (("show", bad, "-o", tmp_path / "sheet.png"), "bad.jpg"),
         (("show", photograph, "-o", nowhere), "can't write .*where.png"),
-        (("show", photograph, "-o", tmp_path / "sheet.xyz"), "can't write .*unknown file extension"),
+        (("show", photograph, "-o", tmp_path / "sheet.xyz"), "can't write .*not written as .xyz"),
         (("demo", "-o", nowhere), "can't write .*where.png"),
     ):
         code, out, err = run(*arguments)
