@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Literal, TypeVar
 
 from dyntok.addresses import is_remote, locate, wrap_storage_errors
 from dyntok.errors import DataError
@@ -19,6 +19,7 @@ from dyntok.image import IMAGE_SUFFIXES
 from dyntok.names import is_hidden, split_key
 from dyntok.tars import follow, is_link, link_target, tar_members
 
+Item = TypeVar("Item")
 Split = Literal["all", "train", "validation"]
 
 HOLDOUT = 20  # one in this number of images is for validation
@@ -110,10 +111,10 @@ def find_samples(sources: Sequence[str | Path], split: Split = "all") -> list[Im
     return take_inventory(sources, split).samples
 
 
-def spread(samples: Sequence[ImageSample], limit: int | None) -> list[ImageSample]:
-    """Returns at most `limit` samples, spread evenly over those given; None: all."""
-    count = min(limit or len(samples), len(samples))
-    return [samples[i * len(samples) // count] for i in range(count)]
+def spread(items: Sequence[Item], limit: int | None) -> list[Item]:
+    """Returns at most `limit` items, such as samples, spread evenly over those given; None: all."""
+    count = min(limit or len(items), len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def is_validation(key: str) -> bool:
