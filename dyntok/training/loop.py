@@ -201,8 +201,7 @@ class Trainer:
                 speed = (self.step - since) * self.schedule.images_per_step / (now - reported)
                 self._report(stage, averages.collect(self.data.unreadable) | {"images_per_second": speed})
                 since, reported = self.step, now
-            measuring = self.recipe.validate_every and self.quantizing  # without codes there is nothing to measure
-            if measuring and (self.step % self.recipe.validate_every == 0 or ended):
+            if self.recipe.validate_every and (self.step % self.recipe.validate_every == 0 or ended):
                 self._validate(stage, display)
             due = now - saved >= 60 * self.recipe.save_minutes
             by_steps = self.recipe.save_every and self.step % self.recipe.save_every == 0
@@ -219,8 +218,12 @@ class Trainer:
         track(self.accelerator, line)
 
     def _validate(self, stage: Stage, display: Display) -> None:
-        """Measures on the main process, and keeps the weights in `best` if they are the best so far."""
-        if not self.accelerator.is_main_process:
+        """Measures on the main process, and keeps the weights in `best` if they are the best so far.
+
+        Stages before the codebook is started are not measured.
+        """
+        without_codes = not self.quantizing and any(stage.quantize for stage in self.recipe.stages)
+        if without_codes or not self.accelerator.is_main_process:
             return
         tokenizer = self.objective.tokenizer
         figures = validate(tokenizer, self.validation, None if self.average is None else self.average.values)

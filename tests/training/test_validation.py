@@ -140,3 +140,11 @@ def test_a_cosine_falls_to_nothing():
     factors = [schedule.lr_factor(stage, step) for step in range(100)]
     assert factors[0] == pytest.approx(0.1) and factors[50] == pytest.approx(0.5) and factors[-1] < 0.001
     assert factors[10:] == sorted(factors[10:], reverse=True)
+
+
+def test_stages_before_the_codes_are_not_measured(short, tmp_path):
+    (first,) = short["stages"]
+    stages = [first, {**first, "name": "codes", "quantize": True}]
+    trainer({**changed(short, validate_every=1, validation_images=2), "stages": stages}, tmp_path / "run").run()
+    measured = [line["stage"] for line in log_of(tmp_path / "run") if "validation_psnr" in line]
+    assert measured == ["codes"] * STEPS
