@@ -151,3 +151,10 @@ def test_the_keyboard_is_enough(opened):
     press("Enter")
     settle(opened)
     assert state(opened)[0] == [1, 2, 3]
+
+
+def test_a_code_is_not_exchanged_in_codes_that_came_meanwhile(opened, photos):
+    drop_photo(opened, photos[0])
+    opened.evaluate("() => { dyntok.setLength(8); dyntok.exchange(40, 5); }")
+    settle(opened)
+    assert state(opened)[0] == dyntok.load().encode(photos[0], budget=8).codes[0].tolist()

@@ -46,8 +46,11 @@ def served(folder: Path):
 
 
 @contextmanager
-def browser(folder: Path, **options):
-    """Yields a Chromium page that shows the folder and can reach nothing else, and a list of what went wrong in it."""
+def browser(folder: Path, *, script: str = "", **options):
+    """Yields a Chromium page that shows the folder and can reach nothing else, and a list of what went wrong in it.
+
+    script: runs before those of the page.
+    """
     from playwright.sync_api import sync_playwright
 
     wrong: list[str] = []
@@ -56,6 +59,7 @@ def browser(folder: Path, **options):
         page = chromium.new_page(**options)
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("request", lambda request: allowed(request.url, home) or wrong.append(f"asked for {request.url}"))
+        page.add_init_script(script)
         page.goto(home)
         page.wait_for_selector("html[data-ready]", timeout=60_000)
         yield page, wrong
