@@ -148,3 +148,14 @@ def test_stages_before_the_codes_are_not_measured(short, tmp_path):
     trainer({**changed(short, validate_every=1, validation_images=2), "stages": stages}, tmp_path / "run").run()
     measured = [line["stage"] for line in log_of(tmp_path / "run") if "validation_psnr" in line]
     assert measured == ["codes"] * STEPS
+
+
+def test_a_tokenizer_without_pixels_is_measured_by_its_features(short, tmp_path):
+    (stage,) = short["stages"]
+    values = changed(short, validate_every=STEPS, validation_images=2)
+    values["tokenizer"]["decoder"] = {**values["tokenizer"].get("decoder", {}), "pixels": False}
+    values["stages"] = [{**stage, "weights": {"feature": 1}}]
+    trainer(values, tmp_path / "run").run()
+    (line,) = [line for line in log_of(tmp_path / "run") if "validation_feature_cosine" in line]
+    assert -1 <= line["validation_feature_cosine"] <= 1 and "validation_psnr" not in line
+    assert (tmp_path / "run" / "best").is_dir()
