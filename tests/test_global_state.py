@@ -24,6 +24,7 @@ from dyntok.cli.main import main
 from dyntok.export import FixedEncoder, export
 from dyntok.layout import block_capacities, lattice_positions
 from dyntok.llm import Document, ImageCodes, ImageGrammar, PackedDataset, Packer, parse_ids, read_documents
+from dyntok.llm.extend import _projection as random_projection
 
 SIGNALS = [number for number in signal.valid_signals() if number not in (signal.SIGKILL, signal.SIGSTOP)]
 
@@ -298,7 +299,7 @@ def test_the_default_device_of_a_program_does_not_matter():
     tokenizer = loaded["tiny"]
     wanted = tokenizer.encode(image)
     lattice = dyntok.VisualVocab.after(100, 16, layout="lattice", grid=(5, 3))
-    row = tokenizer.codebook.embedding.new_zeros(0).long()
+    row, projection = tokenizer.codebook.embedding.new_zeros(0).long(), random_projection(3, 4, seed=0)
     torch.set_default_device("meta")
     try:
         for name, before in loaded.items():
@@ -314,5 +315,6 @@ def test_the_default_device_of_a_program_does_not_matter():
         ids = lattice.to_ids(row.new_tensor([1, 2, 3]), positions=lattice_positions(3, (5, 3)))
         assert lattice.to_encoding([ids]).codes[0].tolist() == [1, 2, 3]
         assert block_capacities((3, 3)).tolist() == [[4, 2, 2, 1]]
+        assert random_projection(3, 4, seed=0).tolist() == projection.tolist()
     finally:
         torch.set_default_device(None)

@@ -87,12 +87,7 @@ class TeacherFeatures(nn.Module):
         self.layers, self.sizes, self.share = list(teacher.layers) or None, teacher.sizes, teacher.share
         model: Any = create_network(teacher, with_classifier=False)
         embed = getattr(model, "patch_embed", None)
-        fixed = getattr(embed, "img_size", None) if getattr(embed, "strict_img_size", False) else None
-        if fixed and set(self.sizes) != {fixed[0]}:
-            raise ConfigError(
-                f"the teacher {teacher.name} takes pictures of {fixed[0]} x {fixed[1]} pixels alone; set "
-                "teacher.kwargs: {dynamic_img_size: true}"
-            )
+        self.only_size = getattr(embed, "img_size", None) if getattr(embed, "strict_img_size", False) else None
         self.out_dim = model.feature_info[self.layers[-1] if self.layers else -1]["num_chs"]
         config = model.pretrained_cfg
         values = (mean, std, config["mean"], config["std"])
@@ -115,7 +110,17 @@ class TeacherFeatures(nn.Module):
         return View(top, left, self.sizes[int(torch.randint(len(self.sizes), ()))] if self.sizes else None)
 
     def forward(self, pixels: Tensor, view: View) -> tuple[list[Tensor], Tensor]:
-        """Computes feature maps [B, D, h, w], from fine to coarse, and pooled features [B, D], of pixels."""
-        pixels = (view(pixels) * self.factor + self.shift).contiguous(memory_format=torch.channels_last)
+        """Computes feature maps [B, D, h, w], from fine to coarse, and pooled features [B, D], of pixels.
+
+        Raises `ConfigError` where the network takes one size alone and the view has another.
+        """
+        pixels = view(pixels)
+        if self.only_size is not None and tuple(pixels.shape[2:]) != tuple(self.only_size):
+            height, width = self.only_size
+            raise ConfigError(
+                f"the teacher takes pictures of {height} x {width} pixels alone, and got {pixels.shape[2]} x "
+                f"{pixels.shape[3]}; set teacher.kwargs: {{dynamic_img_size: true}}"
+            )
+        pixels = (pixels * self.factor + self.shift).contiguous(memory_format=torch.channels_last)
         last, maps = self.model.forward_intermediates(pixels, indices=self.layers, output_fmt="NCHW")
         return maps, self.model.forward_head(last)

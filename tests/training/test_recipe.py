@@ -16,7 +16,7 @@ from dyntok.training import teacher as teacher_module
 from dyntok.training.display import closing_line
 from dyntok.training.recipe import RECIPES, Recipe, Teacher
 from dyntok.training.stage import Masks, Stage, Weights
-from dyntok.training.teacher import TeacherFeatures
+from dyntok.training.teacher import TeacherFeatures, View
 
 MINIMAL = {"data": ["photos"], "stages": [{"images": 100, "weights": {"pixel": 1}}]}
 
@@ -237,10 +237,14 @@ def test_the_recognition_loss_needs_several_pictures(tmp_path):
 def test_a_teacher_of_one_size(monkeypatch):
     monkeypatch.setattr(teacher_module, "load_timm_weights", lambda model, file: None)
     given = {"name": "vit_tiny_patch16_224", "weights": "file"}
-    with pytest.raises(ConfigError, match="224 x 224 pixels alone; set teacher.kwargs: .dynamic_img_size: true."):
-        TeacherFeatures(Teacher(**given, sizes=(112, 224)), (0.5,) * 3, (0.5,) * 3)
-    TeacherFeatures(Teacher(**given, sizes=(224,)), (0.5,) * 3, (0.5,) * 3)
-    TeacherFeatures(Teacher(**given, kwargs={"dynamic_img_size": True}), (0.5,) * 3, (0.5,) * 3)
+    square, wide = torch.zeros(1, 3, 224, 224), torch.zeros(1, 3, 112, 224)
+    fixed = TeacherFeatures(Teacher(**given), (0.5,) * 3, (0.5,) * 3)
+    assert fixed(square, View())[1].shape == (1, 192)
+    for pixels, view in ((wide, View()), (square, View(size=112))):
+        with pytest.raises(ConfigError, match="224 x 224 pixels alone, .* set teacher.kwargs: .dynamic_img_size: true"):
+            fixed(pixels, view)
+    free = TeacherFeatures(Teacher(**given, kwargs={"dynamic_img_size": True}), (0.5,) * 3, (0.5,) * 3)
+    assert free(wide, View())[1].shape == (1, 192)
 
 
 def test_the_line_that_says_how_to_measure(tmp_path):

@@ -21,7 +21,7 @@ from dyntok.errors import DataError
 from dyntok.structure import build
 from dyntok.tables import RowGroup
 from dyntok.training.crops import Crops
-from dyntok.training.data import open_data
+from dyntok.training.data import held_out, open_data
 from dyntok.training.recipe import Recipe
 from dyntok.training.shards import find_shards
 from dyntok.training.sources import Inventory, is_validation
@@ -260,6 +260,13 @@ def test_a_streamed_run_validates_on_what_it_leaves_out(folder, values, tmp_path
     assert expected and [sample.key for sample in run.validation] == expected
     run.run()
     assert "validation_psnr" in log_of(tmp_path / "run")[-1]
+
+
+def test_every_shard_has_its_share_of_the_validation_pictures(folder, values):
+    small = changed(values, data=[str(folder)], stream=6, split="train", validate_every=2, validation_images=SHARDS)
+    found = [sample.key.partition("-")[0] for sample in held_out(build(Recipe, small))]
+    all_of_them = {f"{i}" for i in range(SHARDS) if any(is_validation(f"{i}-{j}") for j in range(EACH))}
+    assert len(found) == len(all_of_them) > 1 and set(found) == all_of_them
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
