@@ -260,6 +260,41 @@ def test_merging_by_likeness(dtype, images, patches, width):
     assert_close(own[0].double(), expected, atol=4 * torch.finfo(dtype).eps, rtol=4 * torch.finfo(dtype).eps)
 
 
+def test_merging_leaves_other_images_alone():
+    """A NaN in the first image's first patch must not reach an image whose last block of dropped patches is short."""
+    x, keep, weights = similar_case(2, 40, 16, torch.float32)
+    lists = [rows.compact(mask) for mask in (keep, ~keep)]
+    packed = lists[0][0][: int(keep.sum())], lists[0][1], lists[1][0][: int((~keep).sum())], lists[1][1]
+    wanted = similar_kernel.merge_similar(x.flatten(0, 1), weights.flatten(), *packed)[0]
+    x[0, 0] = torch.nan
+    found = similar_kernel.merge_similar(x.flatten(0, 1), weights.flatten(), *packed)[0]
+    first = int(keep[0].sum())
+    assert torch.equal(found[first:], wanted[first:])
+
+
+def test_merging_weighs_in_float32():
+    """257 is no number of bfloat16."""
+    x = torch.ones(1, 3, 16, dtype=torch.bfloat16)
+    x[0, 2] = 0
+    keep, weights = torch.tensor([[True, False, False]]), torch.tensor([[1.0, 257.0, 257.0]])
+    lists = torch.tensor([0], dtype=torch.int32), bounds([1]), torch.tensor([1, 2], dtype=torch.int32), bounds([2])
+    merged = similar_kernel.merge_similar(x[0], weights[0], *lists)[0]
+    expected = reference.merge_similar(x.double(), keep, weights.double())[0]
+    assert torch.equal(merged, expected.to(merged.dtype))
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_bounds_that_are_a_column(backward):
+    q, k, v = (torch.randn(12, 2, 16, requires_grad=True) for _ in range(3))
+    dense = bounds([5, 7])
+    column = torch.stack([dense, dense + 99], 1)[:, 0]
+    results = []
+    for cu in (dense, column):
+        out, lse = attention.varlen_attention(q, k, v, cu, cu, True)
+        results.append(attention.varlen_attention_backward(out, q, k, v, out, lse, cu, cu, True) if backward else [out])
+    assert not column.is_contiguous() and all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
 def test_equal_likeness_goes_to_the_first():
     x = torch.ones(1, 5, 8)
     keep = torch.tensor([[False, True, False, True, True]])

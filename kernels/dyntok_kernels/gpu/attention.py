@@ -185,6 +185,7 @@ def varlen_attention(
     The arguments are those of `ops.varlen_attention`; their last dimension must be dense.
     """
     q, k, v = (_heads_together(x) for x in (q, k, v))
+    cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
     check(
         q.dtype in FLOATS and q.dtype == k.dtype == v.dtype,
         f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}, expected one of {FLOATS}",
@@ -207,6 +208,7 @@ def varlen_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the backward. Returns the gradients of q, k and v."""
     grad, q, k, v = (_heads_together(x) for x in (grad, q, k, v))
+    cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
     total_q, heads, width = q.shape
     grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = (grad.float() * out.float()).sum(-1).T.contiguous()  # [H, Tq]

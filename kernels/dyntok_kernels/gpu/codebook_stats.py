@@ -37,7 +37,8 @@ def codebook_stats(z: Tensor, codes: Tensor, size: int) -> tuple[Tensor, Tensor]
     sums = torch.empty(size, width, dtype=torch.float32, device=z.device)
     ordered, order = codes.sort(stable=True)
     bounds = torch.searchsorted(ordered, torch.arange(size + 1, device=z.device))
-    codebook_stats_kernel[(size,)](z, order, bounds, counts, sums, num_warps=_BLOCKS.warps, **_constants(width))
+    launch = {**_constants(width), "num_warps": _BLOCKS.warps, "num_stages": _BLOCKS.stages}
+    codebook_stats_kernel[(size,)](z, order, bounds, counts, sums, **launch)
     return counts, sums
 
 

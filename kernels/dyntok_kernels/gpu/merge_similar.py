@@ -68,8 +68,10 @@ def average_kernel(
         source = tl.load(dropped + place, mask=place < end_dropped, other=0).to(tl.int64)
         mine = tl.load(owner + source, mask=place < end_dropped, other=-1)[None, :] == row[:, None]  # [m, n]
         share = tl.where(mine, tl.load(weights + source)[None, :], 0.0)
-        values = tl.load(x + source[:, None] * WIDTH + column[None, :], mask=inside, other=0.0)
-        total += dot(cast(share, values.dtype), values)
+        # a row that is not of this image must not be read: 0 times its NaN would be NaN
+        filled = inside & (place < end_dropped)[:, None]
+        values = tl.load(x + source[:, None] * WIDTH + column[None, :], mask=filled, other=0.0)
+        total += dot(share, values.to(tl.float32))
         size += tl.sum(share, 1)
     where = merged + row.to(tl.int64)[:, None] * WIDTH + column[None, :]
     tl.store(where, cast(total / size[:, None], merged.dtype.element_ty), mask=(row < end)[:, None] & inside)
@@ -82,6 +84,7 @@ def merge_similar(
     """Launch both kernels; see `ops.merge_similar`."""
     check(x.dtype in FLOATS, f"patches are {x.dtype}, expected one of {FLOATS}")
     x, weights, width = x.contiguous(), weights.float().contiguous(), x.shape[1]
+    kept, cu_kept, dropped, cu_dropped = (lists.contiguous() for lists in (kept, cu_kept, dropped, cu_dropped))
     merged = torch.empty(len(kept), width, dtype=x.dtype, device=x.device)
     sizes = torch.empty(len(kept), dtype=torch.float32, device=x.device)
     owner = torch.empty(len(x), dtype=torch.int32, device=x.device)

@@ -84,8 +84,9 @@ def compact(keep: Tensor) -> tuple[Tensor, Tensor]:
     indices = torch.full((images * patches,), -1, dtype=torch.int32, device=keep.device)
     if indices.numel():
         compact_kernel[(images,)](
-            keep.contiguous(), cu_seqlens, indices, patches, BLOCK=_COMPACT.n, num_warps=_COMPACT.warps
-        )
+            keep.contiguous(), cu_seqlens, indices, patches, BLOCK=_COMPACT.n,
+            num_warps=_COMPACT.warps, num_stages=_COMPACT.stages,
+        )  # fmt: skip
     return indices, cu_seqlens
 
 
@@ -98,7 +99,7 @@ def gather_rows(x: Tensor, index: Tensor, embed: Tensor | None) -> Tensor:
         embedded = embed is not None
         embed = embed.to(x.dtype).contiguous() if embedded else x
         gather_kernel[_grid(len(index), width)](
-            x, index.contiguous(), embed, out, len(index), len(embed), WIDTH=width, EMBEDDED=embedded, **_LAUNCH
+            x, index.int().contiguous(), embed, out, len(index), len(embed), WIDTH=width, EMBEDDED=embedded, **_LAUNCH
         )
     return out
 
