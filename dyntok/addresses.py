@@ -110,6 +110,18 @@ def read_storage_options(path: str | os.PathLike | None) -> StorageOptions:
     return values
 
 
+def storage_reason(error: Exception, address: str, options: StorageOptions | None = None) -> str:
+    """Returns why a file system refused an address: on one line, without credentials, and without the address."""
+    if isinstance(error, BatchError) and isinstance(error.__cause__, Exception):  # of `locate`; it names the address
+        error = error.__cause__
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if isinstance(error, FileNotFoundError) and str(error).strip("/") in address:  # fsspec says no more than the path
+        text = "no such file"
+    if is_remote(address):  # HTTP errors end with it
+        text = text.replace(address, "...")
+    return redact_message(text, options or {})
+
+
 @contextmanager
 def wrap_storage_errors(action: str, address: str, options: StorageOptions | None = None) -> Iterator[None]:
     """Turns every error of a file system into a `BatchError` of one line, without credentials."""
@@ -118,8 +130,7 @@ def wrap_storage_errors(action: str, address: str, options: StorageOptions | Non
     except (DyntokError, ImportError):
         raise
     except Exception as error:  # fsspec passes on what its back ends raise: OSError, botocore's, aiohttp's, asyncio's
-        text = redact_message(getattr(error, "strerror", None) or str(error) or type(error).__name__, options or {})
-        raise BatchError(f"can't {action} {redact(address)}: {text}") from error
+        raise BatchError(f"can't {action} {redact(address)}: {storage_reason(error, address, options)}") from error
 
 
 def _path_of_file_url(address: str) -> str:

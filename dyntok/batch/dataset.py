@@ -106,7 +106,8 @@ class CodesDataset(IterableDataset):
             shuffle,
             seed,
         )
-        self.rank, self.world, self.remainder, self.pad_to, self.epoch = rank, world, remainder, pad_to, 0
+        self.rank, self.world, self.remainder, self.pad_to = rank, world, remainder, pad_to
+        self._epoch = torch.zeros(1, dtype=torch.long, device="cpu").share_memory_()  # for workers that persist
         self._output = Output(folder, storage or {})
         self.description = read_description(self._output)
         if self.description["options"]["format"] == "megatron":
@@ -115,15 +116,26 @@ class CodesDataset(IterableDataset):
             )
         self._blocks = _Blocks(self._output)
         self._done = self._resume = 0  # batches of this reader
+        self._begun: int | None = None  # the epoch to which they belong, whatever the next one is
 
     @property
     def fingerprint(self) -> str:
         """Returns that of the tokenizer that made the codes."""
         return self.description["tokenizer"]["fingerprint"]
 
+    @property
+    def epoch(self) -> int:
+        """Returns the epoch of the next iteration."""
+        return int(self._epoch.item())
+
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next iteration."""
-        self.epoch = epoch
+        """Choose the epoch of the next iteration, also in the workers of a loader that has them already."""
+        require_integer("epoch", epoch, 0)
+        self._epoch.fill_(int(epoch))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._epoch.share_memory_()  # which pickle does not keep
 
     def __len__(self) -> int:
         return -(-self._rows_per_rank // self.batch_size)
@@ -131,14 +143,15 @@ class CodesDataset(IterableDataset):
     def __iter__(self) -> Iterator[Any]:
         begin, self._resume = self._resume, 0
         self._done = begin  # before the first batch, since persistent workers are asked then
-        return self._batches(begin)
+        self._begun = self.epoch
+        return self._batches(begin, self._begun)
 
-    def _batches(self, begin: int) -> Iterator[Any]:
+    def _batches(self, begin: int, epoch: int) -> Iterator[Any]:
         worker, workers = _worker()
         first, end = (len(self) * (worker + i) // workers for i in (0, 1))
         start = self.rank * self._rows_per_rank
         stop = start + min(end * self.batch_size, self._rows_per_rank)
-        rows = self._rows(start + (first + begin) * self.batch_size, stop)
+        rows = self._rows(start + (first + begin) * self.batch_size, stop, epoch)
         while some := list(islice(rows, self.batch_size)):
             self._done += 1
             batch = self._batch(some)
@@ -150,7 +163,7 @@ class CodesDataset(IterableDataset):
         After its last batch it stands at the end of the epoch: a reader that resumes there gives no batch, and starts
         anew in the next iteration.
         """
-        return {"epoch": self.epoch, "batches": self._done, **self._order()}
+        return {"epoch": self.epoch if self._begun is None else self._begun, "batches": self._done, **self._order()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Lets the next iteration resume after the last batch. Raises `ConfigError` where the order is another one."""
@@ -159,8 +172,9 @@ class CodesDataset(IterableDataset):
             f"{name} was {state.get(name)}, is {value}" for name, value in order.items() if state.get(name) != value
         ]:
             raise ConfigError(f"the state belongs to another order of batches: {'; '.join(found)}")
-        self.epoch, self._resume = state["epoch"], state["batches"]
-        self._done = self._resume
+        self.set_epoch(state["epoch"])
+        self._begun = state["epoch"]
+        self._done = self._resume = state["batches"]
 
     def _order(self) -> dict[str, Any]:
         """Returns everything that decides which batches this reader gives."""
@@ -172,22 +186,22 @@ class CodesDataset(IterableDataset):
         extra = self.world - 1 if self.remainder == "repeat" else 0
         return (self._blocks.rows + extra) // self.world
 
-    def _rows(self, start: int, stop: int) -> Iterator[CodesRow]:
+    def _rows(self, start: int, stop: int, epoch: int) -> Iterator[CodesRow]:
         """Yields the rows of the whole order from `start` to before `stop`; after the last comes the first again."""
-        order, ends = self._blocks.order(self.seed if self.shuffle else None, self.epoch)
+        order, ends = self._blocks.order(self.seed if self.shuffle else None, epoch)
         while start < stop:
             place = start % self._blocks.rows
             i = int(np.searchsorted(ends, place, side="right"))
-            block = self._block(int(order[i]))
+            block = self._block(int(order[i]), epoch)
             first = place - (int(ends[i]) - len(block))
             some = block[first : first + stop - start]
             yield from some
             start += len(some)
 
-    def _block(self, number: int) -> list[CodesRow]:
+    def _block(self, number: int, epoch: int) -> list[CodesRow]:
         block = read_block(self._output, *self._blocks.locate(number), self.columns)
         if self.shuffle:
-            block = [block[j] for j in np.random.default_rng([self.seed, self.epoch, number]).permutation(len(block))]
+            block = [block[j] for j in np.random.default_rng([self.seed, epoch, number]).permutation(len(block))]
         return block
 
     def _batch(self, rows: Sequence[CodesRow]) -> Batch:

@@ -81,11 +81,7 @@ def write_memmap(folder: str, path: str | Path, vocab: VisualVocab, **options: A
     try:
         with part.open("wb") as file:
             for ids in document_ids(folder, vocab, **options):
-                if ids.max() > np.iinfo(vocab.dtype).max:
-                    raise CodeError(
-                        f"id {ids.max()} of a text does not fit {vocab.dtype}, the type of the vocabulary's ids"
-                    )
-                file.write(ids.astype(vocab.dtype).tobytes())
+                file.write(_narrowed(ids, vocab.dtype).tobytes())
                 starts.append(count)
                 count += len(ids)
         facts = {"dtype": vocab.dtype, "ids": count, "documents": starts, "fingerprint": vocab.fingerprint}
@@ -124,13 +120,23 @@ def write_litdata(folder: str, output: str | Path, vocab: VisualVocab, **options
             raise BatchError(f"{output} is not empty; name a new folder")
         output.mkdir(parents=True, exist_ok=True)
     writer = BinaryWriter(str(output), chunk_bytes=_LITDATA_CHUNK, item_loader=TokensLoader())
-    kind = np.uint16 if vocab.dtype == "uint16" else np.int32  # PyTorch computes with these
+    dtype = "uint16" if vocab.dtype == "uint16" else "int32"  # PyTorch computes with these
     for ids in document_ids(folder, vocab, **options):
-        writer[number] = torch.from_numpy(ids.astype(kind))
+        writer[number] = torch.from_numpy(_narrowed(ids, dtype))
         number += 1
     writer.done()
     writer.merge()
     return number
+
+
+def _narrowed(ids: np.ndarray, dtype: str) -> np.ndarray:
+    """Returns ids in the type that their file has for this vocabulary. Raises `CodeError` where one does not fit."""
+    if ids.max() > np.iinfo(dtype).max:
+        raise CodeError(
+            f"id {ids.max()} of a text, or of eod, does not fit {dtype}, the type of ids in the file; "
+            "expected a vocabulary that begins after all ids of texts"
+        )
+    return ids.astype(dtype)
 
 
 def prepare_energon(folder: str | Path, *, workers: int = 1) -> int:

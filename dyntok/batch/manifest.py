@@ -4,6 +4,7 @@
 which rows are not in it. A file that no record names is not part of the output.
 """
 
+import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -228,20 +229,27 @@ class Manifest:
             )
 
     def failed_work(self, source: Input) -> Iterator[Work]:
-        """Yields the failed rows as work, to be tried again."""
+        """Yields the failed rows as work, to be tried again.
+
+        A repaired file is read from its beginning: its other rows may have moved, and their records must say so.
+        """
         records = _RecordsByShard(read_records(self.output))
-        for shard in source.shards():
-            done = records.of(shard.index)
-            for number, record in done.items():
-                if record.errors:
-                    start, skip, earlier = record.start, 0, [done.get(n) for n in range(number)]
-                    if differences(shard.identity, record.shard) and None not in earlier:  # rows may have moved
-                        start, skip = shard.begin, sum(other.rows for other in earlier if other)
-                    keys = {
-                        row["place"]: row["key"] for row in read_errors(self.output, Range(shard.index, number), record)
-                    }
-                    retry = Retry(record.attempt + 1, keys, record.rows, record.last, record.digest, skip)
-                    yield Work(shard, number, start, retry=retry)
+        for shards in _by_file(source.shards()):
+            found = [(shard, records.of(shard.index)) for shard in shards]
+            repaired = _was_repaired(found)
+            for shard, done in found:
+                known = next(n for n in itertools.count() if n not in done) if repaired else 0
+                if known:
+                    retries = tuple(self._retry(Range(shard.index, n), done[n]) for n in range(known))
+                    yield Work(shard, 0, shard.begin, retries=retries)
+                for number, record in done.items():
+                    if record.errors and number >= known:
+                        retry = self._retry(Range(shard.index, number), record)
+                        yield Work(shard, number, record.start, retries=(retry,))
+
+    def _retry(self, span: Range, record: Record) -> Retry:
+        keys = {row["place"]: row["key"] for row in read_errors(self.output, span, record)}
+        return Retry(record.attempt + 1, keys, record.rows, record.last, record.digest)
 
     def commit(self, end: RangeEnd, rows: Sequence[TokenizedRow], writer: Writer) -> Record:
         """Writes an output shard: its errors, then its data, and its record last. Returns what was written now.
@@ -313,6 +321,23 @@ class _RecordsByShard:
         return None if self._next is None else self._next[1].shard
 
 
+def _by_file(shards: Iterator[Shard]) -> Iterator[list[Shard]]:
+    """Yields the shards of each file together; only Parquet files have several."""
+    for _, some in itertools.groupby(shards, lambda shard: shard.address if shard.rows else shard.index):
+        yield list(some)
+
+
+def _was_repaired(found: Sequence[tuple[Shard, Mapping[int, Record]]]) -> bool:
+    """Returns whether a file with failed rows has changed. `found`: its shards, each with its records.
+
+    Records of several states of the file say that rows were tried again before, perhaps not all of them.
+    """
+    records = [record for _, done in found for record in done.values()]
+    states = {(record.shard["size"], record.shard["stamp"]) for record in records}
+    now = {(shard.size, shard.stamp) for shard, _ in found}
+    return len(states) > 1 or (states != now and any(record.errors for record in records))
+
+
 def _unfinished_ranges(shard: Shard, done: Mapping[int, Record]) -> Iterator[Work]:
     number, start = 0, shard.begin
     while True:
@@ -332,8 +357,6 @@ def _merged(before: Record, retried: Record, rows: Sequence[TokenizedRow]) -> Re
     """Returns the record of a range after some of its rows were tried again."""
     return replace(
         retried,
-        start=before.start,
-        next=before.next,
         rows=before.rows + sum(row.place >= before.rows for row in rows),
         images=before.images + retried.images,
         tokens=before.tokens + retried.tokens,

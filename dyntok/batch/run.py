@@ -46,7 +46,7 @@ def tokenize(
     model           as in `dyntok.load`, or a tokenizer
     options         what is written
     engine          performance options; of these only `time_limit` can affect the output
-    retry_errors    read only the rows of the errors table
+    retry_errors    encode only the rows of the errors table
     max_error_rate  stop when a larger share of images fails
     storage         arguments of fsspec's file systems, by protocol; they are written nowhere
     progress        called after every row with what was done so far
@@ -86,7 +86,9 @@ def _run(
 
     def commit(completed: Iterable[tuple[RangeEnd, list[TokenizedRow]]]) -> None:
         for end, rows in completed:
-            summary.add_shard(end, manifest.commit(end, rows, writer))
+            record = manifest.commit(end, rows, writer)
+            if not end.compared:
+                summary.add_shard(end, record)
 
     shown = progress is not None and not retry_errors
     counting = _counted_shards(task.source, summary) if shown else contextlib.nullcontext()

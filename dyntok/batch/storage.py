@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from dyntok.addresses import StorageOptions, locate, redact, wrap_storage_errors
@@ -39,12 +40,21 @@ class Output:
         require_path("the output", address)
         require_type("storage", options, Mapping, "options of fsspec by protocol, such as {'s3': {'key': ...}}")
         self.address, self.options = os.fspath(address), options
-        self.fs, self.root = locate(self.address, options)
-        self.local = isinstance(self.fs, LocalFileSystem)
+        fs, self.root = locate(self.address, options)
+        self.local = isinstance(fs, LocalFileSystem)
+        self._by_process = {os.getpid(): fs}
         self._warned: set[str] = set()
 
     def __reduce__(self):
         return Output, (self.address, self.options)
+
+    @property
+    def fs(self) -> fsspec.AbstractFileSystem:
+        """Returns the file system; a forked process gets its own, since asynchronous ones refuse to work in another."""
+        process = os.getpid()
+        if process not in self._by_process:  # the other stays, too: closing it would disturb the process that made it
+            self._by_process[process] = locate(self.address, self.options)[0]
+        return self._by_process[process]
 
     def path(self, name: str) -> str:
         return f"{self.root.rstrip('/')}/{name}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dyntok.cli.arguments import LARGEST, OK, add_command, add_json_option, add_model_option, print_json, report, whole
-from dyntok.errors import BatchError, ConfigError, DyntokError
+from dyntok.errors import BatchError, ConfigError, DataError, DyntokError
 
 if TYPE_CHECKING:
     from dyntok.addresses import StorageOptions
@@ -77,7 +77,7 @@ def _write_pictures(found: "Report", folder: Path, options: argparse.Namespace, 
     draw_lengths(found, folder / "lengths.png")
     try:
         sheet = draw_sample_sheet(options.folder, load(options.model), images=options.images, storage=storage)
-    except BatchError as error:
+    except (BatchError, DataError) as error:
         print(f"dyntok: can't draw sheet.png: {error}", file=sys.stderr)
         return ["errors.jsonl", "lengths.png"]
     sheet.save(folder / "sheet.png")

@@ -1,5 +1,6 @@
 """Codes out of an output folder, and the `map` of other libraries."""
 
+import multiprocessing
 import pickle
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader
 
 import dyntok
 from dyntok.batch import CodesDataset, TokenizeColumn, inspect, read, write_memmap
+from dyntok.batch.storage import Output
 from dyntok.errors import ConfigError, DataError
 from dyntok.llm import read_documents
 from dyntok.vocab import VisualVocab
@@ -112,6 +114,22 @@ def test_shuffling_follows_from_seed_and_epoch(outputs, wanted):
     assert order(0, 0) == order(0, 0) != order(0, 1) != order(1, 1) and sorted(order(3, 4)) == sorted(wanted)
 
 
+def test_an_epoch_reaches_workers_that_persist(outputs):
+    def loader(persistent):
+        data = CodesDataset(outputs["parquet"], batch_size=4, shuffle=True)
+        how = {"num_workers": 2, "multiprocessing_context": "fork", "persistent_workers": persistent}
+        return data, DataLoader(data, batch_size=None, **how)
+
+    def order(epoch, data, batches):
+        data.set_epoch(epoch)
+        return [batch.keys for batch in batches]
+
+    fresh, kept = [order(epoch, *loader(False)) for epoch in range(2)], loader(True)
+    assert [order(epoch, *kept) for epoch in (0, 1, 0, 1)] == fresh * 2 and fresh[0] != fresh[1]
+    copy = pickle.loads(pickle.dumps(kept[0]))
+    assert copy.epoch == 1 and order(2, copy, copy) == order(2, kept[0], kept[0])
+
+
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_reading_goes_on_where_it_stood(shuffle, outputs, wanted):
     whole = [batch.keys for batch in CodesDataset(outputs["parquet"], batch_size=4, shuffle=shuffle)]
@@ -119,6 +137,7 @@ def test_reading_goes_on_where_it_stood(shuffle, outputs, wanted):
         data = CodesDataset(outputs["parquet"], batch_size=4, shuffle=shuffle)
         stream = iter(data)
         first = [next(stream).keys for _ in range(stop)]
+        data.set_epoch(1)  # of the next iteration
         again = CodesDataset(outputs["parquet"], batch_size=4, shuffle=shuffle)
         again.load_state_dict(pickle.loads(pickle.dumps(data.state_dict())))
         assert first + [batch.keys for batch in again] == whole
@@ -150,6 +169,16 @@ def test_a_stateful_loader_goes_on(stop, outputs, wanted):
     again.load_state_dict(state)
     assert first + [batch.keys for batch in again] == whole
     assert [batch.keys for batch in again] == whole  # the next epoch begins at the beginning
+
+
+def test_a_forked_process_has_its_own_file_system():
+    """Asynchronous ones refuse to work in another process than the one that made them."""
+    pytest.importorskip("aiohttp")
+    output = Output("http://127.0.0.1:1/out", {})  # which is not asked
+    process = multiprocessing.get_context("fork").Process(target=lambda: output.fs.loop)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0 and output.fs is output.fs
 
 
 def test_folders_and_columns_that_do_not_fit(outputs, images, checkpoint_folder, tmp_path):

@@ -21,6 +21,8 @@ from support.batch_data import (
 )
 
 from dyntok.batch import EngineOptions
+from dyntok.batch.engines.rows import Work
+from dyntok.batch.inputs.samples import Shard
 from dyntok.errors import BatchError, ConfigError, DataError
 
 
@@ -120,6 +122,17 @@ def test_ray_gives_the_same_files(kind, ray, inputs, wanted, checkpoint_folder, 
     run(inputs[kind], tmp_path / "out", checkpoint_folder, shard_size=9, engine=engine)
     assert files(tmp_path / "out") == wanted[kind]
     assert run(inputs[kind], tmp_path / "out", checkpoint_folder, shard_size=9, engine=engine).rows == 0
+
+
+def test_ray_begins_before_millions_of_files_are_listed():
+    pytest.importorskip("ray")
+    from dyntok.batch.engines.ray import _portions
+
+    entries = (("k.jpg", "in/k.jpg"),) * 8192
+    folder = iter([Work(Shard(i, "in", 0, "", entries), 0, 0) for i in range(200)])
+    assert len(next(_portions(folder))) == 128 and len(list(folder)) == 72
+    tars = [Work(Shard(i, f"{i}.tar", 0, ""), 0, 0) for i in range(5000)]
+    assert [len(portion) for portion in _portions(tars)] == [4096, 904]
 
 
 def test_ray_writes_the_same_margins(ray, inputs, checkpoint_folder, tmp_path):

@@ -1,20 +1,24 @@
 """What goes wrong in daily use of `dyntok batch` is an error with a reason: slow, damaged and unusual pictures."""
 
+import errno
+import gzip
 import io
 import multiprocessing
 import zipfile
 
+import fsspec
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
-from support.batch_data import codes, errors, pictures, rows, run, write_folder, write_table
+from support.batch_data import codes, errors, pictures, rows, run, write_folder, write_table, write_tar
 from support.formats import encoded
 
 import dyntok
 from dyntok.batch import EngineOptions, TokenizeColumn
 from dyntok.cli.main import main
-from dyntok.errors import ConfigError
+from dyntok.errors import BatchError, ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +106,41 @@ def test_a_damaged_zip_says_so(images, checkpoint_folder, tmp_path, capsys):
     (tmp_path / "cut.zip").write_bytes(content[: len(content) // 2])
     command = ["batch", str(tmp_path / "cut.zip"), str(tmp_path / "cut"), "--model", str(checkpoint_folder)]
     assert main(command) == 3 and "1 image failed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "fault", [OSError(errno.EIO, "it is gone"), RuntimeError("it is gone")], ids=["OSError", "other"]
+)
+@pytest.mark.parametrize(
+    ("name", "reads"), [("a.zip", 0), ("a.zip", 8), ("a.tar.gz", 1), ("a.tar.zst", 1), ("a.tar", 3)]
+)
+def test_a_storage_that_fails_is_no_damage_of_an_archive(
+    name, reads, fault, images, checkpoint_folder, tmp_path, monkeypatch
+):
+    """A run stops, and resumes where nothing is lost."""
+    from fsspec.implementations.memory import MemoryFile
+
+    path = tmp_path / "plain"
+    if name == "a.zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for i, image in enumerate(images):
+                archive.writestr(f"{i}.jpg", image)
+    else:
+        write_tar(path, [(f"{i}.jpg", image) for i, image in enumerate(images)])
+    pack = {"a.tar.gz": gzip.compress, "a.tar.zst": lambda content: pa.compress(content, codec="zstd", asbytes=True)}
+    fsspec.filesystem("memory").pipe_file(f"/faults/{name}", pack.get(name, bytes)(path.read_bytes()))
+    left = iter(range(reads))
+
+    def read(file, size=-1):
+        if next(left, None) is None:
+            raise fault
+        return io.BytesIO.read(file, size)
+
+    with monkeypatch.context() as patch, pytest.raises(BatchError, match=f"can't read memory://.*{name}: it is gone"):
+        patch.setattr(MemoryFile, "read", read)
+        run(f"memory://faults/{name}", tmp_path / "out", checkpoint_folder)
+    assert run(f"memory://faults/{name}", tmp_path / "out", checkpoint_folder).images == 4
+    assert not errors(tmp_path / "out")
 
 
 def test_the_home_folder_in_paths(images, checkpoint_folder, tmp_path, monkeypatch):

@@ -28,6 +28,8 @@ from support.batch_data import (
 import dyntok
 from dyntok import ConfigError
 from dyntok.batch import BatchOptions
+from dyntok.batch.engines import stages
+from dyntok.batch.engines.rows import RangeEnd, Work
 from dyntok.batch.inputs.open import open_input
 from dyntok.errors import BatchError, DataError
 
@@ -84,6 +86,49 @@ def test_several_files_globs_and_braces(images, wanted, checkpoint_folder, tmp_p
         run(source, output, checkpoint_folder)
         assert codes(output) == wanted
     assert sorted(records(output)) == ["000000-000000", "000001-000000", "000002-000000"]
+
+
+def test_inputs_that_overlap_are_read_once(images, tmp_path):
+    folder = write_folder(tmp_path / "folder", images)
+    (tmp_path / "tars" / ".hidden").mkdir(parents=True)
+    tars = [write_tar(tmp_path / "tars" / f"{name}.tar", []) for name in ("0", "1", ".hidden/2")]
+
+    def shards(*sources, kind="auto"):
+        return list(open_input(sources, BatchOptions(kind=kind), {}).shards())
+
+    def keys(*sources, **options):
+        return [key for shard in shards(*sources, **options) for key, _ in shard.entries]
+
+    assert sorted(keys(f"{folder}/**/*", kind="folder")) == sorted(f"{key.partition('/')[2]}.jpg" for key in images)
+    for sources in ([folder, f"{folder}/a"], [f"{folder}/a/000.jpg", f"file://{folder}/", folder]):
+        assert keys(*sources) == [f"{key}.jpg" for key in images]
+    assert len(keys(f"{folder}/a/000.jpg", f"{folder}/a/00*.jpg")) == 10
+    for sources in ([tars[0], f"{tmp_path}/tars/*.tar"], [tars[1], f"{tmp_path}/tars"], [*tars[:2], *tars[:2]]):
+        assert sorted(shard.address for shard in shards(*sources)) == tars[:2]
+    assert [shard.address for shard in shards(f"{tmp_path}/tars", tars[2])] == tars
+    with pytest.raises(ConfigError, match="the input holds folder and tar"):
+        shards(folder, write_tar(tmp_path / "folder" / "b" / "0.tar", []))
+
+
+def test_a_file_that_its_folder_leaves_out_is_read_where_it_is_named(images, tmp_path):
+    folder = write_folder(tmp_path / "folder", images)
+    (tmp_path / "tars").mkdir()
+    other, tar = tmp_path / "folder" / "a" / "x.xyz", write_tar(tmp_path / "tars" / "0.bin", [])
+    other.write_bytes(b"an image")
+    source = open_input([folder, str(other)], BatchOptions(kind="folder"), {})
+    assert "x.xyz" in [key for shard in source.shards() for key, _ in shard.entries]
+    write_tar(tmp_path / "tars" / "1.tar", [])
+    source = open_input([f"{tmp_path}/tars", tar], BatchOptions(kind="tar"), {})
+    assert {shard.address for shard in source.shards()} == {f"{tmp_path}/tars/1.tar", tar}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there it is no letter of a name")
+def test_a_backslash_separates_folders_on_windows(tmp_path, monkeypatch):
+    """Here it is a letter of a name, which must stay."""
+    monkeypatch.setattr("dyntok.batch.inputs.open._ESCAPES", False)
+    tars = [write_tar(tmp_path / f"a\\{i}.tar", []) for i in range(2)]
+    source = open_input([f"{tmp_path}/a\\{{0..1}}.tar"], BatchOptions(), {})
+    assert [shard.address for shard in source.shards()] == tars
 
 
 def test_companions_travel_along(images, checkpoint_folder, tmp_path):
@@ -209,6 +254,22 @@ def test_tables_without_keys_or_with_paths_only(images, checkpoint_folder, tmp_p
     pq.write_table(pa.table({"key": ["k"], "image": only_paths}), tmp_path / "c.parquet")
     run(tmp_path / "c.parquet", tmp_path / "paths", checkpoint_folder)
     assert "not a readable image" in errors(tmp_path / "paths")["k"]
+
+
+def test_no_rows_of_a_row_group_are_read_behind_a_shard(tmp_path, monkeypatch):
+    table = pa.table({"key": [f"{i}" for i in range(100)], "image": pa.array([b"x"] * 100, pa.binary())})
+    pq.write_table(table, tmp_path / "a.parquet")
+    iter_batches, read = pq.ParquetFile.iter_batches, []
+
+    def counted(self, *arguments, **options):
+        for batch in iter_batches(self, *arguments, **options):
+            read.append(batch.num_rows)
+            yield batch
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", counted)
+    source = open_input([str(tmp_path / "a.parquet")], BatchOptions(shard_size=16), {})
+    ends = [end for end in stages.read(source, Work(next(source.shards()), 0, 0), 16) if isinstance(end, RangeEnd)]
+    assert [(end.rows, end.last) for end in ends] == [(16, True)] and sum(read) <= 32
 
 
 def test_columns_that_are_missing_or_unclear(images, checkpoint_folder, tmp_path):

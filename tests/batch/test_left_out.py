@@ -93,7 +93,24 @@ def test_a_remote_tar_that_is_not_sorted_names_the_key(images, checkpoint_folder
     members = [("0.jpg", images[0]), ("1.jpg", images[1]), ("0.txt", b"zero"), ("1.txt", b"one")]
     fsspec.filesystem("memory").put(write_tar(tmp_path / "a.tar", members), "/unsorted/a.tar")
     run("memory://unsorted/a.tar", tmp_path / "out", checkpoint_folder, keep_columns=["txt"])
-    assert "0.txt has no image next to it" in errors(tmp_path / "out")["0"]
+    assert "0.txt: no image next to it; sort the tar" in errors(tmp_path / "out")["0"]
+
+
+def test_missing_remote_pictures_have_one_reason(images, checkpoint_folder, tmp_path):
+    import fsspec
+
+    fsspec.filesystem("memory").pipe_file("/reasons/0.jpg", images[0])
+    names = [f"memory://reasons/{i}.jpg" for i in range(3)]
+    (tmp_path / "l.txt").write_text("\n".join(names))
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    cells = pa.array([{"bytes": None, "path": f"{i}.jpg"} for i in range(3)], kind)
+    pq.write_table(pa.table({"key": names, "image": cells}), tmp_path / "t.parquet")
+    fsspec.filesystem("memory").pipe_file("/reasons/t.parquet", (tmp_path / "t.parquet").read_bytes())
+    for i, source in enumerate((tmp_path / "l.txt", "memory://reasons/t.parquet")):
+        summary = run(source, tmp_path / "out" / str(i), checkpoint_folder)
+        assert dict(summary.reasons) == {"no such file": 2} and summary.images == 1
+        found = errors(tmp_path / "out" / str(i))
+        assert set(found) == set(names[1:]) and found[names[1]].endswith("reasons/1.jpg: no such file")
 
 
 def test_two_tars_in_one_file(images, checkpoint_folder, tmp_path):
@@ -331,6 +348,15 @@ def test_captions_in_any_case(names, images, checkpoint_folder, tmp_path):
     summary = run(folder, tmp_path / "out", checkpoint_folder, keep_columns=names)
     assert [row[names[0]] for row in rows(tmp_path / "out")] == ["txt", "TXT", None]
     assert summary.left_out == {".txt": 1}
+
+
+def test_a_text_that_is_too_large_is_an_error(images, checkpoint_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("dyntok.batch.inputs.files.MAX_TEXT_BYTES", 20)
+    write_folder(tmp_path / "in", {"0": images[0], "1": images[1]})
+    (tmp_path / "in" / "1.txt").write_text("x" * 21)
+    run(tmp_path / "in", tmp_path / "out", checkpoint_folder, keep_columns=["txt"])
+    assert [row["txt"] for row in rows(tmp_path / "out")] == ["caption of 0"]
+    assert errors(tmp_path / "out") == {"1.jpg": "its txt file is too large; the limit is 20 bytes"}
 
 
 def test_spaces_between_names_of_columns(images, checkpoint_folder, tmp_path):

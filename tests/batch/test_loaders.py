@@ -11,7 +11,7 @@ from support.batch_data import pictures, run, write_folder
 
 from dyntok import ConfigError, FingerprintError, VisualVocab
 from dyntok.batch import prepare_energon, read, write_litdata, write_memmap
-from dyntok.errors import BatchError
+from dyntok.errors import BatchError, CodeError
 from dyntok.llm import parse_ids
 
 EOD = 3
@@ -87,6 +87,16 @@ def test_what_does_not_fit_is_refused(folder, vocab, tmp_path):
     with pytest.raises(BatchError, match="has no tars"):
         pytest.importorskip("megatron.energon")
         prepare_energon(folder)
+
+
+def test_ids_of_texts_that_do_not_fit_are_refused(folder, vocab, tmp_path):
+    wide = VisualVocab.after(70_000, size=256, patches=64)
+    with pytest.raises(CodeError, match="id 70000 of a text, or of eod, does not fit uint16"):
+        write_memmap(folder, tmp_path / "train.bin", vocab, text="txt", encode=lambda text: [70_000])
+    pytest.importorskip("litdata")
+    for words, id, dtype in ((vocab, 70_000, "uint16"), (wide, 2**31, "int32")):
+        with pytest.raises(CodeError, match=f"id {id} of a text, or of eod, does not fit {dtype}"):
+            write_litdata(folder, tmp_path / dtype, words, text="txt", encode=lambda text: [id])  # noqa: B023
 
 
 def test_litdata_reads_its_tokens_and_resumes(folder, vocab, tmp_path):

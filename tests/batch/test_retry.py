@@ -56,14 +56,6 @@ def test_a_lost_file_after_a_retry_is_done_without_doubles(images, checkpoint_fo
     write_table(tmp_path / "a.parquet", images)
     run(table, tmp_path / "out", checkpoint_folder, shard_size=6, retry_errors=True)
     assert (tmp_path / "out" / "000000-000000-retry1.parquet").exists() and len(codes(tmp_path / "out")) == 20
-    for record in (tmp_path / "out" / "__run__" / "done").glob(
-        "*.json"
-    ):  # the input is another file now; say that it is not
-        values = json.loads(record.read_text())
-        info = (tmp_path / "a.parquet").stat()
-        record.write_text(
-            json.dumps({**values, "shard": {**values["shard"], "size": info.st_size, "stamp": str(info.st_mtime)}})
-        )
     (tmp_path / "out" / "000000-000000.parquet").unlink()
     run(table, tmp_path / "out", checkpoint_folder, shard_size=6)
     assert len(codes(tmp_path / "out")) == 20 and not list((tmp_path / "out").glob("*retry*"))
@@ -131,15 +123,44 @@ def test_other_pictures_than_the_failed_ones_must_not_change(kind, change, image
 
 def test_failures_in_several_ranges_of_a_repaired_tar(images, checkpoint_folder, tmp_path):
     """Repaired pictures have other sizes, so what follows them in the tar has moved."""
-    broken = {**images, "a/001": b"x", "b/013": b"broken"}
-    tar = write_tar(tmp_path / "a.tar", tar_members(broken))
+    tar = write_tar(tmp_path / "a.tar", tar_members({**images, "a/001": b"x", "b/013": b"broken"}))
     run(tar, tmp_path / "out", checkpoint_folder, shard_size=4)
-    starts = [record["start"] for record in records(tmp_path / "out").values()]
+    write_tar(tmp_path / "a.tar", tar_members({**images, "b/013": b"broken"}))
+    for rows, shards in ((2, 2), (1, 1)):  # the second time nothing has changed
+        summary = run(tar, tmp_path / "out", checkpoint_folder, shard_size=4, retry_errors=True)
+        assert (summary.rows, summary.errors, summary.shards) == (rows, 1, shards)
     write_tar(tmp_path / "a.tar", tar_members(images))
-    assert run(tar, tmp_path / "out", checkpoint_folder, shard_size=4, retry_errors=True).images == 2
-    run(tar, tmp_path / "clean", checkpoint_folder)
+    assert run(tar, tmp_path / "out", checkpoint_folder, shard_size=4, retry_errors=True).images == 1
+    assert run(tar, tmp_path / "out", checkpoint_folder, shard_size=4).rows == 0
+    run(tar, tmp_path / "clean", checkpoint_folder, shard_size=4)
     assert codes(tmp_path / "out") == codes(tmp_path / "clean")
-    assert [record["start"] for record in records(tmp_path / "out").values()] == starts
+    for record, clean in zip(records(tmp_path / "out").values(), records(tmp_path / "clean").values(), strict=True):
+        assert {**record, "files": 0, "attempt": 0} == {**clean, "files": 0, "attempt": 0}
+
+
+def test_a_stopped_retry_of_a_repaired_tar_goes_on(images, checkpoint_folder, tmp_path):
+    tar = write_tar(tmp_path / "a.tar", tar_members({**images, "a/001": b"x"}))
+    run(tar, tmp_path / "out", checkpoint_folder, shard_size=4)
+    record = tmp_path / "out" / "__run__" / "done" / "000000-000003.json"
+    before = record.read_bytes()
+    write_tar(tmp_path / "a.tar", tar_members(images))
+    run(tar, tmp_path / "out", checkpoint_folder, shard_size=4, retry_errors=True)
+    record.write_bytes(before)  # as if the run had not come so far
+    summary = run(tar, tmp_path / "out", checkpoint_folder, shard_size=4, retry_errors=True)
+    assert (summary.rows, summary.shards) == (0, 0) and record.read_bytes() != before
+    assert run(tar, tmp_path / "out", checkpoint_folder, shard_size=4).rows == 0 and len(codes(tmp_path / "out")) == 20
+
+
+@pytest.mark.parametrize("change", ["renamed", "removed"])
+def test_ranges_without_failures_must_not_change(change, images, checkpoint_folder, tmp_path):
+    tar = write_tar(tmp_path / "a.tar", tar_members({**images, "a/001": b"x"}))
+    run(tar, tmp_path / "out", checkpoint_folder, shard_size=4)
+    others = {"b/new" if key == "b/018" else key: content for key, content in images.items()}
+    if change == "removed":
+        others.pop("b/019")
+    write_tar(tmp_path / "a.tar", tar_members(others))
+    with pytest.raises(BatchError, match="only pictures that failed may change; run into a new folder"):
+        run(tar, tmp_path / "out", checkpoint_folder, shard_size=4, retry_errors=True)
 
 
 def test_a_tar_that_was_cut_after_its_last_picture(images, checkpoint_folder, tmp_path):

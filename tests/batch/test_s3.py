@@ -8,10 +8,11 @@ from support.batch_data import codes, errors, files, pictures, run, tar_members,
 pytest.importorskip("s3fs")
 moto_server = pytest.importorskip("moto.server")
 
+from torch.utils.data import DataLoader  # noqa: E402
 from werkzeug.serving import make_server  # noqa: E402
 from werkzeug.wrappers import Response  # noqa: E402
 
-from dyntok.batch import EngineOptions, inspect, read  # noqa: E402
+from dyntok.batch import CodesDataset, EngineOptions, inspect, read  # noqa: E402
 from dyntok.batch.storage import Output  # noqa: E402
 from dyntok.errors import BatchError  # noqa: E402
 
@@ -156,6 +157,14 @@ def test_lost_permission_is_told_without_credentials(server, s3, images, checkpo
     assert SECRET not in str(caught.value)
     server.deny = False
     assert run(tar, "s3://bucket/out", checkpoint_folder, shard_size=4, storage=s3).finished_before >= 8
+
+
+def test_forked_workers_of_a_loader_read_codes(s3, images, checkpoint_folder, tmp_path):
+    table = write_table(tmp_path / "t.parquet", images)
+    run(table, "s3://bucket/out", checkpoint_folder, shard_size=8, storage=s3)
+    data = CodesDataset("s3://bucket/out", batch_size=4, storage=s3)
+    loader = DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context="fork")
+    assert sorted(key for batch in loader for key in batch.keys) == sorted(images.keys() - {"bad"})
 
 
 def test_a_bucket_that_is_not_there(s3, checkpoint_folder, tmp_path):

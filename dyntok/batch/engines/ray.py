@@ -18,7 +18,6 @@ from dyntok.batch.engines.rows import Row, RowChunk, TokenizedImage, Work
 from dyntok.batch.engines.stages import DecodeOptions, chunked, decode, encode, read
 from dyntok.batch.inputs.samples import Input
 from dyntok.batch.options import BatchOptions, EngineOptions
-from dyntok.chunks import batched
 from dyntok.device import device_kind
 from dyntok.errors import BatchError, ConfigError, DyntokError, MissingDependencyError
 from dyntok.tokenizer import DynamicVisualTokenizer
@@ -32,6 +31,7 @@ except ModuleNotFoundError as error:
 
 _COLUMN = "chunk"
 _WORK_AT_ONCE = 4096  # input shards that Ray is given at a time, so that no list of all of them is held
+_FILES_AT_FIRST = 2**20  # in the first portion, about: Ray waits until they are listed
 _BLOCK_BYTES = 2**16  # a few chunks of codes: they reach the writer soon, and a dead actor costs little
 
 
@@ -56,7 +56,7 @@ def run_ray(
     """Yields encoded rows in no certain order. Raises `BatchError` where input can't be read or the cluster is lost."""
     with _cluster(engine.address):
         shared = ray.put(_Shared(source, options, engine.batch_size, engine.time_limit, tokenizer.to("cpu")))
-        for some in batched(work, _WORK_AT_ONCE):
+        for some in _portions(work):
             try:
                 for row in _dataset(some, shared, engine).iter_rows():
                     yield pickle.loads(row[_COLUMN])
@@ -104,6 +104,20 @@ def _cluster(address: str | None) -> Iterator[None]:
         context.enable_progress_bars, context.target_max_block_size = before
         if started:
             ray.shutdown()
+
+
+def _portions(work: Iterable[Work]) -> Iterator[list[Work]]:
+    """Yields the work that Ray is given at a time, twice as many files each time: a portion starts new actors."""
+    portion: list[Work] = []
+    files, limit = 0, _FILES_AT_FIRST
+    for some in work:
+        portion.append(some)
+        files += len(some.shard.entries)
+        if len(portion) >= _WORK_AT_ONCE or files >= limit:
+            yield portion
+            portion, files, limit = [], 0, 2 * limit
+    if portion:
+        yield portion
 
 
 def _dataset(work: Iterable[Work], shared: "ray.ObjectRef", engine: EngineOptions) -> "ray.data.Dataset":

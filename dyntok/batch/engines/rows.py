@@ -38,19 +38,18 @@ class Work:
     number: int  # of the first range
     start: int  # where that range begins
     stop: int | None = None  # number of the first range that is not wanted; None: read to the end of the shard
-    retry: "Retry | None" = None  # only some rows of one range
+    retries: tuple["Retry", ...] = ()  # only some rows, of so many ranges
 
 
 @dataclass(frozen=True)
 class Retry:
-    """The rows of a range that failed before."""
+    """The rows of a range that failed before; none where the range is only compared with its record."""
 
     attempt: int
     keys: dict[int, str]  # by their place in the range
     rows: int  # of the range
     last: bool  # of its input shard
     digest: str  # `KeyDigest` of the range; "" where it was not noted
-    skip: int  # rows between the place where reading starts and the range
 
     @property
     def broke_off(self) -> bool:
@@ -128,6 +127,7 @@ class RangeEnd:
     share: float = 0.0  # of the input shard that is left after its last row
     left_out: dict[str, int] = field(default_factory=dict)  # files of the input, by suffix
     digest: str = ""  # `KeyDigest` of the range
+    compared: bool = False  # no row of it was tried again
 
 
 @dataclass(frozen=True)

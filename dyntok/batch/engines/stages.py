@@ -19,7 +19,6 @@ from dyntok.batch.engines.rows import (
     KeyDigest,
     Range,
     RangeEnd,
-    Retry,
     Row,
     RowChunk,
     SourceRow,
@@ -62,8 +61,8 @@ def read(source: Input, work: Work, shard_size: int) -> Iterator[SourceRow | Ran
     Raises `BatchError` or `DataError` where the shard can't be read.
     """
     with source.open(work.shard, work.start) as reading:
-        if work.retry is not None:
-            yield from _read_again(reading, work, work.retry)
+        if work.retries:
+            yield from _read_again(reading, work)
             return
         samples, start = iter(reading), work.start
         first = next(samples, None)
@@ -102,34 +101,39 @@ def _share(shard: Shard, start: int, end: int) -> float:
     return max(end - start, 0) / max(shard.extent, 1)
 
 
-def _read_again(reading: ShardReader, work: Work, retry: Retry) -> Iterator[SourceRow | RangeEnd]:
-    span = Range(work.shard.index, work.number, retry.attempt)
-    rows, found, before, now, damage = 0, 0, KeyDigest(), KeyDigest(), ""
-    for place, sample in enumerate(islice(reading, retry.skip, None)):
-        if place >= retry.rows and not retry.last:
-            break
-        was = retry.keys.get(place, "")
-        if was and sample.key != was:
-            raise BatchError(
-                f"row {place} of {sample.source} is {sample.key!r} now and was {was!r}: "
-                "the input changed; run into a new folder"
+def _read_again(reading: ShardReader, work: Work) -> Iterator[SourceRow | RangeEnd]:
+    """Yields the rows to be tried again, and a `RangeEnd` for each range, which says where it is now."""
+    samples, start = iter(reading), work.start
+    for number, retry in enumerate(work.retries, work.number):
+        span = Range(work.shard.index, number, retry.attempt)
+        rows, found, end, before, now, damage = 0, 0, start, KeyDigest(), KeyDigest(), ""
+        for place, sample in enumerate(samples if retry.last else islice(samples, retry.rows)):
+            was = retry.keys.get(place, "")
+            if was and sample.key != was:
+                raise BatchError(
+                    f"row {place} of {sample.source} is {sample.key!r} now and was {was!r}: "
+                    "the input changed; run into a new folder"
+                )
+            found, end = found + 1, sample.next
+            now.add(sample.key)
+            if not sample.key and isinstance(sample.images[0], Broken):
+                damage = sample.images[0].reason
+            if retry.keys.get(place) != "" and place < retry.rows:
+                before.add(sample.key)
+            if place in retry.keys or place >= retry.rows:
+                yield SourceRow(span, place, sample, 0.0)
+                rows += 1
+        as_many = found == retry.rows or (retry.broke_off and found >= retry.rows - 1)
+        if not as_many or retry.digest not in ("", str(before)):
+            changed = "holds other pictures, or in another order, than when this run began: only pictures that failed "
+            reason = f": {damage}" if damage else f" {changed}may change; run into a new folder"
+            raise BatchError(f"{redact(work.shard.address)}{reason}")
+        if retry.keys or retry.digest:  # else nothing shows that the range has the same rows, and its record stays
+            types = dict(reading.types)
+            yield RangeEnd(
+                span, work.shard.identity, rows, start, end, retry.last, types, digest=str(now), compared=not retry.keys
             )
-        found += 1
-        now.add(sample.key)
-        if not sample.key and isinstance(sample.images[0], Broken):
-            damage = sample.images[0].reason
-        if retry.keys.get(place) != "" and place < retry.rows:
-            before.add(sample.key)
-        if place in retry.keys or place >= retry.rows:
-            yield SourceRow(span, place, sample, 0.0)
-            rows += 1
-    as_many = found == retry.rows or (retry.broke_off and found >= retry.rows - 1)
-    if not as_many or retry.digest not in ("", str(before)):
-        changed = "holds other pictures, or in another order, than when this run began: only pictures that failed may "
-        reason = f": {damage}" if damage else f" {changed}change; run into a new folder"
-        raise BatchError(f"{redact(work.shard.address)}{reason}")
-    types = dict(reading.types)
-    yield RangeEnd(span, work.shard.identity, rows, work.start, work.start, retry.last, types, digest=str(now))
+        start = end
 
 
 def chunked(rows: Iterable[SourceRow | RangeEnd], size: int) -> Iterator[RowChunk[SourceRow]]:

@@ -26,18 +26,17 @@ from dyntok.addresses import (
     local_path,
     locate,
     redact,
-    redact_message,
+    storage_reason,
     wrap_storage_errors,
 )
 from dyntok.batch.inputs.left_out import LeftOut
 from dyntok.batch.inputs.listing import ListedFile, find_unnamed_images, list_files, size_and_stamp
 from dyntok.batch.inputs.members import MAX_TEXT_BYTES
 from dyntok.batch.inputs.names import is_image, without_surrogates
-from dyntok.batch.inputs.samples import Broken, InputSample, Shard, text_types
+from dyntok.batch.inputs.samples import Broken, InputSample, Shard, read_image, text_types
 from dyntok.batch.options import BatchOptions
 from dyntok.chunks import batched
 from dyntok.errors import ConfigError, DataError
-from dyntok.image import MAX_FILE_BYTES
 from dyntok.names import split_key
 
 _BOMS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
@@ -83,14 +82,8 @@ class _ImageFiles(ABC):
         broken = [value for value in columns.values() if isinstance(value, Broken)]
         if broken:
             return replace(sample, images=broken[:1], columns={})
-        return replace(sample, images=[self._read(address) if is_remote(address) else address], columns=columns)
-
-    def _read(self, address: str) -> bytes | Broken:
-        try:
-            fs, path = locate(address, self.storage)
-            return _read_file(fs, path, MAX_FILE_BYTES)
-        except Exception as error:  # any back end's; one file that can't be read does not stop a run
-            return Broken(redact_message(f"can't read the file: {error}", self.storage))
+        image = read_image(address, self.storage) if is_remote(address) else address
+        return replace(sample, images=[image], columns=columns)
 
     def _text_beside(self, address: str, extension: str) -> str | Broken | None:
         """Returns the text of the file with the same name and another extension, or None where there is none."""
@@ -99,11 +92,16 @@ class _ImageFiles(ABC):
             for written in _spellings(extension):
                 name = f"{_stem(path)}.{written}"
                 if fs.isfile(name):
-                    return _read_file(fs, name, MAX_TEXT_BYTES).decode("utf-8-sig")
+                    with fs.open(name, "rb") as file:
+                        content = file.read(MAX_TEXT_BYTES + 1)
+                    if len(content) > MAX_TEXT_BYTES:
+                        return Broken(f"its {extension} file is too large; the limit is {MAX_TEXT_BYTES:,} bytes")
+                    return content.decode("utf-8-sig")
         except UnicodeDecodeError:
             return Broken(f"its {extension} file is not UTF-8")
-        except Exception as error:
-            return Broken(redact_message(f"can't read its {extension} file: {error}", self.storage))
+        except Exception as error:  # any back end's; one file that can't be read does not stop a run
+            reason = storage_reason(error, address, self.storage)
+            return Broken(f"{without_surrogates(redact(address))}: can't read its {extension} file: {reason}")
         return None
 
     @abstractmethod
@@ -206,11 +204,6 @@ def _encoding_of(head: bytes) -> str:
     if marked is None and len(head) >= 2 and 0 in head[:2]:
         return "utf-16-le" if head[1] == 0 else "utf-16-be"
     return marked or "utf-8"
-
-
-def _read_file(fs: fsspec.AbstractFileSystem, path: str, limit: int) -> bytes:
-    with fs.open(path, "rb") as file:
-        return file.read(limit + 1)
 
 
 def _stem(path: str) -> str:

@@ -3,13 +3,14 @@
 import glob
 import os
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import PurePosixPath
 
 import fsspec
 from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]  # it has no __all__
 from fsspec.implementations.local import LocalFileSystem
 
-from dyntok.addresses import StorageOptions, address_of, locate, redact, wrap_storage_errors
+from dyntok.addresses import StorageOptions, address_of, is_remote, locate, redact, wrap_storage_errors
 from dyntok.batch.inputs.files import Folders, Lists
 from dyntok.batch.inputs.left_out import LeftOut
 from dyntok.batch.inputs.listing import find_unnamed_images, list_files
@@ -20,17 +21,19 @@ from dyntok.batch.inputs.tars import Tars
 from dyntok.batch.inputs.zips import Zips
 from dyntok.batch.options import BatchOptions
 from dyntok.errors import ConfigError, DataError
+from dyntok.names import is_hidden
 
 _FILE_KINDS: dict[str, type[Tars] | type[Zips] | type[Tables]] = {"tar": Tars, "zip": Zips, "parquet": Tables}
+_ESCAPES = os.name != "nt"  # whether a backslash makes a brace an ordinary letter; on Windows it separates folders
 _EXPECTED = "a folder of images, .tar, .zip or .parquet files, or a .txt list of paths"
 
 
 def open_input(sources: Sequence[str], options: BatchOptions, storage: StorageOptions) -> Input:
-    """Opens one address or several of one kind: folders, files, globs or brace ranges.
+    """Opens one address or several of one kind: folders, files, globs or brace ranges. What several name is read once.
 
     Raises `ConfigError`, `DataError`, `BatchError`.
     """
-    addresses = [address for source in sources for address in _expand(source, storage)]
+    addresses = list(dict.fromkeys(address for source in sources for address in _expand(source, storage)))
     kinds: list[str] = [options.kind]
     if options.kind == "auto":
         kinds = sorted({_kind_of_address(address, storage) for address in addresses})
@@ -45,9 +48,11 @@ def open_input(sources: Sequence[str], options: BatchOptions, storage: StorageOp
         _check_extensions(options.keep_columns)
     if kind in _FILE_KINDS:
         left_out = LeftOut()
-        files = [file for address in addresses for file in _files_of_kind(address, kind, storage, left_out)]
-        return _FILE_KINDS[kind](files, options, storage, left_out)
-    return (Lists if kind == "list" else Folders)(addresses, options, storage)
+        files = dict.fromkeys(file for some in addresses for file in _files_of_kind(some, kind, storage, left_out))
+        return _FILE_KINDS[kind](list(files), options, storage, left_out)
+    if kind == "list":
+        return Lists(addresses, options, storage)
+    return Folders(_without_overlaps(addresses, storage), options, storage)
 
 
 def _check_extensions(names: Sequence[str]) -> None:
@@ -67,7 +72,7 @@ def _expand(source: str, storage: StorageOptions) -> Iterator[str]:
             yield address_of(source, fs, path)
             return
     try:
-        patterns = list(braceexpand(source)) if "{" in source else [source]
+        patterns = list(braceexpand(source, escape=_ESCAPES)) if "{" in source else [source]
     except (UnbalancedBracesError, ValueError) as error:
         raise ConfigError(f"{redact(source)} is not a valid pattern: {error}") from error
     for pattern in patterns:
@@ -77,6 +82,40 @@ def _expand(source: str, storage: StorageOptions) -> Iterator[str]:
         if not paths:
             raise DataError(f"{redact(pattern)} does not exist; expected {_EXPECTED}, or a glob of them")
         yield from (address_of(pattern, fs, found) for found in paths)
+
+
+def _without_overlaps(addresses: Sequence[str], storage: StorageOptions) -> list[str]:
+    """Returns folders and images without those that are also found in a folder among them."""
+
+    @cache
+    def is_folder(address: str) -> bool:
+        fs, path = locate(address, storage)
+        with wrap_storage_errors("read", address, storage):
+            return fs.isdir(path)
+
+    named = {_place(address): address for address in reversed(addresses)}
+
+    def is_found_twice(address: str) -> bool:
+        path, chain = _place(address)
+        if named[path, chain] != address:  # the same place was named before
+            return True
+        found = is_image(path) or kind_of(path) == "list" or is_folder(address)  # pictures, and texts beside them
+        if not found:  # only read where it is named, as are hidden files
+            return False
+        parts = path.split("/")
+        above = [("/".join(parts[:i]), "/".join(parts[i:])) for i in range(1, len(parts))]
+        return any(
+            (folder, chain) in named and not is_hidden(below) and is_folder(named[folder, chain])
+            for folder, below in above
+        )
+
+    return [address for address in addresses if not is_found_twice(address)]
+
+
+def _place(address: str) -> tuple[str, str]:
+    """Returns the path of an address, and the rest of its chain."""
+    path, _, chain = address.partition("::") if is_remote(address) else (address, "", "")
+    return path.rstrip("/"), chain
 
 
 def _matches(fs: fsspec.AbstractFileSystem, path: str) -> list[str]:

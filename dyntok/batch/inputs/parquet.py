@@ -13,9 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from dyntok.addresses import address_of, is_remote, locate, redact, redact_message, wrap_storage_errors
-from dyntok.batch.inputs.samples import Broken, FileShards, InputSample, Shard
-from dyntok.image import MAX_FILE_BYTES
+from dyntok.addresses import address_of, is_remote, locate, redact, wrap_storage_errors
+from dyntok.batch.inputs.samples import Broken, FileShards, InputSample, Shard, read_image
 from dyntok.tables import check_column, image_column, key_column, open_table, row_key
 
 _ROWS_AT_ONCE = 16
@@ -55,14 +54,7 @@ class Tables(FileShards):
         return replace(sample, images=[self._read(i) if isinstance(i, _Path) else i for i in sample.images])
 
     def _read(self, image: _Path) -> str | bytes | Broken:
-        if not is_remote(image.address):
-            return image.address
-        try:
-            fs, path = locate(image.address, self.storage)
-            with fs.open(path, "rb") as file:
-                return file.read(MAX_FILE_BYTES + 1)
-        except Exception as error:  # any back end's; one file that can't be read does not stop a run
-            return Broken(redact_message(f"can't read {image.address}: {error}", self.storage))
+        return read_image(image.address, self.storage) if is_remote(image.address) else image.address
 
     def _image_and_key(self, schema: pa.Schema, shard: Shard) -> tuple[str, str | None]:
         """Returns the names of the image column and of the key column. Raises `DataError` where one is missing."""
@@ -115,6 +107,8 @@ class _TableReader:
                 for values in batch.slice(skipped, max(stop - row, 0)).to_pylist():
                     yield row, values
                     row += 1
+                if row >= stop:  # the row group may go on, for other shards
+                    return
 
     def _images(self, value: Any) -> list[Any]:
         if not self.tables.options.interleaved:
@@ -136,9 +130,10 @@ class _TableReader:
         if path.startswith("file://") and isinstance(locate(address, self.tables.storage)[0], LocalFileSystem):
             return _Path(path)
         if is_remote(path):
-            return Broken(f"has no bytes, only the address {redact(path)}; embed the images, or give a list of paths")
+            advice = "embed the images, or give a list of paths"
+            return Broken(f"{redact(path)}: the table has this address instead of bytes; {advice}")
         if is_remote(address) and (os.path.isabs(path) or ".." in path.split("/")):
-            return Broken(f"has no bytes, only the path {path} on another machine; embed the images")
+            return Broken(f"{path}: the table has this path on another machine instead of bytes; embed the images")
         if os.path.isabs(path):
             return _Path(path)
         fs, table = locate(address, self.tables.storage)

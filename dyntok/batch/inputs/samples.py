@@ -1,4 +1,4 @@
-"""What all kinds of input have in common: shards, and the samples in them.
+"""What all kinds of input have in common: shards, their files, and the samples in them.
 
 Not here: the kinds of input (`files.py`, `tars.py`, `zips.py`, `parquet.py`), and which kind an address is (`open.py`).
 """
@@ -6,12 +6,22 @@ Not here: the kinds of input (`files.py`, `tars.py`, `zips.py`, `parquet.py`), a
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import pyarrow as pa
 
-from dyntok.addresses import StorageOptions, address_key, locate, version_stamp, wrap_storage_errors
+from dyntok.addresses import (
+    StorageOptions,
+    address_key,
+    locate,
+    redact,
+    storage_reason,
+    version_stamp,
+    wrap_storage_errors,
+)
+from dyntok.batch.inputs.names import without_surrogates
 from dyntok.batch.options import BatchOptions
+from dyntok.image import MAX_FILE_BYTES
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,7 @@ class Shard:
 class Broken:
     """Stands for an image that can't be read, and says why."""
 
-    reason: str
+    reason: str  # a name in it comes first, with ": " after it: reasons are counted without that
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,32 @@ class InputSample:
     next: int  # where a later reading of the shard has to start to get the samples that follow
     source: str  # its file, without credentials
     left_out: Mapping[str, int] = field(default_factory=dict)  # files between the sample before and this one, by suffix
+
+
+class StorageFile:
+    """A file that notes where its storage failed to read it.
+
+    Libraries take such an error for damage of what they read. Errors of `seek` are not noted: damage leads to them.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._failure: Exception | None = None
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            return self._file.read(size)
+        except Exception as error:  # fsspec passes on what its back ends raise
+            self._failure = error
+            raise
+
+    def raise_failure(self) -> None:
+        """Raises the error of the storage, if there was one."""
+        if self._failure is not None:
+            raise self._failure
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 class ShardReader(Protocol):
@@ -121,6 +157,16 @@ class FileShards:
 
     def fetch(self, sample: InputSample) -> InputSample:
         return sample
+
+
+def read_image(address: str, storage: StorageOptions) -> bytes | Broken:
+    """Returns the content of an image file, at most one byte more than a picture may have."""
+    try:
+        fs, path = locate(address, storage)
+        with fs.open(path, "rb") as file:
+            return file.read(MAX_FILE_BYTES + 1)
+    except Exception as error:  # any back end's; one file that can't be read does not stop a run
+        return Broken(f"{without_surrogates(redact(address))}: {storage_reason(error, address, storage)}")
 
 
 def text_types(names: Sequence[str]) -> dict[str, pa.DataType]:

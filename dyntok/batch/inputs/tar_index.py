@@ -32,10 +32,10 @@ class TarIndex:
         """Returns the file that a link leads to, or an error."""
         name = follow(link_target(link), self._links)
         if name is None:
-            return Broken(f"is a link to {link.linkname}, and the links lead in a circle")
+            return Broken(f"link to {link.linkname}: the links lead in a circle")
         if not name:
-            return Broken(f"is a link to {link.linkname}, which leads out of the tar")
-        return self._targets.get(name) or Broken(f"is a link to {link.linkname}, which is not in the tar")
+            return Broken(f"link to {link.linkname}: it leads out of the tar")
+        return self._targets.get(name) or Broken(f"link to {link.linkname}: its target is not in the tar")
 
     def parts(self, key: str) -> list[tarfile.TarInfo]:
         """Returns the members of a key whose members are apart from each other; none for all other keys."""

@@ -6,7 +6,7 @@ gives the samples before the damage, and one more row with an error.
 
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -18,7 +18,7 @@ from dyntok.batch.inputs.compression import Decompressed, decompressed
 from dyntok.batch.inputs.left_out import HIDDEN, LeftOut
 from dyntok.batch.inputs.members import Group, Role, images_and_columns, is_column, role_of, too_large
 from dyntok.batch.inputs.names import sample_of, without_surrogates
-from dyntok.batch.inputs.samples import Broken, FileShards, InputSample, Shard, text_types
+from dyntok.batch.inputs.samples import Broken, FileShards, InputSample, Shard, StorageFile, text_types
 from dyntok.batch.inputs.tar_index import TarIndex
 from dyntok.errors import BatchError
 from dyntok.image import sniff
@@ -32,9 +32,11 @@ class Tars(FileShards):
     @contextmanager
     def open(self, shard: Shard, start: int) -> Iterator["_TarReader"]:
         fs, path = locate(shard.address, self.storage)
-        with wrap_storage_errors("read", shard.address, self.storage):
-            file = fs.open(path, "rb", block_size=BLOCK, cache_type="readahead")
-        with file, decompressed(file, shard.size) as content:
+        with ExitStack() as stack:
+            with wrap_storage_errors("read", shard.address, self.storage):
+                opened = fs.open(path, "rb", block_size=BLOCK, cache_type="readahead")
+                file = StorageFile(stack.enter_context(opened))
+                content = stack.enter_context(decompressed(file, shard.size))
             yield _TarReader(content, shard, start, self, isinstance(fs, LocalFileSystem) or content.file is not file)
 
 
@@ -91,8 +93,8 @@ class _TarReader:
             return images_and_columns(group, options)
         names = [f"{group.key}.{extension}" for extension in group.columns]
         if names and not self.local:
-            reason = f"{', '.join(names)} has no image next to it; sort the tar by name, or copy it to a local disk"
-            return [Broken(reason)], {}
+            reason = "no image next to it; sort the tar by name, or copy it to a local disk"
+            return [Broken(f"{', '.join(names)}: {reason}")], {}
         for name in names:
             self.left_out.count(name)
         return [], {}
@@ -109,7 +111,7 @@ class _TarReader:
         for name in {name.lower() for name in self.tars.options.keep_columns} - set(group.columns):
             found = [part for role, extension, part in roles if role is Role.COLUMN and is_column(extension, [name])]
             if len(found) > 1:
-                group.columns[name] = Broken(f"the tar holds {len(found)} members {group.key}.{name}; expected one")
+                group.columns[name] = Broken(f"{group.key}.{name}: the tar has {len(found)} such members; expected one")
             elif found:
                 group.columns[name] = self._read(found[0], name, Role.COLUMN)
         several = sum(role is Role.IMAGE for role, *_ in roles)

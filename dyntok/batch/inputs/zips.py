@@ -1,12 +1,14 @@
 """Zip archives: members with the same key are one sample, as in tars, wherever they are in the archive."""
 
+import lzma
 import posixpath
 import stat
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import IO, cast
 
 import pyarrow as pa
 
@@ -14,13 +16,22 @@ from dyntok.addresses import BLOCK, locate, redact, wrap_storage_errors
 from dyntok.batch.inputs.left_out import HIDDEN, LeftOut
 from dyntok.batch.inputs.members import Group, Role, images_and_columns, role_of, too_large
 from dyntok.batch.inputs.names import sample_of, without_surrogates
-from dyntok.batch.inputs.samples import Broken, FileShards, InputSample, Shard, text_types
+from dyntok.batch.inputs.samples import Broken, FileShards, InputSample, Shard, StorageFile, text_types
 from dyntok.image import sniff
 from dyntok.names import is_hidden, split_key
 
 _MAX_LINKS = 16  # links to links
 _MAX_NAME = 4096  # bytes of a link's target
-_UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError, ValueError)
+_UNREADABLE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    OSError,
+    ValueError,
+)
 
 
 class Zips(FileShards):
@@ -29,19 +40,26 @@ class Zips(FileShards):
     @contextmanager
     def open(self, shard: Shard, start: int) -> Iterator["_ZipReader"]:
         fs, path = locate(shard.address, self.storage)
-        with wrap_storage_errors("read", shard.address, self.storage):
-            file = fs.open(path, "rb", block_size=BLOCK)
-        with file:
-            try:
-                archive: zipfile.ZipFile | Broken = zipfile.ZipFile(file)
-            except _UNREADABLE as error:
-                archive = Broken(f"the zip archive can't be read: {error}; all its samples are lost")
-            yield _ZipReader(archive, shard, start, self)
+        with ExitStack() as stack:
+            with wrap_storage_errors("read", shard.address, self.storage):
+                file = StorageFile(stack.enter_context(fs.open(path, "rb", block_size=BLOCK)))
+                archive = _opened(file)
+            yield _ZipReader(archive, file, shard, start, self)
+
+
+def _opened(file: StorageFile) -> zipfile.ZipFile | Broken:
+    """Returns the archive, or why it can't be read. Raises what its storage raises."""
+    try:
+        return zipfile.ZipFile(cast(IO[bytes], file))
+    except _UNREADABLE as error:
+        file.raise_failure()
+        return Broken(f"the zip archive can't be read: {error}; all its samples are lost")
 
 
 @dataclass
 class _ZipReader:
     archive: zipfile.ZipFile | Broken
+    file: StorageFile
     shard: Shard
     start: int
     zips: Zips
@@ -56,7 +74,8 @@ class _ZipReader:
         if isinstance(self.archive, Broken):
             yield InputSample("", [self.archive], {}, self.shard.size, source)
         else:
-            yield from self._samples(source)
+            with wrap_storage_errors("read", self.shard.address, self.zips.storage):
+                yield from self._samples(source)
         self.left_out.merge(dict(self.shard.left_out))
 
     def _samples(self, source: str) -> Iterator[InputSample]:
@@ -123,15 +142,18 @@ class _ZipReader:
                     break
                 member = self._target(member)
             else:
-                return Broken("is a link, and the links lead in a circle")
+                return Broken(f"link to {member.filename}: the links lead in a circle")
             if error := too_large(extension, member.file_size, role):
                 return error
             with self._intact.open(member) as file:  # gives no more bytes than `file_size`
                 return file.read()
         except KeyError as error:
-            return Broken(f"is a link to {error.args[0]}, which is not in the zip archive")
+            self.file.raise_failure()
+            return Broken(f"link to {error.args[0]}: its target is not in the zip archive")
         except _UNREADABLE as error:
-            return Broken(f"can't be read from the zip archive: {error}")
+            self.file.raise_failure()
+            cause = str(error).replace(f" for file {member.filename!r}", "")
+            return Broken(f"{member.filename}: can't be read from the zip archive ({cause})")
 
     def _target(self, link: zipfile.ZipInfo) -> zipfile.ZipInfo:
         """Raises `KeyError` where the archive does not hold the target."""
