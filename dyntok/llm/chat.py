@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import count
 from typing import Any
 from urllib.parse import unquote
@@ -35,7 +36,8 @@ class ImagePlace:
 class Rendered:
     """A conversation as text.
 
-    turns: where the assistant's contents begin and end in it; None where the template changed them
+    turns: where the assistant's contents begin and end in it; None where the template changed them, or where the
+        assistant calls tools
     """
 
     text: str
@@ -172,13 +174,16 @@ def render(
             f"the chat template wrote {text.count(marks.picture)} of {counted(len(pictures), 'picture')}; "
             "use another one"
         )
+    without_turns = Rendered(_located(text, marks, pictures).text, None)
+    if any(message["role"] == "assistant" and message.get("tool_calls") for message in messages):
+        return without_turns  # templates write calls in forms of their own, where no mark would show the end
     assistants = sum(message["role"] == "assistant" for message in messages)
     for content_of in (str, str.strip):  # some templates strip contents, and marks would keep them from it
         marked = write(lambda content, of=content_of: marks.around(of(content)))  # type: ignore[misc]
         found = _located(marked, marks, pictures)
         if marks.removed(marked) == text and len(found.turns or []) == marked.count(marks.end) == assistants:
             return found
-    return Rendered(_located(text, marks, pictures).text, None)
+    return without_turns
 
 
 @dataclass(frozen=True)
@@ -236,18 +241,40 @@ def _located(marked: str, marks: _Marks, pictures: Sequence[str]) -> Rendered:
     return Rendered(text, turns)
 
 
-def learned_labels(tokenizer: Any, ids: Sequence[int], rendered: Rendered) -> list[int] | None:
-    """Returns the ids of the assistant's turns, each with the token after it, which ends it; -100 elsewhere.
+def learned_labels(
+    tokenizer: Any, ids: Sequence[int], rendered: Rendered, is_visual: Callable[[int], bool]
+) -> list[int] | None:
+    """Returns the ids of the assistant's turns, each with what ends it; -100 elsewhere.
 
-    Returns None where the turns are not known.
+    A turn ends with the first special token after its content, and the whitespace before that token belongs to it.
+    Where the template writes no special token there, the token after the content ends the turn.
+
+    is_visual: whether an id is a visual token, which is special, too, and ends no turn
+
+    Returns None where the turns are not known, and where other text stands between a content and the special token.
     """
     if rendered.turns is None:
         return None
-    labels = [IGNORED] * len(ids)
-    for start, stop in rendered.turns:
-        first, last = (
-            _common(tokenizer.encode(rendered.text[:n], add_special_tokens=False), ids) for n in (start, stop)
-        )
+    text, labels = rendered.text, [IGNORED] * len(ids)
+
+    def ids_of(length: int) -> int:
+        """Returns how many ids the first characters have, without a token that goes on after them."""
+        return _common(tokenizer.encode(text[:length], add_special_tokens=False), ids)
+
+    @cache
+    def is_end(id: int) -> bool:
+        other = is_visual(id) or id == tokenizer.unk_token_id
+        return not other and tokenizer.decode([id]) != tokenizer.decode([id], skip_special_tokens=True)
+
+    limits = [start for start, _ in rendered.turns[1:]] + [len(text)]
+    for (start, stop), limit in zip(rendered.turns, limits, strict=False):  # without turns there is a limit alone
+        first, last = ids_of(start), ids_of(stop)
+        end = next((place for place in range(last, ids_of(limit)) if is_end(ids[place])), None)
+        if end is not None:
+            after = text[stop:limit]
+            if ids_of(stop + len(after) - len(after.lstrip())) != end:
+                return None
+            last = end
         labels[first : last + 1] = ids[first : last + 1]
     return labels
 

@@ -183,7 +183,8 @@ class VisualProcessor:
             `apply_chat_template`, such as add_generation_prompt.
 
         Labels are the turns of the assistant, each with the token that ends it; the rest is -100. Where the template
-        changes those turns so that they can't be found, the result has no labels.
+        changes those turns so that they can't be found, the result has no labels. Nor has it labels where a turn calls
+        tools (`tool_calls`), and where text stands between a content and the special token that ends the turn.
 
         Raises `CodeError` on a content of another type, and what a call raises.
         """
@@ -208,7 +209,7 @@ class VisualProcessor:
         written = self._written(images, [len(images)])
         rendered = render(self.tokenizer, plain, written, options)
         ids = self._encoded(rendered.text, written, add_special_tokens=False)  # the template writes them
-        return ids, learned_labels(self.tokenizer, ids, rendered)
+        return ids, learned_labels(self.tokenizer, ids, rendered, self.vocab.is_visual)
 
     def decode_images(
         self, ids: Tensor | Sequence[Sequence[int]], *, truncated: bool = False

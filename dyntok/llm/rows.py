@@ -2,7 +2,8 @@
 
 Attention must not cross the borders of documents. Three forms do that, each with its cost:
 
-    position_ids   the default; transformers masks by them where there is no cache, so `use_cache=False` goes with them
+    position_ids   the default; transformers masks by them where there is no cache, so `use_cache=False` goes with them.
+                   Flash attention heeds them in a batch of one row alone
     float mask     `PackedDataset(mask=torch.float32)`; for code that ignores position_ids, L * L numbers per row
     flattened      `collate_fn=flatten_rows`; cu_seq_lens for flash attention, without padding
 
@@ -100,6 +101,9 @@ class PackedDataset(IterableDataset):
     >>> for batch in DataLoader(data, batch_size=8):
     ...     model(**batch).loss.backward()
 
+    accelerate itself gives every process its part of the rows: a loader for `accelerator.prepare` needs no rank and
+    world, but `dispatch_batches=False`. Otherwise one process joins the batches of all, and fails at `use_cache=False`.
+
     Documents stay apart in Llama, Qwen2, Qwen3, Mistral, Gemma, Gemma 2, Gemma 3 (text), GPT-2, Phi-3, OLMo 2 and
     SmolLM3 of transformers, with default and eager attention, by position_ids or by mask. OPT and Qwen2-VL need the
     mask. BLOOM, Mamba and other recurrent models can't keep documents apart: give those one document per row.
@@ -128,12 +132,28 @@ class PackedDataset(IterableDataset):
             raise ConfigError(
                 f"mask is {mask!r}, expected the floating-point dtype of the model, such as torch.float32"
             )
-        self.documents, self.packer, self.epoch, self.rank, self.world = documents, packer, epoch, rank, world
+        self.documents, self.packer, self.rank, self.world = documents, packer, rank, world
         self.remainder, self.mask = remainder, mask
+        self._epoch = torch.zeros(1, dtype=torch.long, device="cpu").share_memory_()  # seen from worker processes, too
+        self.epoch = epoch
+
+    @property
+    def epoch(self) -> int:
+        """Returns the epoch of the next iteration."""
+        return int(self._epoch)
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        require_integer("epoch", epoch, 0)
+        self._epoch[0] = epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch of the next iteration."""
+        """Chooses the epoch of the next iteration, also for the worker processes of a loader that keeps them."""
         self.epoch = epoch
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._epoch.share_memory_()  # a copy is in memory of its own
 
     def __iter__(self) -> Iterator[RowInputs]:
         worker = get_worker_info()

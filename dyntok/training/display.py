@@ -103,8 +103,13 @@ def closing_line(recipe: Recipe, folder: Path, fingerprint: str, unreadable: int
     if any(is_remote(source) or source.endswith(".parquet") for source in recipe.data):
         data = "PICTURES"  # `dyntok eval` reads local folders and tars
     left_out = f", {unreadable:,} unreadable images left out" if unreadable else ""
+    model = shlex.quote(str(made))
+    others = {"train": "validation", "validation": "train"}.get(recipe.split)
+    if others:
+        measure = f"measure it with `dyntok eval {data} --split {others} --model {model}`"
+    else:
+        measure = f"no picture was held out, measure it on others with `dyntok eval PICTURES --model {model}`"
     return (
-        f"trained in {format_duration(seconds)}{left_out}: {made}, fingerprint {fingerprint}; measure it with "
-        f"`dyntok eval {data} --split validation --model {shlex.quote(str(made))}`, "
+        f"trained in {format_duration(seconds)}{left_out}: {made}, fingerprint {fingerprint}; {measure}, "
         f"use it with dyntok.load({str(made)!r})"
     )

@@ -81,7 +81,7 @@ class Trainer:
         self.data, left_out = open_data(recipe, crops)
         self.validation = held_out(recipe) if recipe.validate_every else []
         self._best = -math.inf  # quality of the best weights so far
-        self._run = describe_run(recipe, self.data.keys, self.schedule.images_per_step)
+        self._run = describe_run(recipe, self.data.keys, self.schedule.images_per_step, self.accelerator.num_processes)
         self._read = _stamp(self.folder / "state.pt")
         state = read_state(self.folder / "state.pt")
         if state is not None:

@@ -234,10 +234,11 @@ class Objective(nn.Module):
             targets, wanted = self.teacher(pixels, view)
         if weights.perceptual or weights.recognition:
             maps, pooled = self.teacher(painted, view)
-            recognition = losses.centered_cosine(pooled, wanted)  # [B]
-            metrics["recognition"] = recognition.mean()
-            factors = torch.where(known, 1.0, weights.recognition_unplaced)
-            loss = loss + weights.recognition * (recognition * factors).mean()
+            if len(pixels) > 1:  # a picture alone is the mean from which it would be told apart
+                recognition = losses.centered_cosine(pooled, wanted)  # [B]
+                metrics["recognition"] = recognition.mean()
+                factors = torch.where(known, 1.0, weights.recognition_unplaced)
+                loss = loss + weights.recognition * (recognition * factors).mean()
             distances = losses.perceptual(maps, targets)  # [B]
             metrics["perceptual"] = distances.mean()
             factors = torch.where(known, 1.0, weights.perceptual_unplaced)

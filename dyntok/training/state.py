@@ -16,7 +16,8 @@ from dyntok.structure import differences
 from dyntok.training.recipe import Recipe
 from dyntok.training.sources import digest_of
 
-# What may change when a run resumes: where the files are (their keys are compared), and how the work is organized.
+# What may change when a run resumes: where the files are (their keys are compared), and how the work is organized. The
+# order of a stream depends on `split`, though, and on the number of processes: there, both are compared, too.
 _FREE = {
     "description", "data", "split", "backbone_weights", "batch_size", "workers", "precision",
     "log_every", "save_minutes", "save_every", "stages", "accumulate", "validate_every", "validation_images",
@@ -60,9 +61,10 @@ def read_state(path: Path) -> dict[str, Any] | None:
         ) from error
 
 
-def describe_run(recipe: Recipe, keys: Sequence[str], images_per_step: int) -> dict[str, Any]:
+def describe_run(recipe: Recipe, keys: Sequence[str], images_per_step: int, processes: int) -> dict[str, Any]:
     """Returns what `state.pt` keeps to recognize its run, as plain types. keys: of the images, or of their shards."""
-    return {
+    streamed = {"processes": processes} if recipe.stream else {}
+    return streamed | {
         "recipe": {name: value for name, value in recipe.to_dict().items() if name != "data"},  # may hold a password
         "images": len(keys),
         "digest": digest_of(keys),
@@ -78,7 +80,8 @@ def check_same_run(path: Path, state: dict[str, Any], now: dict[str, Any]) -> No
     if state["run"] is None:
         return
     then = state["run"]
-    changes = differences(now, {"images_per_step": then["images_per_step"]}, shared=True)
+    compared = {name: then[name] for name in ("images_per_step", "processes") if name in then}
+    changes = differences(now, compared, shared=True)
     if then["digest"] != now["digest"]:
         changes.append(f"the images are others ({now['images']:,}, were {then['images']:,})")
     changes += differences(_fixed(now["recipe"]), _fixed(then["recipe"]), shared=True)
@@ -95,7 +98,8 @@ def check_same_run(path: Path, state: dict[str, Any], now: dict[str, Any]) -> No
 
 
 def _fixed(recipe: dict[str, Any]) -> dict[str, Any]:
-    fixed = {name: value for name, value in recipe.items() if name not in _FREE}
+    free = _FREE - {"split"} if recipe.get("stream") else _FREE
+    fixed = {name: value for name, value in recipe.items() if name not in free}
     return fixed | {"teacher": recipe["teacher"] | {"weights": Path(recipe["teacher"]["weights"]).name}}
 
 

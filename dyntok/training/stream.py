@@ -110,8 +110,9 @@ class StreamedImages:
     def from_loader(self, parts: "Iterable[Part | DataError]", workers: int) -> Iterator[Tensor]:
         """Yields the batches that a loader with `workers` processes, which takes turns, gives in parts.
 
-        A batch without a readable image is the one before it again. Raises `DataError` if there is none before it, and
-        after 100 images in a row that can't be read.
+        A batch without a readable image is the one before it again. Raises `DataError` if there is none before it,
+        after 100 images in a row that can't be read, and where the workers drew different images: then a shard could
+        be read by some of them only.
         """
         batch, unreadable = None, 0
         for several in batched(parts, max(workers, 1)):
@@ -119,6 +120,12 @@ class StreamedImages:
             for part in several:
                 if isinstance(part, DataError):
                     raise part
+                if part.last_key != several[0].last_key:
+                    raise DataError(
+                        f"worker processes drew different images, {several[0].last_key} and {part.last_key}, because "
+                        "only some of them could read all of a shard; start the run again when the storage answers, "
+                        "and it goes on from its last checkpoint"
+                    )
                 rows.update(zip(part.rows, part.pixels, strict=True))
             unreadable = 0 if rows else unreadable + part.count
             if not rows and (batch is None or unreadable >= GIVE_UP):

@@ -10,6 +10,8 @@ import dyntok
 from dyntok.cli.main import main
 from dyntok.config import TokenizerConfig
 from dyntok.loading import PRETRAINED
+from dyntok.training.grids import Grids
+from dyntok.training.recipe import Recipe
 
 SIZES = re.compile(r"^\| `(\w)` \| [^|]+ \| ([\d,]+) \| ([\d,]+) \|$", re.MULTILINE)
 ENTRY = re.compile(r"^\*\*`([^`]+)`\.\*\*", re.MULTILINE)
@@ -34,6 +36,12 @@ def test_the_number_of_parameters_is_that_of_info(name, capsys):
     words = f"has {int(count.replace(',', '')) / 1e6:.1f} million parameters, codebook included,"
     assert words in (PRETRAINED / name / "README.md").read_text(encoding="utf-8")
     assert name != "flex" or words in (FOLDER / "quality.md").read_text(encoding="utf-8")
+
+
+def test_how_much_training_enlarges_pictures():
+    """A crop of the smallest share, of the smallest picture that is not replaced."""
+    stated = f"enlarged up to {1 / (Grids().min_scale * Recipe.min_crop):.2f} times"
+    assert stated in (FOLDER / "training.md").read_text(encoding="utf-8")
 
 
 def messages():

@@ -3,6 +3,7 @@
 import io
 import threading
 import time
+from contextlib import suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -12,11 +13,37 @@ from PIL import Image
 from dyntok.errors import CodeError, ConfigError, ImageError
 from dyntok.llm import fetch_image
 
+DRIPPED = {  # what comes before the bytes that drip
+    "/headers": b"HTTP/1.1 200 OK\r\nX-Slow: ",
+    "/chunks": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
+}
+ELSEWHERE = {
+    "/host": "http://localhost:{}/cat.png",  # another name, of this machine by chance
+    "/port": "http://127.0.0.1:1/cat.png",
+    "/ftp": "ftp://127.0.0.1:{}/cat.png",
+    "/file": "file:///etc/hostname",
+}
+
 
 class Answers(BaseHTTPRequestHandler):
     picture = b""
 
     def do_GET(self):
+        if self.path in DRIPPED:
+            self.wfile.write(DRIPPED[self.path])
+            with suppress(OSError):  # nobody listens any longer
+                for _ in range(60):
+                    self.wfile.write(b"0")
+                    time.sleep(0.2)
+            return
+        if self.path in ELSEWHERE or self.path.startswith("/around"):
+            time.sleep(0.5 * self.path.startswith("/around"))
+            target = ELSEWHERE.get(self.path, self.path + "d")
+            self.send_response(302)
+            self.send_header("Location", target.format(self.server.server_port))
+            with suppress(OSError):
+                self.end_headers()
+            return
         if self.path == "/moved":
             self.send_response(302)
             self.send_header("Location", "/cat.png")
@@ -85,6 +112,23 @@ def test_chats_bring_pictures_of_the_web_where_that_is_allowed(path, server, tok
 def test_limits_hold(path, options, message, server):
     with pytest.raises(ImageError, match=message):
         fetch_image(server + path, **options)
+
+
+@pytest.mark.parametrize("path", [*DRIPPED, "/around"])
+def test_the_limit_holds_for_the_whole_call(path, server):
+    """Though each of its steps is quick."""
+    start = time.monotonic()
+    with pytest.raises(ImageError, match="did not come within 1 s"):
+        fetch_image(server + path, timeout=1)
+    assert time.monotonic() - start < 4
+
+
+@pytest.mark.parametrize("path", ELSEWHERE)
+def test_redirects_to_other_places_are_refused(path, server):
+    """Whoever checked the host of an address knows who is asked."""
+    message = "HTTP 302 .* is not allowed" if path == "/file" else "redirects to .*, expected the same host and port"
+    with pytest.raises(ImageError, match=message):
+        fetch_image(server + path)
 
 
 def test_other_addresses_are_refused():

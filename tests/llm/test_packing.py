@@ -1,6 +1,7 @@
 """Documents from Parquet into rows for training: nothing lost, no image cut, borders kept."""
 
 import dataclasses
+import pickle
 from collections import Counter
 
 import pytest
@@ -211,6 +212,22 @@ def test_ranks_and_workers_share_a_stream(parquet):
 
     for workers in (0, 2):
         assert sorted(set(images(stream(0, workers) + stream(1, workers)))) == [(i, i + 1) for i in range(20)]
+
+
+def test_workers_that_are_kept_see_the_epoch():
+    data = PackedDataset(lambda epoch: [Document("a", (str(epoch),))], packer)
+    loader = torch.utils.data.DataLoader(data, batch_size=None, num_workers=1, persistent_workers=True)
+    for epoch in (0, 1, 5):
+        data.set_epoch(epoch)
+        (row,) = loader
+        assert data.epoch == epoch and row["input_ids"][:3].tolist() == [BOS, *encode(str(epoch)), EOS]
+
+
+def test_a_copy_keeps_the_epoch_and_has_its_own_from_there_on():
+    data = PackedDataset(read_documents, Packer, epoch=3)
+    copy = pickle.loads(pickle.dumps(data))
+    copy.set_epoch(4)
+    assert (data.epoch, copy.epoch) == (3, 4) and copy.documents is read_documents
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5, 50])

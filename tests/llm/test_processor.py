@@ -175,6 +175,63 @@ def test_only_the_turns_of_the_assistant_are_learned(template, tokenizer, photos
     assert "labels" not in processor.apply_chat_template(messages[:1] + messages[3:])
 
 
+LLAMA2 = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+TALK = [
+    {"role": "user", "content": "what is it?"},
+    {"role": "assistant", "content": "a cat"},
+    {"role": "user", "content": "and?"},
+    {"role": "assistant", "content": " a dog"},
+]
+
+
+def ending(tokenizer, template):
+    """A processor whose turns end with a special token, as those of most models."""
+    processor = made(tokenizer, budget=4)
+    processor.tokenizer.add_special_tokens({"eos_token": "</s>"})
+    processor.tokenizer.chat_template = template
+    return processor
+
+
+def learned_words(processor, messages):
+    inputs = processor.apply_chat_template(messages)
+    written = processor.tokenizer.decode(inputs["input_ids"][0][inputs["labels"][0] != -100])
+    return written.replace("</s>", " </s> ").split()
+
+
+@pytest.mark.parametrize("template", [LLAMA2, LLAMA2.replace("' ' + eos_token", "eos_token")], ids=["space", "none"])
+def test_a_turn_is_learned_to_the_token_that_ends_it(template, tokenizer):
+    """Also where the template writes whitespace before it, as that of Llama 2 does."""
+    assert learned_words(ending(tokenizer, template), TALK) == ["a", "cat", "</s>", "a", "dog", "</s>"]
+
+
+def test_pictures_after_a_turn_do_not_end_it(tokenizer, photos):
+    processor = ending(tokenizer, "{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    picture = {"role": "user", "content": [{"type": "image", "image": photos[0]}]}
+    inputs = processor.apply_chat_template([*TALK[:2], picture])
+    learned = inputs["input_ids"][0][inputs["labels"][0] != -100]
+    assert processor.tokenizer.decode(learned).strip() == "a cat" and processor.vocab.image_start not in learned
+
+
+CALL = {"type": "function", "function": {"name": "look", "arguments": {}}}
+TOOLS = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}"
+    "{% if m.tool_calls %}<call>{{ m.tool_calls[0].function.name }}</call>{% endif %}{{ eos_token }}\n{% endfor %}"
+)
+
+
+def test_no_turn_is_learned_in_part(tokenizer):
+    """What a template writes after a content belongs to the turn, and can't be found."""
+    processor = ending(tokenizer, TOOLS)
+    for calls in (None, []):
+        assert learned_words(processor, [TALK[0], {**TALK[1], "tool_calls": calls}]) == ["a", "cat", "</s>"]
+    assert "labels" not in processor.apply_chat_template([TALK[0], {**TALK[1], "tool_calls": [CALL]}])
+    processor.tokenizer.chat_template = TOOLS.replace("{{ eos_token }}", "!{{ eos_token }}")
+    assert "labels" not in processor.apply_chat_template(TALK)
+
+
 QWEN3 = """
 {%- for m in messages %}
     {%- if m.role == "assistant" %}

@@ -1,5 +1,8 @@
 """Documents in packed rows do not see each other, in every architecture that the docs name."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -118,6 +121,20 @@ def test_batches_are_plain_and_workers_make_them_too():
     assert torch.equal(alone["input_ids"], parallel["input_ids"])
 
 
+def test_accelerate_gives_every_process_its_part_of_the_rows():
+    """What `dispatch_batches=False` makes of the data set, without rank and world. The epoch reaches it, too."""
+    shard_of = pytest.importorskip("accelerate.data_loader").IterableDatasetShard
+    found = []
+    for process in range(2):
+        data = dataset("first")
+        shard = shard_of(data, batch_size=1, num_processes=2, process_index=process)
+        shard.set_epoch(7)
+        (batch,) = DataLoader(shard, batch_size=1)
+        assert data.epoch == 7 and batch["use_cache"] is False
+        found.append(batch["input_ids"][0])
+    assert torch.equal(torch.stack(found), torch.stack([row["input_ids"] for row in dataset("first")]))
+
+
 def test_a_cache_would_let_documents_leak():
     """What the rows protect from: without `use_cache=False` transformers does not look for packed documents."""
     model = model_of(CONFIGS["llama"]())
@@ -162,6 +179,33 @@ def test_recurrent_models_are_refused():
             check_packing(model_of(config), mask=mask)
 
 
+class ApartAlone(torch.nn.Module):
+    """As flash attention of transformers, which looks for packed documents in a batch of one row alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(SIZE, 8)
+
+    def get_input_embeddings(self):
+        return self.embedding
+
+    def forward(self, input_ids, position_ids, use_cache):
+        document = (position_ids == 0).cumsum(1)
+        if len(input_ids) > 1:
+            document = torch.zeros_like(document)
+        seen = (document[:, :, None] == document[:, None]).float().tril()
+        return SimpleNamespace(logits=seen @ self.embedding(input_ids) @ self.embedding.weight.T)
+
+
+def test_a_model_that_keeps_documents_apart_in_a_batch_of_one_row_alone_is_refused():
+    model = ApartAlone()
+    with pytest.raises(ConfigError, match="packed documents see each other .* collate_fn=flatten_rows"):
+        check_packing(model)
+    check_packing(model, batch_size=1)
+    with pytest.raises(ConfigError, match="batch_size is 0"):
+        document_leak(model, batch_size=0)
+
+
 def test_the_measure_restores_the_mode():
     model = model_of(CONFIGS["llama"]()).train()
     assert document_leak(model) < 1e-5 and model.training
@@ -173,6 +217,13 @@ def test_flattened_rows_have_the_borders_of_flash_attention():
     assert batch["cu_seq_lens_q"].dtype == torch.int32 and bounds == [*starts, batch["input_ids"].shape[1]]
     assert batch["max_length_q"] == max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
     assert 292 not in batch["input_ids"]
+
+
+def rows_of_epochs(data, epochs):
+    """As the docs have it for TRL, whose trainer does not know `data` itself."""
+    for epoch in range(epochs):
+        data.set_epoch(epoch)
+        yield from data
 
 
 @pytest.mark.parametrize("kind", ["trainer", "default-collator", "trl", "trl packs"])
@@ -191,8 +242,7 @@ def test_trainers_keep_documents_apart(kind, tmp_path):
         model.model.register_forward_hook(record, with_kwargs=True)
         if kind == "trl":
             trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
-            data = dataset(text)
-            rows = datasets.IterableDataset.from_generator(lambda data=data: iter(data))
+            rows = datasets.IterableDataset.from_generator(partial(rows_of_epochs, dataset(text), 2))
             arguments = trl.SFTConfig(**options, dataset_kwargs={"skip_prepare_dataset": True})
             trainer = trl.SFTTrainer(model, arguments, train_dataset=rows, processing_class=_tokenizer(), **collator)
         elif kind == "trl packs":

@@ -266,6 +266,19 @@ def test_images_without_positions_may_count_less_for_the_teacher(make, teacher, 
     assert whole == pytest.approx(unweighted, rel=1e-4) and measured(0.25, 1.0)[0] == pytest.approx(whole / 4, rel=1e-4)
 
 
+def test_recognition_is_left_out_for_a_single_picture(make, teacher, pixels):
+    """Nothing tells it from others: the loss would be 1, whatever was painted."""
+
+    def step(recognition, images):
+        torch.manual_seed(0)
+        return make(Weights(perceptual=1, recognition=recognition, rate=0), teacher)(images)
+
+    alone = step(1, pixels[:1])
+    assert "recognition" not in alone.metrics and "perceptual" in alone.metrics
+    assert torch.equal(alone.loss, step(0, pixels[:1]).loss)
+    assert "recognition" in step(1, pixels[:2]).metrics and step(1, pixels[:2]).loss > step(0, pixels[:2]).loss
+
+
 def test_semantic_loss_without_pixels_and_with_one_image(small_config, make, teacher, pixels):
     config = dataclasses.replace(small_config, decoder=dataclasses.replace(small_config.decoder, pixels=False))
     objective = make(Weights(feature=1, semantic=1), teacher, DynamicVisualTokenizer(config))

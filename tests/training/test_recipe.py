@@ -248,11 +248,14 @@ def test_a_teacher_of_one_size(monkeypatch):
 
 
 def test_the_line_that_says_how_to_measure(tmp_path):
-    def line(*data):
-        recipe = build(Recipe, MINIMAL | {"data": list(data)})
+    def line(*data, **options):
+        recipe = build(Recipe, MINIMAL | {"data": list(data)} | options)
         return closing_line(recipe, tmp_path / "my runs", "f" * 16, 0, 60)
 
     assert f"`dyntok eval photos --split validation --model '{tmp_path}/my runs/tokenizer'`" in line("photos")
     for address in ("s3://name:password@host/shards", "rows.parquet"):
         told = line("photos", address)
         assert "`dyntok eval PICTURES --split" in told and "password" not in told
+    assert "`dyntok eval photos --split train --model" in line("photos", split="validation")
+    told = line("photos", split="all")
+    assert "no picture was held out, measure it on others with `dyntok eval PICTURES" in told and "--split" not in told

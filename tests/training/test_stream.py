@@ -17,9 +17,10 @@ from support.small_run import changed, log_of, run_until, trainer
 from support.tars import jpeg, write_tar
 
 from dyntok.config import ImageConfig
-from dyntok.errors import DataError
+from dyntok.errors import CheckpointError, DataError
 from dyntok.structure import build
 from dyntok.tables import RowGroup
+from dyntok.tars import tar_members
 from dyntok.training.crops import Crops
 from dyntok.training.data import held_out, open_data
 from dyntok.training.recipe import Recipe
@@ -313,6 +314,29 @@ def test_a_streamed_run_resumes_as_if_it_had_not_stopped(folder, values, tmp_pat
     assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
     one, two = (torch.load(tmp_path / name / "state.pt", weights_only=True)["objective"] for name in ("whole", "parts"))
     assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+def test_workers_that_read_different_shards_end_the_run(folder, monkeypatch):
+    """The storage failed for one of them, and its share of the next batches would be of other images."""
+    sound = stream(folder, buffer=1).parts(0, 9, worker=0, workers=2)
+    whole = [next(sound) for _ in range(9)]
+    monkeypatch.setattr("dyntok.training.shards.tar_members", lambda file, start: islice(tar_members(file, start), 5))
+    short = list(stream(folder, buffer=1).parts(0, 9, worker=1, workers=2))
+    mixed = [part for both in zip(whole, short, strict=True) for part in both]
+    with pytest.raises(DataError, match="worker processes drew different images, .* when the storage answers"):
+        list(stream(folder, buffer=1).from_loader(mixed, 2))
+
+
+def test_what_the_order_of_a_stream_depends_on_may_not_change(folder, values, tmp_path):
+    small = changed(values, data=[str(folder)], stream=6, pca_init=False, save_every=2)
+    run_until(trainer(small, tmp_path), 3)
+    with pytest.raises(CheckpointError, match="another recipe .split is 'train', was 'all'"):
+        trainer(changed(small, split="train"), tmp_path)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    state["run"]["processes"] = 2
+    torch.save(state, tmp_path / "state.pt")
+    with pytest.raises(CheckpointError, match="another recipe .processes is 1, was 2"):
+        trainer(small, tmp_path)
 
 
 def test_a_batch_of_one_unreadable_picture(photos, tmp_path):
