@@ -282,6 +282,14 @@ class TokenizerConfig:
     codebook: CodebookConfig = field(default_factory=CodebookConfig)
     decoder: DecoderConfig | None = field(default_factory=DecoderConfig)  # None: it only encodes
 
+    def __post_init__(self) -> None:
+        kinds = (ImageConfig, BackboneConfig, SelectorConfig, MergerConfig, CodebookConfig, DecoderConfig)
+        for name, kind in zip(("image", "backbone", "selector", "merger", "codebook", "decoder"), kinds, strict=True):
+            value = getattr(self, name)
+            valid = isinstance(value, kind) or (value is None and name == "decoder")
+            expected = f"a {kind.__name__}; TokenizerConfig.from_dict takes mappings"
+            require(valid, f"{name} is {brief(value)}, expected {expected}")
+
     def to_dict(self) -> dict[str, Any]:
         """Returns plain JSON types only; `from_dict` is its inverse."""
         return dataclasses.asdict(self)

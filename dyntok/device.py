@@ -43,6 +43,16 @@ def make_current(device: torch.device | str) -> None:
         torch.cuda.set_device(device)
 
 
+def current_stream(device: torch.device | None) -> int | None:
+    """Returns the number of a GPU's stream on which this thread computes, or None where it is recorded into a graph.
+
+    Other devices have the number 0.
+    """
+    if device is None or device.type != "cuda" or not torch.cuda.is_available():
+        return 0
+    return None if torch.cuda.is_current_stream_capturing() else torch.cuda.current_stream(device).cuda_stream
+
+
 def integers_on(device: torch.device, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
     """Returns whole numbers as int64 on a device. The host does not wait for a GPU."""
     return sent_to(device, torch.tensor(values, dtype=torch.long, device="cpu"))

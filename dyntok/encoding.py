@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dyntok.device import check_device
 from dyntok.errors import CodeError, FingerprintError, ImageError
 from dyntok.original import Original
 from dyntok.ragged import cu_seqlens_from_lengths, image_of_token, join_rows, pad_rows, split_rows
@@ -125,7 +126,7 @@ class Encoding:
             raise CodeError(
                 f"{sum(lengths)} tokens are too many for one Encoding (cu_seqlens is int32); encode in smaller batches"
             )
-        packed_positions, device = None, rows[0].device if rows else None
+        packed_positions, device = None, rows[0].device if rows else torch.device("cpu")
         if positions is not None:
             position_rows = integer_rows(positions, "positions")
             if [len(row) for row in position_rows] != lengths:
@@ -278,9 +279,16 @@ class Encoding:
         return mask
 
     def to(self, device: torch.device | str) -> "Encoding":
-        """Returns the batch with all tensors on `device`: itself if they are there already."""
+        """Returns the batch with all tensors on `device`: itself if they are there already.
+
+        Raises `ConfigError` where there is no such device.
+        """
         require_type("device", device, (str, int, torch.device), "a device such as 'cpu'; codes are always int64")
-        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in vars(self).items()}
+        try:
+            moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in vars(self).items()}
+        except (RuntimeError, AssertionError, ImportError, TypeError):
+            check_device(device)  # a device that does not exist
+            raise
         if all(moved[name] is value for name, value in vars(self).items()):
             return self
         result = unchecked(**moved)

@@ -4,6 +4,8 @@ Every image gets the same number of tokens, so no shape depends on an image. Loa
 fingerprints are in `tokenizer.py`.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -14,9 +16,9 @@ from dyntok.config import MAX_PATCHES
 from dyntok.errors import ConfigError, ImageError, MissingDependencyError
 from dyntok.layout import MAX_SIDE, canonical_mask
 from dyntok.policy import KeepPolicy
-from dyntok.precision import autocast
+from dyntok.precision import autocast, full_float32
 from dyntok.ragged import cu_seqlens_from_mask
-from dyntok.structure import brief, pair_of
+from dyntok.structure import brief, pair_of, require
 from dyntok.tokenizer import DynamicVisualTokenizer
 from dyntok_kernels import compact
 
@@ -24,8 +26,10 @@ from dyntok_kernels import compact
 class FixedEncoder(nn.Module):
     """Encodes normalized pixels [B, 3, H, W] as codes and positions, int64 [B, budget].
 
-    The codes are those of `encode_tensor(pixels, budget=budget)`, in half precision, too.
-    grid: (rows, columns) of the images, by default the tokenizer's own.
+    The codes are those of `encode_tensor(pixels, budget=budget)`, in half precision, too. Compiled for a GPU they are
+    where TF32 is switched off around the call. grid: (rows, columns) of the images, by default the tokenizer's own.
+
+    It uses the weights of the tokenizer itself, and puts them into evaluation mode. Move or cast the tokenizer first.
 
     Raises `ConfigError` unless the budget is from 1 to the number of patches, and on a grid the tokenizer can't take. A
     call raises `ImageError` on pixels of another grid or that are not normalized floats.
@@ -37,8 +41,8 @@ class FixedEncoder(nn.Module):
         self.shape = (3, *(side * tokenizer.backbone.patch_size for side in self.grid))
         self.places = tokenizer.config.selector.places
         patches = self.grid[0] * self.grid[1]
-        if not 1 <= budget <= patches:
-            raise ConfigError(f"budget is {budget} tokens, expected 1 to {patches}, the number of patches")
+        whole = isinstance(budget, Integral) and 1 <= budget <= patches
+        require(whole, f"budget is {brief(budget)} tokens, expected 1 to {patches}, the number of patches")
         self.budget, self.policy, self.patches = budget, KeepPolicy(budget=budget), patches
         self.backbone, self.selector, self.merger = tokenizer.backbone, tokenizer.selector, tokenizer.merger
         self.projection, self.codebook = tokenizer.projection, tokenizer.codebook
@@ -49,7 +53,7 @@ class FixedEncoder(nn.Module):
             sizes = ", ".join(map(str, self.shape))
             raise ImageError(f"pixels are {pixels.dtype} {list(pixels.shape)}, expected normalized floats [B, {sizes}]")
         dtype = next(self.backbone.parameters()).dtype
-        with autocast(pixels.device.type, dtype):
+        with autocast(pixels.device.type, dtype), _precise(pixels.device):
             return self._encode(pixels.to(dtype))
 
     def _encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,10 +88,15 @@ class FixedDecoder(nn.Module):
     def forward(self, codes: Tensor, positions: Tensor) -> Tensor:
         images, count = codes.shape
         cu_seqlens = torch.arange(images + 1, dtype=torch.int32, device=codes.device) * count
-        with autocast(codes.device.type, self.decoder.in_proj.weight.dtype):
+        with autocast(codes.device.type, self.decoder.in_proj.weight.dtype), _precise(codes.device):
             vectors = F.embedding(codes.flatten(), self.embedding)
             features = self.decoder(vectors, cu_seqlens, positions.flatten(), self.grid)
             return features if self.head is None else self.head(features, self.grid)
+
+
+def _precise(device: torch.device) -> AbstractContextManager[None]:
+    """Returns `full_float32`, but in a graph nothing: a graph changes no settings while it runs."""
+    return nullcontext() if torch.compiler.is_compiling() else full_float32(device)
 
 
 def fixed_grid(tokenizer: DynamicVisualTokenizer, grid: tuple[int, int] | None) -> tuple[int, int]:
@@ -163,7 +172,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, caus
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     if causal:
         count = q.shape[-2]
-        scores = scores + torch.full((count, count), -torch.inf, dtype=q.dtype).triu(1)
+        scores = scores + torch.full((count, count), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
     out = (scores.softmax(-1) @ v).transpose(1, 2).flatten(0, 1)
     return out, out.new_zeros(0)
 
@@ -174,7 +183,7 @@ def _nearest_code(z: Tensor, codebook: Tensor, normalize: bool) -> Tensor:
 
 
 def _compact(keep: Tensor) -> tuple[Tensor, Tensor]:
-    places = torch.arange(keep.numel(), dtype=torch.float32)
+    places = torch.arange(keep.numel(), dtype=torch.float32, device=keep.device)
     order = torch.where(keep.flatten(), keep.numel() - places, -places).topk(keep.numel()).indices
     cu_seqlens = cu_seqlens_from_mask(keep)
     return torch.where(places < cu_seqlens[-1], order, -1).to(torch.int32), cu_seqlens

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from dyntok.ragged import pad_rows, split_rows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Features:
     """The merged tokens of B images, T in all, image after image in raster order.
 
@@ -29,6 +30,12 @@ class Features:
 
     def __len__(self) -> int:
         return len(self.grids)
+
+    def __eq__(self, other: object) -> bool:
+        """Compare the tensors, wherever they are."""
+        if not isinstance(other, Features):
+            return NotImplemented
+        return all(torch.equal(own.cpu(), vars(other)[name].cpu()) for name, own in vars(self).items())
 
     def split(self) -> list[Tensor]:
         """Returns the tokens of each image, float [T_i, D]; views, not copies."""

@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageFile
 
 from dyntok.config import ImageConfig
-from dyntok.errors import ImageError
+from dyntok.errors import ConfigError, ImageError
 from dyntok.fitting import Fitting, fit, padded_inside, smallest_decoding
 from dyntok.imaging.color import to_srgb
 from dyntok.imaging.container import orientation
@@ -86,8 +86,10 @@ def load_image(
     I and F the first of 1 (F only), 255 and 65535 that holds every value is white; other values are refused.
 
     `max_pixels` is checked before decoding. Settings of Pillow such as `LOAD_TRUNCATED_IMAGES` have no effect. Raises
-    `ImageError`.
+    `ImageError`, and `ConfigError` on another color.
     """
+    if color not in ("ignore", "srgb"):
+        raise ConfigError(f"color is {color!r}, expected 'ignore' or 'srgb'")
     with _failures_named(source) as name:
         image = _upright_rgb(_load(source, name, max_pixels), name, color)
         return image.copy() if image is source else image
@@ -140,10 +142,13 @@ def normalize(pixels: torch.Tensor, config: ImageConfig) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=16)
 def _table(config: ImageConfig, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the normalized values of the three channels, one after another, and where each channel begins."""
+    """Returns the normalized values of the three channels, one after another, and where each channel begins.
+
+    Both are copied from the host, which waits: they are complete for every stream of a GPU.
+    """
     gray = np.repeat(np.arange(256, dtype=np.uint8)[:, None, None], 3, axis=2)  # [256, 1, 3]
-    first = torch.arange(0, 768, 256, dtype=torch.int32, device=device).view(3, 1, 1)
-    return normalized(gray, config).flatten().to(device), first
+    first = torch.arange(0, 768, 256, dtype=torch.int32, device="cpu").view(3, 1, 1)
+    return normalized(gray, config).flatten().to(device), first.to(device)
 
 
 def to_image(pixels: torch.Tensor, config: ImageConfig) -> Image.Image:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from dyntok.device import current_stream
 from dyntok.errors import CodeError
 
 _Table = TypeVar("_Table", bound=Callable[..., object])
@@ -32,13 +33,18 @@ def _table(make: _Table) -> _Table:
     """Remembers the tables of a grid and a device.
 
     A table that was made in inference mode could not take part in training later. One that was made while a graph is
-    compiled or exported belongs to that graph.
+    compiled, exported or captured belongs to that graph. Each stream of a GPU has tables of its own, since no stream
+    waits for what another one makes.
     """
-    remembered = lru_cache(torch.inference_mode(False)(make))
+    normal = torch.inference_mode(False)(make)
+    remembered = lru_cache(lambda stream, *args: normal(*args))
 
     @wraps(make)
     def table(*args: Any) -> object:
-        return make(*args) if torch.compiler.is_compiling() else remembered(*args)
+        if torch.compiler.is_compiling():
+            return make(*args)
+        stream = current_stream(next((arg for arg in args if isinstance(arg, torch.device)), None))
+        return normal(*args) if stream is None else remembered(stream, *args)
 
     return cast(_Table, table)
 

@@ -111,7 +111,7 @@ def _resolve_name(source: str | os.PathLike) -> str | os.PathLike:
     names = _bundled_names()
     if source in names:
         return PRETRAINED / source
-    if not isinstance(source, str) or "/" in source or os.sep in source or Path(source).expanduser().exists():
+    if not isinstance(source, str) or "/" in source or os.sep in source or os.path.exists(os.path.expanduser(source)):
         return source
     similar = difflib.get_close_matches(source, names, 1)
     hint = f" Did you mean {similar[0]!r}?" if similar else ""

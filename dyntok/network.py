@@ -28,6 +28,7 @@ from dyntok.model.merger import build_merger
 from dyntok.model.pixel_head import PixelHead
 from dyntok.model.selector import Selector
 from dyntok.policy import KeepPolicy, ranks
+from dyntok.precision import HALF
 from dyntok.ragged import cu_seqlens_from_mask
 from dyntok.refine import Pictures, check_rounds, refine_codes
 from dyntok.structure import require_type
@@ -73,7 +74,9 @@ class TokenizerNetwork(PretrainedModule):
 
     @property
     def max_tokens(self) -> int:
-        """Returns the largest number of codes of an image, which is the number of its patches."""
+        """Returns the number of patches of an image, and so of its codes, at most: unless `encode` is given
+        `max_patches` or `size`.
+        """
         return self.config.image.max_patches or self.grid[0] * self.grid[1]
 
     @property
@@ -120,7 +123,19 @@ class TokenizerNetwork(PretrainedModule):
         moved = fn(torch.empty(0, dtype=self.dtype, device=self.device))
         if moved.device.type == "cuda":
             self._check_gpu(moved.dtype)
-        return super()._apply(fn, recurse)
+        fixed = [
+            (part, name, buffer)
+            for part in self.modules()
+            for name, buffer in part.named_buffers(recurse=False)
+            if name in part._non_persistent_buffers_set and buffer.dtype == torch.float32
+        ]
+        super()._apply(fn, recurse)
+        for part, name, buffer in fixed:
+            now = part._buffers[name]
+            # such as the frequencies of positions: no later cast would bring back what is rounded
+            if now is not None and now.dtype in HALF and not buffer.is_meta:
+                part._buffers[name] = buffer.to(now.device)
+        return self
 
     def _check_gpu(self, dtype: torch.dtype) -> None:
         """Raises `ConfigError` where the dtype or a size is one that the GPU kernels do not take."""
@@ -251,6 +266,10 @@ class TokenizerNetwork(PretrainedModule):
             raise ConfigError(f"keep_mask drops every patch of image {image}, expected at least one kept patch")
         mask = keep_mask.to(self.device)
         return lambda log_probs, indices: mask[indices[0] : indices[0] + len(log_probs)]
+
+    def _check_choice(self, choice: Choice) -> None:
+        if isinstance(choice, KeepPolicy) and choice.psnr is not None and self.pixel_head is None:
+            raise ConfigError(f"psnr is {choice.psnr}, but this tokenizer has no pixel head; leave it out")
 
     def _check_refine(self, refine: int, margins: bool) -> None:
         if not check_rounds(refine, margins=margins):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import TypedDict
 
+from dyntok.device import sent_to
 from dyntok.errors import ConfigError
 from dyntok.model.selector import DROP, KEEP
 
@@ -167,7 +168,8 @@ class KeepPolicy:
     def _noise(self, score: Tensor, input_indices: Sequence[int] | None) -> Tensor:
         images, num_patches = score.shape
         indices = range(images) if input_indices is None else input_indices[:images]
-        return torch.stack([_gumbel_difference(self.seed or 0, index, num_patches) for index in indices]).to(score)
+        noise = torch.stack([_gumbel_difference(self.seed or 0, index, num_patches) for index in indices])
+        return sent_to(score.device, noise).to(score.dtype)
 
     @property
     def seed(self) -> int | None:

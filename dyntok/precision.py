@@ -22,11 +22,11 @@ M = TypeVar("M", bound=nn.Module)
 
 def dtype_named(dtype: torch.dtype | str) -> torch.dtype:
     """Returns the dtype itself, or the one with this short name. Raises `ConfigError` on other values."""
-    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+    if isinstance(dtype, torch.dtype) and dtype in (*DTYPES.values(), torch.float64):
         return dtype
     if isinstance(dtype, str) and dtype in DTYPES:
         return DTYPES[dtype]
-    raise ConfigError(f"dtype is {dtype!r}, expected {', '.join(DTYPES)} or a floating-point torch.dtype")
+    raise ConfigError(f"dtype is {dtype!r}, expected {', '.join(DTYPES)}, one of their torch.dtypes, or torch.float64")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -71,38 +71,54 @@ class _LegacyPrecision:
         torch.set_float32_matmul_precision(value)
 
 
-_settings_lock = threading.Lock()
-_users: Counter[str] = Counter()  # threads that need full precision, by kind of device
-_changed: dict[str, list[tuple[Any, str, Any]]] = {}  # what they found: setting, name, value
+_LEGACY = _LegacyPrecision()
+
+Setting = tuple[Any, str, Any]  # the object, the name of its attribute, a value
+_lock = threading.Lock()
+_users: Counter[str] = Counter()  # threads that need certain settings, by their name
+_found: dict[str, dict[tuple[int, str], Setting]] = {}  # what the first of them changed, by object and attribute
 
 
 @contextmanager
-def full_float32(device: torch.device) -> Iterator[None]:
-    """Computes convolutions and products of float32 in float32.
-
-    By default cuDNN rounds the factors of a convolution to TF32. `torch.set_float32_matmul_precision` lets a GPU do so
-    in products, and a CPU round to bfloat16. The last of several threads restores what the first one found.
-    """
-    kind = device.type
-    with _settings_lock:
-        if not _users[kind]:
-            found = [(setting, name, value, getattr(setting, name)) for setting, name, value in _settings(kind)]
-            _changed[kind] = [(setting, name, old) for setting, name, value, old in found if old not in (value, "none")]
-            for setting, name, value, old in found:
-                if old not in (value, "none"):
-                    setattr(setting, name, value)
-        _users[kind] += 1
+def settings(name: str, wanted: list[Setting]) -> Iterator[None]:
+    """Sets global settings while any thread needs them. The last of several threads restores what the first found."""
+    with _lock:
+        found = _found.setdefault(name, {})
+        for part, key, value in wanted:
+            old = getattr(part, key)
+            if old not in (value, "none"):
+                found.setdefault((id(part), key), (part, key, old))
+                setattr(part, key, value)
+        _users[name] += 1
     try:
         yield
     finally:
-        with _settings_lock:
-            _users[kind] -= 1
-            if not _users[kind]:
-                for setting, name, old in _changed.pop(kind):
-                    setattr(setting, name, old)
+        with _lock:
+            _users[name] -= 1
+            if not _users[name]:
+                del _users[name]
+                for part, key, old in _found.pop(name).values():
+                    _restore(part, key, old)
 
 
-def _settings(kind: str) -> list[tuple[Any, str, Any]]:
+def _restore(part: Any, key: str, old: Any) -> None:
+    if key == "fp32_precision" and part is not _LEGACY:
+        setattr(part, key, "none")  # it then follows a setting above it, as it did if that gave the old value
+        if getattr(part, key) == old:
+            return
+    setattr(part, key, old)
+
+
+def full_float32(device: torch.device) -> AbstractContextManager[None]:
+    """Returns the context in which convolutions and products of float32 are computed in float32.
+
+    By default cuDNN rounds the factors of a convolution to TF32. `torch.set_float32_matmul_precision` lets a GPU do so
+    in products, and a CPU round to bfloat16.
+    """
+    return settings(device.type, _full_precision(device.type))
+
+
+def _full_precision(kind: str) -> list[Setting]:
     """Returns the settings that lower the precision on a kind of device, with the values that do not."""
     cudnn: Any = torch.backends.cudnn
     mkldnn: Any = torch.backends.mkldnn
@@ -113,17 +129,14 @@ def _settings(kind: str) -> list[tuple[Any, str, Any]]:
         return [(part, "allow_tf32", False) for part in (cudnn, torch.backends.cuda.matmul)]
     if kind == "cpu" and named:
         return [(part, "fp32_precision", "ieee") for part in (mkldnn.conv, mkldnn.matmul)]
-    return [(_LegacyPrecision(), "fp32_precision", "highest")] if kind == "cpu" else []
+    return [(_LEGACY, "fp32_precision", "highest")] if kind == "cpu" else []
 
 
-@contextmanager
-def fixed_convolutions(device: torch.device) -> Iterator[None]:
-    """Keeps cuDNN from choosing the program of a convolution by timing it, which may end differently in every run."""
+def fixed_convolutions(device: torch.device) -> AbstractContextManager[None]:
+    """Returns the context in which cuDNN does not choose the program of a convolution by timing it.
+
+    The timings may end differently in every run.
+    """
     cudnn: Any = torch.backends.cudnn
-    before = cudnn.benchmark, cudnn.deterministic
-    try:
-        if device.type == "cuda":
-            cudnn.benchmark, cudnn.deterministic = False, True
-        yield
-    finally:
-        cudnn.benchmark, cudnn.deterministic = before
+    fixed = [(cudnn, "benchmark", False), (cudnn, "deterministic", True)] if device.type == "cuda" else []
+    return settings(f"convolutions of {device.type}", fixed)

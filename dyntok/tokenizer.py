@@ -205,8 +205,7 @@ class DynamicVisualTokenizer(TokenizerNetwork):
         """Returns the codes of normalized pixels, float [B, 3, H, W]; other arguments are those of `encode`.
 
         uint8 pixels are normalized on the device of the weights.
-        keep_mask: bool [B, N], the patches to keep, at least one per image. It replaces every other choice,
-            `max_tokens` included.
+        keep_mask: bool [B, N], the patches to keep, at least one per image, in place of all options of a policy.
         errors: "skip" leaves out images for which the network computes NaN or infinite values.
 
         Raises `ImageError` on other pixels, `ConfigError` on contradictory options or a mask that does not fit.
@@ -272,6 +271,8 @@ class DynamicVisualTokenizer(TokenizerNetwork):
             raise ConfigError(f"decoding is {decoding!r}, expected 'full' or 'scaled'")
         options = {"resize": fit, "max_patches": max_patches, "size": None if size is None else pair(size)}
         changes: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+        if max_patches is not None:
+            changes["size"] = None  # a size of the configuration would be preferred
         if decoding is not None:
             changes["decoding"] = "scaled" if decoding == "scaled" else None
         try:
@@ -300,6 +301,7 @@ class DynamicVisualTokenizer(TokenizerNetwork):
         refine: int = 0,
     ) -> Encoding:
         self._check_refine(refine, margins)
+        self._check_choice(choice)
         if refine:
             pixels = _DECODED_PATCHES * self.backbone.patch_size**2
             chunks = (part for chunk in chunks for part in limited(chunk, pixels))
@@ -324,6 +326,7 @@ class DynamicVisualTokenizer(TokenizerNetwork):
         )
 
     def _merge_chunks(self, chunks: Iterable[Chunk], choice: Choice, merge: Merge, width: int) -> Features:
+        self._check_choice(choice)
         rows = (self._run(chunk, choice, merge, quantize=False) for chunk in chunks)
         done = list(without_failures(rows, self.dtype))
         _, *packed = join_images(done, torch.empty(0, width, device=self.device, dtype=self.dtype))

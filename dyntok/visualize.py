@@ -1,13 +1,15 @@
 """Contact sheets: the original image, its kept patches and its reconstruction, side by side for people to look at."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from math import ceil
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
 from dyntok.encoding import Encoding
 from dyntok.errors import CodeError
-from dyntok.image import DEFAULT_MAX_PIXELS, ImageSource, to_image, to_pixels
+from dyntok.image import DEFAULT_MAX_PIXELS, ImageSource, is_single, to_image, to_pixels
+from dyntok.structure import require_integer
 from dyntok.tokenizer import Decoding, DynamicVisualTokenizer, Fit, Size
 from dyntok.validation import counted
 
@@ -18,7 +20,7 @@ _DROPPED = (32, 32, 40)
 
 def contact_sheet(
     tokenizer: DynamicVisualTokenizer,
-    images: Sequence[ImageSource],
+    images: ImageSource | Iterable[ImageSource],
     encoding: Encoding,
     *,
     side: int = 256,
@@ -39,13 +41,17 @@ def contact_sheet(
     columns: panels side by side.
     fit, max_patches, size, decoding, max_pixels: what `encode` was given.
 
-    Raises `CodeError` if there is no image or the encoding does not belong to the images.
+    Raises `CodeError` if there is no image or the encoding does not belong to the images, and `ConfigError` where side
+    or columns is no integer of 1 or more.
     """
-    if len(encoding) != len(images) or not images:
-        got = f"{counted(len(images), 'image')} and an encoding of {counted(len(encoding), 'image')}"
+    require_integer("columns", columns, 1)
+    require_integer("side", side, 1)
+    sources: list[Any] = [images] if is_single(images) else list(images)  # type: ignore[arg-type]  # see is_single
+    if len(encoding) != len(sources) or not sources:
+        got = f"{counted(len(sources), 'image')} and an encoding of {counted(len(encoding), 'image')}"
         raise CodeError(f"contact_sheet got {got}, expected at least one image and an encoding of the same images")
     config = tokenizer.image_config(fit=fit, max_patches=max_patches, size=size, decoding=decoding)
-    originals = [to_image(to_pixels(image, config, max_pixels=max_pixels), config) for image in images]
+    originals = [to_image(to_pixels(image, config, max_pixels=max_pixels), config) for image in sources]
     for original, (rows, cols) in zip(originals, encoding.grids.tolist(), strict=True):
         patch = tokenizer.backbone.patch_size
         if original.size != (cols * patch, rows * patch):

@@ -4,6 +4,7 @@ Strict: ids that do not make an image raise an error. `dyntok/llm/parsing.py` ac
 """
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -131,7 +132,7 @@ class VisualVocab(IdRanges):
         `CodeError`.
         """
         require_path("folder", folder)
-        path = Path(folder).expanduser() / VOCAB_FILE
+        path = Path(os.path.expanduser(folder)) / VOCAB_FILE
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
@@ -148,12 +149,15 @@ class VisualVocab(IdRanges):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `dyntok.json`, with ids, layout and fingerprint, into the folder of a language model or its
-        tokenizer.
+        tokenizer. Raises `CodeError` where that is not possible.
         """
-        folder = Path(folder).expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(asdict(self), indent=2) + "\n"
-        (folder / VOCAB_FILE).write_text(text, encoding="utf-8")
+        require_path("folder", folder)
+        path = Path(os.path.expanduser(folder)) / VOCAB_FILE
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise CodeError(f"can't write {path}: {error}; give a folder") from error
 
     @overload
     def to_ids(self, codes: Encoding, wrap: bool = True) -> list[Tensor]: ...
@@ -187,6 +191,7 @@ class VisualVocab(IdRanges):
         layout; `FingerprintError` where the Encoding is another tokenizer's.
         """
         if isinstance(codes, Encoding):
+            _require_none(positions, grid)
             return [self.to_ids(row, wrap, positions=places, grid=grid) for row, places, grid in self._images(codes)]
         row = integers(codes, "codes")
         if not len(row):
@@ -228,6 +233,7 @@ class VisualVocab(IdRanges):
         Arguments and errors are those of `to_ids`.
         """
         if isinstance(codes, Encoding):
+            _require_none(positions, grid)
             return [self.to_text(row, positions=places, grid=grid) for row, places, grid in self._images(codes)]
         ids = self.to_ids(codes, wrap=False, positions=positions, grid=grid).tolist()
         ranges = self.ranges
@@ -356,3 +362,8 @@ def _numbers(ids: Tensor, part: IdRange, count: int) -> list[int]:
         lambda i: f"id {ids[i]} at place {i} of the header is not of kind {part.kind}, expected {part}",
     )
     return (ids - part.offset + part.first).tolist()
+
+
+def _require_none(positions: _Integers | None, grid: _Grid | None) -> None:
+    if positions is not None or grid is not None:
+        raise CodeError("positions= or grid= was given with an Encoding, which has its own; leave them out")

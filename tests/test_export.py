@@ -45,6 +45,23 @@ def test_the_encoder_gives_the_tokenizers_codes(tiny, pixels, expected):
 
 
 @torch.no_grad()
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="this PyTorch has no such settings")
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_the_encoder_rounds_as_encode_does(precision, tiny, pixels):
+    """Settings of a program that lower the precision of products hold for neither."""
+    seen, encoder = [], FixedEncoder(tiny, BUDGET)
+    hook = tiny.backbone.register_forward_hook(lambda *_: seen.append(torch.backends.mkldnn.matmul.fp32_precision))
+    torch.set_float32_matmul_precision(precision)
+    try:
+        encoder(pixels[:1]), tiny.encode_tensor(pixels[:1], budget=BUDGET)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        hook.remove()
+    assert seen == ["ieee", "ieee"]
+
+
+@torch.no_grad()
 def test_the_decoder_paints_the_tokenizers_pixels(tiny, expected):
     codes, positions = as_rows(expected)
     assert_close(FixedDecoder(tiny)(codes, positions), tiny.decode_to_pixels(expected), atol=1e-4, rtol=0)

@@ -123,10 +123,12 @@ def test_float32_computes_without_tf32(dtype, tokenizer, monkeypatch):
     try:
         with fake_gpu(monkeypatch), tokenizer.inference():
             tokenizer.backbone(pixels_for(tokenizer))
+        with fake_gpu(monkeypatch), torch.no_grad():
+            FixedEncoder(tokenizer, BUDGET)(pixels_for(tokenizer))
         assert torch.backends.cuda.matmul.fp32_precision == "tf32"
     finally:
         torch.backends.cuda.matmul.fp32_precision = "none"
-    assert seen == [("ieee", "ieee")] and torch.backends.cudnn.allow_tf32 == allowed
+    assert seen == [("ieee", "ieee")] * 2 and torch.backends.cudnn.allow_tf32 == allowed
 
 
 class _Waits(TorchDispatchMode):

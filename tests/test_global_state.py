@@ -1,5 +1,6 @@
 """Nothing outside the package changes: Python, PyTorch and Pillow are the same after every public call."""
 
+import copy
 import json
 import locale
 import os
@@ -25,6 +26,7 @@ from dyntok.export import FixedEncoder, export
 from dyntok.layout import block_capacities, lattice_positions
 from dyntok.llm import Document, ImageCodes, ImageGrammar, PackedDataset, Packer, parse_ids, read_documents
 from dyntok.llm.extend import _projection as random_projection
+from dyntok.precision import fixed_convolutions
 
 SIGNALS = [number for number in signal.valid_signals() if number not in (signal.SIGKILL, signal.SIGSTOP)]
 
@@ -293,6 +295,69 @@ def test_threads_share_the_settings_that_they_change(loaded):
     assert all(torch.equal(encoding.packed_codes, wanted) for encoding in encodings)
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="this PyTorch has no such settings")
+def test_a_setting_still_follows_the_one_above_it(loaded):
+    """A call must not leave a value where there was none of its own."""
+    torch.backends.mkldnn.matmul.fp32_precision = "none"  # of an earlier test
+    try:
+        torch.backends.fp32_precision = "bf16"
+        loaded.encode(dyntok.example_image())
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+        torch.backends.fp32_precision = "ieee"
+        assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+    finally:
+        torch.backends.fp32_precision = "none"
+
+
+def test_overlapping_users_of_a_setting():
+    """The first of two ends before the second, as threads may."""
+    cudnn, before = torch.backends.cudnn, (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic)
+    first, second = fixed_convolutions(torch.device("cuda")), fixed_convolutions(torch.device("cuda"))
+    cudnn.benchmark = True
+    try:
+        first.__enter__(), second.__enter__()
+        first.__exit__(None, None, None)
+        assert (cudnn.benchmark, cudnn.deterministic) == (False, True)
+        second.__exit__(None, None, None)
+        assert (cudnn.benchmark, cudnn.deterministic) == (True, before[1])
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before
+
+
+def test_what_changes_between_two_calls_is_set_again(loaded):
+    with loaded.inference():
+        loaded.train()
+        with loaded.inference():
+            assert not any(part.training for part in loaded.modules())
+    loaded.eval()
+
+
+def test_training_mode_returns_when_the_last_call_ends(loaded):
+    first, second = loaded.inference(), loaded.inference()
+    loaded.train()
+    try:
+        with ThreadPoolExecutor(1) as other:
+            first.__enter__()
+            other.submit(second.__enter__).result()
+            first.__exit__(None, None, None)
+            assert not any(part.training for part in loaded.modules())
+            other.submit(second.__exit__, None, None, None).result()
+        assert all(part.training for part in loaded.modules())
+    finally:
+        loaded.eval()
+
+
+def test_half_precision_rounds_no_frequencies(loaded):
+    """They are not stored, so nothing would bring them back; older versions of timm have no care of their own."""
+    tokenizer = copy.deepcopy(loaded)
+    tokenizer.selector.register_buffer("angles", torch.tensor([1 / 3]), persistent=False)
+    tokenizer.half()
+    assert tokenizer.dtype == torch.float16 and float(tokenizer.float().selector.angles) == float(torch.tensor(1 / 3))
+    with torch.device("meta"):
+        unmade = dyntok.DynamicVisualTokenizer(tokenizer.config)
+    assert unmade.half().to_empty(device="cpu").dtype == torch.float16
+
+
 def test_the_default_device_of_a_program_does_not_matter():
     """A tokenizer stays on its own device; `meta` stands in for a GPU."""
     image, loaded = dyntok.example_image(), {name: dyntok.load(name) for name in ("tiny", "flex")}
@@ -315,6 +380,7 @@ def test_the_default_device_of_a_program_does_not_matter():
         ids = lattice.to_ids(row.new_tensor([1, 2, 3]), positions=lattice_positions(3, (5, 3)))
         assert lattice.to_encoding([ids]).codes[0].tolist() == [1, 2, 3]
         assert block_capacities((3, 3)).tolist() == [[4, 2, 2, 1]]
+        assert tokenizer.decode([]) == [] and len(lattice.to_encoding([])) == 0
         assert random_projection(3, 4, seed=0).tolist() == projection.tolist()
     finally:
         torch.set_default_device(None)

@@ -156,8 +156,8 @@ def test_without_a_gpu_every_way_to_one_says_so(flex):
 
 def test_dtypes_have_short_names():
     assert dyntok.load(dtype="bf16").dtype == torch.bfloat16 and dyntok.load(dtype=torch.float64).dtype == torch.float64
-    for dtype in ("float99", "int8", torch.int64, 16):
-        with pytest.raises(ConfigError, match="expected fp32, bf16, fp16 or a floating-point torch.dtype"):
+    for dtype in ("float99", "int8", torch.int64, torch.float8_e4m3fn, 16):
+        with pytest.raises(ConfigError, match="expected fp32, bf16, fp16, one of their torch.dtypes, or torch.float64"):
             dyntok.load(dtype=dtype)
 
 

@@ -1,5 +1,6 @@
 """Pictures of any shape: the grid that fits them, the same codes in every batch, and decoding to their shape."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -82,6 +83,14 @@ def test_size_and_max_patches_are_one_choice(tok, shapes, tmp_path, capsys):
         options = ["--size", "64x96", "--max-patches", "128"]
         assert main([*command, str(tmp_path / "a.png"), *output, *options]) == 1
         assert "max_patches=128 and size=(64, 96) were both given" in capsys.readouterr().err
+
+
+def test_max_patches_takes_the_place_of_a_size_in_the_configuration(small_config, shapes):
+    config = any_grid_config(small_config)
+    image = dataclasses.replace(config.image, size=(64, 32))
+    tok = DynamicVisualTokenizer(dataclasses.replace(config, image=image)).eval()
+    assert tok.encode(shapes[0]).grids.tolist() == [[4, 4]]
+    assert tok.encode(shapes[0], max_patches=100).grids.tolist() == [[10, 10]]
 
 
 def test_padding_is_white_and_the_picture_is_whole(tok):

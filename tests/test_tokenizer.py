@@ -96,7 +96,9 @@ def test_nothing_gives_an_empty_encoding(tokenizer):
 )
 def test_policies_set_the_lengths(tokenizer, photos, options, lengths):
     assert set(tokenizer.encode(photos, **options).lengths.tolist()) == lengths
-    assert set(tokenizer.features(photos, **options).lengths.tolist()) == lengths
+    features = tokenizer.features(photos, **options)
+    assert set(features.lengths.tolist()) == lengths
+    assert features == tokenizer.features(photos, **options) != tokenizer.features(photos[:1], **options)
 
 
 def test_policies_keep_the_best_by_score(tokenizer, photos):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from support.any_grid import any_grid_tokenizer
 
-from dyntok import CodeError, DynamicVisualTokenizer, ImageError
+from dyntok import CodeError, ConfigError, DynamicVisualTokenizer, ImageError
 from dyntok.image import to_image, to_pixels
 from dyntok.visualize import contact_sheet
 
@@ -30,6 +30,17 @@ def test_each_row_shows_the_original_its_kept_patches_and_what_comes_back(tokeni
         assert np.array_equal(panel(sheet, i, 0), original) and np.array_equal(kept[mask], original[mask])
         assert np.unique(kept[~mask], axis=0).tolist() == [[32, 32, 40]]
         assert np.array_equal(panel(sheet, i, 2), np.asarray(tokenizer.decode(encoding)[i]))
+
+
+def test_it_takes_what_encode_takes(tokenizer, photos):
+    batch = np.stack([np.asarray(photo)[:40, :40] for photo in photos[:2]])
+    listed = contact_sheet(tokenizer, list(batch), tokenizer.encode(batch))
+    assert contact_sheet(tokenizer, batch, tokenizer.encode(batch)) == listed
+    encoding = tokenizer.encode(photos[0])
+    assert contact_sheet(tokenizer, photos[0], encoding) == contact_sheet(tokenizer, photos[:1], encoding)
+    for wrong in ({"columns": 0}, {"side": "64"}):
+        with pytest.raises(ConfigError, match="expected an integer of 1 or more"):
+            contact_sheet(tokenizer, photos[:1], encoding, **wrong)
 
 
 def test_it_has_the_limit_of_encode(tokenizer, photos):

@@ -232,6 +232,10 @@ def test_the_vocabulary_of_a_tokenizer(tokenizer, photos, tmp_path):
     enc = tokenizer.encode(photos[:3])
     assert vocab.to_encoding(vocab.to_ids(enc)) == enc
     assert len(tokenizer.decode(vocab.to_encoding(vocab.to_ids(enc)))) == 3
+    for call in (vocab.to_ids, vocab.to_text):
+        for extra in ({"positions": [[0]] * 3}, {"grid": (8, 8)}):
+            with pytest.raises(CodeError, match="given with an Encoding, which has its own; leave them out"):
+                call(enc, **extra)
     vocab.save_pretrained(tmp_path)
     assert VisualVocab.from_pretrained(tmp_path) == vocab
     sized = VisualVocab.of(tokenizer, after=1000, any_grid=True)

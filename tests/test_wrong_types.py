@@ -9,6 +9,8 @@ import torch
 import dyntok
 from dyntok import batch, llm
 from dyntok.errors import CodeError, ConfigError, DyntokError
+from dyntok.export import FixedEncoder
+from dyntok.image import load_image
 
 VOCAB = dyntok.VisualVocab.after(300, size=256, patches=64)
 GRAMMAR = llm.ImageGrammar(VOCAB)
@@ -28,6 +30,12 @@ CALLS = {  # each with the values that are right there
     "load": (lambda wrong: dyntok.load(wrong), ["None"]),
     "load(device=)": (lambda wrong: dyntok.load("tiny", device=wrong), []),
     "load(dtype=)": (lambda wrong: dyntok.load("tiny", dtype=wrong), []),
+    "in_precision": (lambda wrong: dyntok.load("tiny").in_precision(wrong), []),
+    "TokenizerConfig(codebook=)": (lambda wrong: dyntok.TokenizerConfig(codebook=wrong), []),
+    "load_image(color=)": (lambda wrong: load_image(dyntok.example_image(), color=wrong), []),
+    "FixedEncoder(budget=)": (lambda wrong: FixedEncoder(dyntok.load("tiny"), wrong), ["3"]),
+    "Encoding.to": (lambda wrong: dyntok.Encoding.pack([[1]], None, (2, 2)).to(wrong), []),
+    "VisualVocab.save_pretrained": (VOCAB.save_pretrained, ["'x'", "no folder"]),
     "TokenizerConfig.preset": (dyntok.TokenizerConfig.preset, []),
     "DynamicVisualTokenizer": (dyntok.DynamicVisualTokenizer, []),
     "Encoding.cat": (dyntok.Encoding.cat, []),
@@ -78,6 +86,7 @@ CALLS = {  # each with the values that are right there
     "PackedDataset(documents)": (lambda wrong: llm.PackedDataset(wrong, packer), []),
     "PackedDataset(packer)": (lambda wrong: llm.PackedDataset(lambda epoch: [], wrong), []),
     "PackedDataset(rank=)": (lambda wrong: llm.PackedDataset(lambda epoch: [], packer, rank=wrong), []),
+    "PackedDataset(epoch=)": (lambda wrong: llm.PackedDataset(lambda epoch: [], packer, epoch=wrong), ["3"]),
     "collate_rows": (llm.collate_rows, []),
     "flatten_rows": (llm.flatten_rows, []),
     "VisualPrefix": (lambda wrong: llm.VisualPrefix(wrong, 8), ["3"]),

@@ -22,7 +22,7 @@ from dyntok.checkpoint.hub import Origin, PushOptions
 from dyntok.config import TokenizerConfig
 from dyntok.device import check_device
 from dyntok.errors import CheckpointError, ConfigError
-from dyntok.precision import autocast, cast, dtype_named, fixed_convolutions, full_float32
+from dyntok.precision import autocast, cast, dtype_named, fixed_convolutions, full_float32, settings
 
 
 class PretrainedModule(nn.Module):
@@ -88,14 +88,14 @@ class PretrainedModule(nn.Module):
             return self.to("cuda")
         return self.to(f"cuda:{device}" if isinstance(device, int) else device)
 
-    def in_precision(self, dtype: torch.dtype) -> Self:
-        """Casts most weights to `dtype`, in place.
+    def in_precision(self, dtype: torch.dtype | str) -> Self:
+        """Casts most weights to `dtype`, such as `torch.bfloat16` or "bf16", in place.
 
         In half precision the selector, the codebook and every LayerNorm stay float32 and the rest runs under autocast,
         so that rounding changes few decisions. It still changes some: codes in half precision are not promised to equal
         those in float32.
         """
-        return cast(self, dtype)
+        return cast(self, dtype_named(dtype))
 
     @contextmanager
     def inference(self) -> Iterator[None]:
@@ -104,17 +104,12 @@ class PretrainedModule(nn.Module):
         Half-precision weights compute under autocast, float32 ones without rounding to less. With `batch_invariant` a
         GPU runs the same programs every time.
         """
-        training = [part for part in self.modules() if part.training]
-        for part in training:
-            part.training = False
-        try:
-            fixed = fixed_convolutions(self.device) if self.batch_invariant else nullcontext()
-            normal = torch.inference_mode(False)  # whose tensors could not be differentiated in `refine`
-            with normal, torch.no_grad(), autocast(self.device.type, self.dtype), full_float32(self.device), fixed:
-                yield
-        finally:
-            for part in training:
-                part.training = True
+        evaluation = settings(f"evaluation of {id(self)}", [(part, "training", False) for part in self.modules()])
+        fixed = fixed_convolutions(self.device) if self.batch_invariant else nullcontext()
+        normal = torch.inference_mode(False)  # whose tensors could not be differentiated in `refine`
+        precision = autocast(self.device.type, self.dtype)
+        with evaluation, normal, torch.no_grad(), precision, full_float32(self.device), fixed:
+            yield
 
     def save_pretrained(
         self,
@@ -138,7 +133,7 @@ class PretrainedModule(nn.Module):
         """
         if push_options and not push_to_hub:
             raise TypeError(f"save_pretrained got {', '.join(push_options)}, which only push_to_hub=True uses")
-        folder = Path(save_directory).expanduser()
+        folder = Path(os.path.expanduser(save_directory))
         subfolders = self._save(folder, dtype)
         if not push_to_hub:
             return None

@@ -80,7 +80,7 @@ def add_policy_options(parser: argparse.ArgumentParser, *, sample: bool = True) 
 
 def add_shape_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that decide how a picture meets its grid. `shape_options` reads them."""
-    group = parser.add_argument_group("shape (for tokenizers that take any; --fit crop and squash for all)")
+    group = parser.add_argument_group("shape (--max-patches, --size, --fit keep: for tokenizers of any shape)")
     group.add_argument("--fit", choices=["keep", "crop", "squash", "pad"], help="default: the tokenizer's own")
     group.add_argument("--max-patches", type=whole(64, 4096), metavar="N", help="at most N patches per image")
     group.add_argument(

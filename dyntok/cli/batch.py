@@ -37,13 +37,13 @@ def add_batch(commands: "Commands") -> None:
         _batch,
         summary="Encode whole datasets into shards of codes.",
         details="Run the same command again to resume an interrupted run.",
-        example="dyntok batch photos/ 's3://bucket/{000..099}.tar' codes --dry-run",
+        example="dyntok batch 's3://bucket/{000..099}.tar' codes --dry-run",
     )
     add.add_argument(
         "inputs",
         nargs="+",
         metavar="INPUT",
-        help="folders, webdataset tars, zip archives, Parquet files, lists of paths (.txt); "
+        help="inputs of one kind: folders, webdataset tars, zip archives, Parquet files or lists of paths (.txt); "
         "globs, {000..099} and s3:// work",
     )
     add.add_argument("output", metavar="OUTPUT", help="a new folder, or the folder of the run to resume")

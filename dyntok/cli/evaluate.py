@@ -62,7 +62,7 @@ def add_eval(commands: "Commands") -> None:
         "--selection",
         choices=["learned", "random", "even"],
         default="learned",
-        help="how patches are chosen; the last two keep the same number, to compare (default: %(default)s)",
+        help="how patches are chosen; random and even keep as many as learned, for comparison (default: %(default)s)",
     )
     add.add_argument("--teacher", metavar="NAME", help="a timm model that classifies originals and reconstructions")
     add.add_argument(

@@ -16,7 +16,7 @@ def add_page(commands: "Commands") -> None:
         "page",
         _page,
         summary="Write a web page that encodes and decodes in the browser.",
-        details="The folder is static. Its runtime is the npm package onnxruntime-web: npm pack onnxruntime-web.",
+        details="Any web server can serve the folder. It needs the npm package onnxruntime-web (npm pack).",
         example="dyntok page -o site --runtime onnxruntime-web-1.30.0.tgz",
     )
     add_model_option(add)
@@ -36,7 +36,7 @@ def add_serve(commands: "Commands") -> None:
         commands,
         "serve",
         _serve,
-        summary="Show such a page in the browser.",
+        summary="Serve the folder of `dyntok page`, and open it in the browser.",
         details="Serves the folder on localhost alone, until it is interrupted.",
         example="dyntok serve site",
     )

@@ -57,6 +57,7 @@ class LavitConfig(TokenizerConfig):
     understanding_dim: int | None = None  # width of the understanding path's tokens; None: there is no such path
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.understanding_dim is not None:
             require_whole("understanding_dim", self.understanding_dim, 1)
         highres = self.highres_decoder

@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import threading
 import webbrowser
 from pathlib import Path
 
@@ -39,9 +40,9 @@ def make_server(folder: str | Path, port: int = 0) -> http.server.ThreadingHTTPS
 
 
 def serve(server: http.server.ThreadingHTTPServer, *, browser: bool = True) -> None:
-    """Answer requests until the process is interrupted. browser: open the page first."""
-    if browser:
-        webbrowser.open(address(server))
+    """Answer requests until the process is interrupted. browser: open the page in one."""
+    if browser:  # beside the server, since a browser of the console returns when its user is done
+        threading.Thread(target=webbrowser.open, args=(address(server),), daemon=True).start()
     with server:
         server.serve_forever()
 

@@ -60,3 +60,12 @@ def test_the_api_reference_has_every_public_name(site):
     errors = {name for name in wanted if name.endswith("Error")}
     wanted = (wanted - errors) | {name.replace("dyntok.", "dyntok.errors.") for name in errors}
     assert [name for name in sorted(wanted) if f'id="{name}"' not in text] == []
+
+
+@pytest.mark.slow
+def test_the_api_reference_has_inherited_methods_and_what_fields_mean(site):
+    text = (site / "api.html").read_text(encoding="utf-8")
+    methods = "dyntok.DynamicVisualTokenizer.save_pretrained", "dyntok.VisualVocab.meaning"
+    fields = "dyntok.training.stage.Stage.rho", "dyntok.batch.BatchOptions.eod", "dyntok.config.DecoderConfig.placement"
+    assert [name for name in (*methods, *fields) if f'id="{name}"' not in text] == []
+    assert "target share of kept patches" in text

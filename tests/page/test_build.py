@@ -3,6 +3,7 @@
 import json
 import re
 import tarfile
+import threading
 import urllib.error
 import urllib.request
 
@@ -11,6 +12,7 @@ from support.web import empty_runtime, served
 
 from dyntok.cli.main import main
 from dyntok.page.build import SITE, facts
+from dyntok.page.serve import make_server, serve
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +91,19 @@ def test_the_server_serves_the_folder_alone(site):
 def test_serve_wants_a_page(tmp_path, capsys):
     assert main(["serve", str(tmp_path)]) == 1
     assert "holds no index.html" in capsys.readouterr().err
+
+
+def test_a_browser_of_the_console_is_answered(site, monkeypatch):
+    """It runs in the terminal, and its call returns when the user is done with the page."""
+    server, read = make_server(site), []
+
+    def console_browser(address):
+        try:
+            with urllib.request.urlopen(address, timeout=10) as answer:
+                read.append(answer.read())
+        finally:  # by another thread, as the call would wait for a server that has not begun
+            threading.Thread(target=server.shutdown, daemon=True).start()
+
+    monkeypatch.setattr("webbrowser.open", console_browser)
+    serve(server)
+    assert read == [(site / "index.html").read_bytes()]
