@@ -4,8 +4,9 @@
         [--encode-patches 573] [--refine 1]
 
 SOURCE is a folder of images or a webdataset tar; with tars only the validation part is used (1 image in 20, by key).
-Every picture goes through `to_ids`, `to_encoding` and `decode`. Ids count the header (grid and map tokens), but not
-start and end. A code is worth log2(K) bits, a map token log2(625), a grid token 7. WebP may scale the picture down.
+Every picture goes through `to_ids`, `to_encoding` and `decode`. Ids count codes and map tokens, but not the four tokens
+for start, end, rows and columns. A code is worth log2(K) bits, a map token log2(625). A WebP file counts as a whole,
+and may scale the picture down.
 With `--encode-patches` the tokenizer does, too: it encodes a coarser grid, and the result is scaled up to the pictures
 of `--max-patches` patches that everything is compared with. `--refine` is the option of `encode`.
 """
