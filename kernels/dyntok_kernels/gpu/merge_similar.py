@@ -71,7 +71,10 @@ def average_kernel(
         # a row that is not of this image must not be read: 0 times its NaN would be NaN
         filled = inside & (place < end_dropped)[:, None]
         values = tl.load(x + source[:, None] * WIDTH + column[None, :], mask=filled, other=0.0)
-        total += dot(share, values.to(tl.float32))
+        rounded = cast(share, values.dtype)
+        total += dot(rounded, values)
+        if x.dtype.element_ty != tl.float32:  # what rounding takes from weights such as 257, which bfloat16 lacks
+            total += dot(cast(share - rounded.to(tl.float32), values.dtype), values)
         size += tl.sum(share, 1)
     where = merged + row.to(tl.int64)[:, None] * WIDTH + column[None, :]
     tl.store(where, cast(total / size[:, None], merged.dtype.element_ty), mask=(row < end)[:, None] & inside)
