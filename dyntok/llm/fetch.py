@@ -102,28 +102,17 @@ class _Sockets:
                 connected.shutdown(socket.SHUT_RDWR)
 
 
-class _Http(http.client.HTTPConnection):
-    """A connection whose socket is watched."""
+def _watched(kind: type[http.client.HTTPConnection], watch: _Watch, host: str, **options: Any) -> Any:
+    """Returns a connection whose socket is watched: of https after its handshake, to which the socket's limit holds."""
+    connection = kind(host, **options)
+    connect = connection.connect
 
-    def __init__(self, watch: _Watch, host: str, /, **options: Any) -> None:
-        super().__init__(host, **options)
-        self._watch = watch
+    def connect_and_watch() -> None:
+        connect()
+        watch(connection.sock)
 
-    def connect(self) -> None:
-        super().connect()
-        self._watch(self.sock)
-
-
-class _Https(http.client.HTTPSConnection):
-    """A connection whose socket is watched after its handshake, which the limit of a socket covers as a whole."""
-
-    def __init__(self, watch: _Watch, host: str, /, **options: Any) -> None:
-        super().__init__(host, **options)
-        self._watch = watch
-
-    def connect(self) -> None:
-        super().connect()
-        self._watch(self.sock)
+    connection.connect = connect_and_watch  # type: ignore[method-assign]
+    return connection
 
 
 class _Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
@@ -134,10 +123,10 @@ class _Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         self._watch = watch
 
     def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(partial(_Http, self._watch), req)
+        return self.do_open(partial(_watched, http.client.HTTPConnection, self._watch), req)
 
     def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(partial(_Https, self._watch), req)
+        return self.do_open(partial(_watched, http.client.HTTPSConnection, self._watch), req)
 
 
 class _SameHost(urllib.request.HTTPRedirectHandler):

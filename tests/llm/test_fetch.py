@@ -12,6 +12,7 @@ from PIL import Image
 
 from dyntok.errors import CodeError, ConfigError, ImageError
 from dyntok.llm import fetch_image
+from dyntok.llm.fetch import _is_same_host
 
 DRIPPED = {  # what comes before the bytes that drip
     "/headers": b"HTTP/1.1 200 OK\r\nX-Slow: ",
@@ -138,3 +139,18 @@ def test_other_addresses_are_refused():
         fetch_image("http://127.0.0.1:1/cat.png")
     with pytest.raises(ConfigError, match="timeout is 0"):
         partial(fetch_image, timeout=0)("http://127.0.0.1:1/cat.png")
+
+
+@pytest.mark.parametrize(
+    "one, other, allowed",
+    [
+        ("http://a/x", "https://a/y", True),
+        ("http://a:80/x", "http://a/y", True),
+        ("https://a/x", "http://a/y", False),
+        ("http://a/x", "https://a:8443/y", False),
+        ("http://a:8080/x", "https://a/y", False),
+        ("https://a/x", "https://b/y", False),
+    ],
+)
+def test_redirects_stay_on_the_host_and_port_or_turn_to_https(one, other, allowed):
+    assert _is_same_host(one, other) == allowed
