@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import get_worker_info
 
 from dyntok.addresses import StorageOptions, redact
 from dyntok.batch.formats import ROWS_IN_GROUP
@@ -16,6 +16,7 @@ from dyntok.batch.manifest import RecordedFile, read_description, recorded_files
 from dyntok.batch.shard_reader import CodesImage, CodesRow, read_block
 from dyntok.batch.storage import Output
 from dyntok.encoding import Encoding
+from dyntok.epochs import EpochDataset
 from dyntok.errors import CodeError, ConfigError, DataError
 from dyntok.original import Original
 from dyntok.structure import names_of, require_integer
@@ -59,7 +60,7 @@ class Batch:
         }
 
 
-class CodesDataset(IterableDataset):
+class CodesDataset(EpochDataset):
     """Batches of codes for a `DataLoader(..., batch_size=None)`.
 
     folder         what `dyntok batch` wrote as parquet or webdataset; only complete shards are read
@@ -107,7 +108,7 @@ class CodesDataset(IterableDataset):
             seed,
         )
         self.rank, self.world, self.remainder, self.pad_to = rank, world, remainder, pad_to
-        self._epoch = torch.zeros(1, dtype=torch.long, device="cpu").share_memory_()  # for workers that persist
+        super().__init__()
         self._output = Output(folder, storage or {})
         self.description = read_description(self._output)
         if self.description["options"]["format"] == "megatron":
@@ -122,20 +123,6 @@ class CodesDataset(IterableDataset):
     def fingerprint(self) -> str:
         """Returns that of the tokenizer that made the codes."""
         return self.description["tokenizer"]["fingerprint"]
-
-    @property
-    def epoch(self) -> int:
-        """Returns the epoch of the next iteration."""
-        return int(self._epoch.item())
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next iteration, also in the workers of a loader that has them already."""
-        require_integer("epoch", epoch, 0)
-        self._epoch.fill_(int(epoch))
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._epoch.share_memory_()  # which pickle does not keep
 
     def __len__(self) -> int:
         return -(-self._rows_per_rank // self.batch_size)
@@ -172,7 +159,7 @@ class CodesDataset(IterableDataset):
             f"{name} was {state.get(name)}, is {value}" for name, value in order.items() if state.get(name) != value
         ]:
             raise ConfigError(f"the state belongs to another order of batches: {'; '.join(found)}")
-        self.set_epoch(state["epoch"])
+        self.epoch = state["epoch"]
         self._begun = state["epoch"]
         self._done = self._resume = state["batches"]
 

@@ -16,9 +16,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import get_worker_info
 
 from dyntok.chunks import batched
+from dyntok.epochs import EpochDataset
 from dyntok.errors import ConfigError
 from dyntok.llm.documents import Document
 from dyntok.llm.packing import PackedRow, Packer
@@ -84,7 +85,7 @@ def _require_rows(rows: Any, kind: type) -> None:
     require(fits, f"rows is {brief(rows)}, expected a list of at least one row of a PackedDataset")
 
 
-class PackedDataset(IterableDataset):
+class PackedDataset(EpochDataset):
     """A stream of rows for a DataLoader, as `model(**batch)` takes them.
 
     documents: for an epoch's number, its documents. Every rank and every worker of a loader reads and packs them all,
@@ -134,26 +135,7 @@ class PackedDataset(IterableDataset):
             )
         self.documents, self.packer, self.rank, self.world = documents, packer, rank, world
         self.remainder, self.mask = remainder, mask
-        self._epoch = torch.zeros(1, dtype=torch.long, device="cpu").share_memory_()  # seen from worker processes, too
-        self.epoch = epoch
-
-    @property
-    def epoch(self) -> int:
-        """Returns the epoch of the next iteration."""
-        return int(self._epoch)
-
-    @epoch.setter
-    def epoch(self, epoch: int) -> None:
-        require_integer("epoch", epoch, 0)
-        self._epoch[0] = epoch
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch of the next iteration, also for the worker processes of a loader that keeps them."""
-        self.epoch = epoch
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._epoch.share_memory_()  # a copy is in memory of its own
+        super().__init__(epoch)
 
     def __iter__(self) -> Iterator[RowInputs]:
         worker = get_worker_info()
