@@ -107,7 +107,8 @@ class Trainer:
             pca_init(tokenizer, islice(self.data.batches(0), _PCA_BATCHES))
         image = tokenizer.config.image
         teacher = TeacherFeatures(recipe.teacher, image.mean, image.std) if recipe.teacher.name else None
-        self.objective = Objective(tokenizer, teacher)
+        distill = any(stage.weights.distill for stage in recipe.stages)
+        self.objective = Objective(tokenizer, teacher, distill=distill)
         self.quantizing = has_codes and recipe.stages[0].quantize
         self._unusable = 0  # steps in a row
         self._build()

@@ -21,8 +21,11 @@ from dyntok.training import losses
 from dyntok.training.bank import PictureBank
 from dyntok.training.choices import Choice, Mask, draw_choice, make_mask
 from dyntok.training.codebook import CodebookTrainer
+from dyntok.training.distillation import Distillation
 from dyntok.training.stage import Stage
 from dyntok.training.teacher import TeacherFeatures, View
+
+_PREDICTED = 2  # of the teacher's maps, the last ones: what is in the picture more than how it looks
 
 
 @dataclass
@@ -74,16 +77,28 @@ class Draw:
 
 
 class Objective(nn.Module):
-    """A tokenizer with everything that only its training needs. `set_stage` decides what `forward` computes."""
+    """A tokenizer with everything that only its training needs. `set_stage` decides what `forward` computes.
 
-    def __init__(self, tokenizer: DynamicVisualTokenizer, teacher: TeacherFeatures | None) -> None:
+    distill: whether any stage has `weights.distill`.
+    """
+
+    def __init__(
+        self, tokenizer: DynamicVisualTokenizer, teacher: TeacherFeatures | None, *, distill: bool = False
+    ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
         self.teacher = teacher
-        self.bank = PictureBank(2 * tokenizer.codebook.embedding.shape[1], teacher.out_dim) if teacher else None
+        self.bank = PictureBank(2 * tokenizer.codebook.embedding.shape[1], teacher.channels[-1]) if teacher else None
+        self.distillation = self._distillation() if distill and teacher is not None else None
         self.codebook_trainer = CodebookTrainer(tokenizer.codebook)
         self.register_buffer("pixel_std", torch.tensor(tokenizer.config.image.std).view(3, 1, 1), persistent=False)
         self.stage: Stage | None = None
+
+    def _distillation(self) -> Distillation:
+        tok, teacher = self.tokenizer, self.teacher
+        return Distillation(
+            tok.backbone.embed_dim, tok.require_decoder().out_dim, teacher.channels[-_PREDICTED:], teacher.pooled_dim
+        )
 
     def set_stage(self, stage: Stage) -> None:
         """Trains everything from here on, except the teacher, a frozen backbone and the stage's `freeze`.
@@ -110,7 +125,9 @@ class Objective(nn.Module):
         if tok.pixel_head is None and needs_pixels:
             raise ConfigError(f"{name} trains pixels, but the tokenizer makes none; set decoder.pixels: true")
         if self.teacher is None and weights.needs_teacher:
-            raise ConfigError(f"{name} has a perceptual, recognition or semantic loss, but there is no teacher")
+            raise ConfigError(
+                f"{name} has a perceptual, recognition, semantic or distill loss, but there is no teacher"
+            )
         bound = tok.config.selector.places != "free" or tok.config.merger.position == "rotary"
         if stage.masks.learned and bound and not isinstance(tok.merger, SimilarMerger):
             raise ConfigError(
@@ -210,8 +227,9 @@ class Objective(nn.Module):
             few_rows = rows if seen == len(pixels) else rows[: int(keep[:seen].sum())]
             few_painted, few_error = (None if x is None else x[:seen] for x in (painted, error))
             added, error, pictures = self._teacher_losses(
-                pixels[:seen], few_painted, keep[:seen], known[:seen], few_error, few_rows, draw.view, metrics
-            )
+                pixels[:seen], few_painted, keep[:seen], known[:seen], few_error, few_rows, draw.view, metrics,
+                (features[:seen], decoded[:seen]),
+            )  # fmt: skip
             loss = loss + added
         if codes is not None:
             metrics["commitment"] = losses.commitment(F.normalize(vectors, dim=-1), tok.codebook.lookup(codes))
@@ -226,9 +244,12 @@ class Objective(nn.Module):
 
     def _teacher_losses(
         self, pixels: Tensor, painted: Tensor | None, keep: Tensor, known: Tensor, error: Tensor | None, rows: Tensor,
-        view: View, metrics: dict[str, Tensor],
+        view: View, metrics: dict[str, Tensor], own: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...] | None]:  # fmt: skip
-        """Returns the weighted losses, each patch's error [B, N] with the perceptual one added, and the bank's rows."""
+        """Returns the weighted losses, each patch's error [B, N] with the perceptual one added, and the bank's rows.
+
+        own: the features of the backbone and of the decoder.
+        """
         weights, loss, pictures = self.stage.weights, pixels.new_zeros(()), None
         with torch.no_grad():
             targets, wanted = self.teacher(pixels, view)
@@ -246,6 +267,11 @@ class Objective(nn.Module):
             with torch.no_grad():
                 per_patch = losses.perceptual_per_patch(maps, targets, self.tokenizer.backbone.grid_of(pixels))
                 error = error / error.mean() + 0.5 * per_patch / per_patch.mean()
+        if weights.distill:
+            assert self.distillation is not None, "Objective(distill=True) makes the heads"
+            grid = self.tokenizer.backbone.grid_of(pixels)
+            metrics["distill"] = self.distillation(*own, grid, targets[-_PREDICTED:], wanted)
+            loss = loss + weights.distill * metrics["distill"]
         if weights.semantic:
             pooled_rows, pooled_targets = _pooled(rows, keep), targets[-1].float().mean((2, 3))
             pictures = pooled_rows.detach(), pooled_targets

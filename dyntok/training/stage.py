@@ -24,6 +24,7 @@ class Weights:
     recognition: float = 0.0  # distance of the teacher's pooled features
     recognition_unplaced: float = 1.0  # extra factor on images decoded without positions
     semantic: float = 0.0  # similarities between pictures, by their pooled code vectors and by the teacher's features
+    distill: float = 0.0  # the backbone's and the decoder's features predict the teacher's of the original
     commitment: float = 0.25  # distance of the encoder's vectors to their codes
     rate: float = 2.0  # distance of the mean number of tokens to `rho`
     local: float = 0.0  # selector scores follow the error that random or lattice masks leave
@@ -34,7 +35,7 @@ class Weights:
 
     @property
     def needs_teacher(self) -> bool:
-        return self.perceptual + self.recognition + self.semantic > 0
+        return self.perceptual + self.recognition + self.semantic + self.distill > 0
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,9 @@ class TeacherFeatures(nn.Module):
         model: Any = create_network(teacher, with_classifier=False)
         embed = getattr(model, "patch_embed", None)
         self.only_size = getattr(embed, "img_size", None) if getattr(embed, "strict_img_size", False) else None
-        self.out_dim = model.feature_info[self.layers[-1] if self.layers else -1]["num_chs"]
+        every = [info["num_chs"] for info in model.feature_info]
+        self.channels = [every[layer] for layer in self.layers] if self.layers else every  # of the maps
+        self.pooled_dim: int = getattr(model, "head_hidden_size", model.num_features)
         config = model.pretrained_cfg
         values = (mean, std, config["mean"], config["std"])
         old_mean, old_std, new_mean, new_std = (torch.tensor(value).view(3, 1, 1) for value in values)
