@@ -28,7 +28,7 @@ LEVELS = [
     {"checkpoint", "chunks", "refine"},
     {"ahead", "policy", "precision", "image"},
     {"imaging", "fitting", "margins", "model", "encoding", "features", "ids", "target"},
-    {"config", "original", "ragged", "validation"},
+    {"config", "epochs", "original", "ragged", "validation"},
     {"texts"},
     {"tables"},
     {"addresses", "device", "structure", "layout", "locks", "names", "tars"},
