@@ -1,4 +1,4 @@
-"""The epoch of an iterable data set, which worker processes that persist must learn of."""
+"""The epoch of an iterable data set, shared with persistent worker processes."""
 
 from typing import Any
 

@@ -1,8 +1,8 @@
-"""Feature distillation: heads predict what a teacher finds in the original, from the tokenizer's own features.
+"""Feature distillation: small heads predict a fixed teacher's features of the original from the tokenizer's own.
 
-A loss on the painted picture reaches the encoder through the decoder, the pixels and the teacher. This one is shorter:
-features from which a teacher's features can be told carry what the picture shows. The heads are for training alone and
-are in no checkpoint of a tokenizer. Not here: losses on the painted picture (`losses.py`).
+A loss on the painted picture reaches the encoder through the pixels and the decoder. This one is shorter: the features
+of the backbone and of the decoder themselves must tell what is in the picture. The heads serve training alone, and no
+checkpoint of a tokenizer has them. Not here: losses on the painted picture (`losses.py`).
 """
 
 from collections.abc import Sequence
@@ -12,93 +12,83 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _HIDDEN = 384  # channels of a head
-_MEMORY = 100  # batches over which means and variances are taken
-_BACKBONE = 0.5  # share of the loss on the backbone's features, beside 1 on the decoder's
+_BACKBONE = 0.5  # factor of the backbone's term, beside 1 of the decoder's
 
 
 class Distillation(nn.Module):
-    """The loss `weights.distill`, and its two heads: on the backbone's features and on the decoder's.
+    """The loss `weights.distill`, with a head for the backbone's features and one for the decoder's.
 
-    backbone, decoder: channels of the two. maps: channels of the teacher's feature maps that are predicted, the last
-    ones. pooled: channels of its pooled features.
+    backbone, decoder: channels of the two. maps: channels of the teacher's feature maps. pooled: channels of its pooled
+    features.
     """
 
     def __init__(self, backbone: int, decoder: int, maps: Sequence[int], pooled: int) -> None:
         super().__init__()
-        self.of_backbone = _Head(backbone, maps, pooled)
-        self.of_decoder = _Head(decoder, maps, pooled)
-        self.scales = nn.ModuleList(_RunningScale(channels) for channels in maps)
-        self.pooled_scale = _RunningScale(pooled)
+        self.backbone_head = _Head(backbone, maps, pooled)
+        self.decoder_head = _Head(decoder, maps, pooled)
 
     def forward(
-        self, features: Tensor, decoded: Tensor, grid: tuple[int, int], maps: Sequence[Tensor], pooled: Tensor
+        self,
+        features: Tensor,
+        decoded: Tensor,
+        grid: tuple[int, int],
+        maps: Sequence[Tensor],
+        pooled: Tensor,
+        known: Tensor,
     ) -> Tensor:
-        """Returns the loss, a scalar in 0..6: 1 - cosine, of the maps' positions and of pooled features.
+        """Returns the loss, a scalar in 0..6: 1 - cosine of predicted and of real features, at all places of the maps
+        and of the pooled ones.
 
-        features: [B, N, D] of the backbone. decoded: [B, N, D'] of the decoder, before pixels. maps: the teacher's last
-        maps of the originals, [B, C, h, w]. pooled: its pooled features, [B, P]. Targets are compared after their mean
-        over the last batches was subtracted, and maps are divided by their deviation.
+        features: [B, N, D] of the backbone; left out where they need no gradient. decoded: [B, N, D'] of the decoder,
+        before the pixels. maps: the teacher's, of the originals, [B, C, h, w] each. pooled: [B, P]. known: bool [B],
+        which pictures were decoded with positions; the decoder does not know the places of the others' content, and
+        their maps do not count.
+
+        Only what distinguishes the places and the pictures of the batch counts: maps have mean 0 and standard deviation
+        1 in every channel, pooled features mean 0. Those of a picture alone are left out.
         """
-        wanted = []
-        for scale, target in zip(self.scales, maps, strict=True):
-            centered, deviation = scale(target.movedim(1, -1))
-            wanted.append(centered / deviation)
-        wanted_pooled, _ = self.pooled_scale(pooled)
-        sizes = [(target.shape[1], target.shape[2]) for target in wanted]
-        total = pooled.new_zeros((), dtype=torch.float32)
-        for head, own, weight in ((self.of_backbone, features, _BACKBONE), (self.of_decoder, decoded, 1.0)):
+        targets = [_standardized(target.detach().float()) for target in maps]
+        pooled = pooled.detach().float() - pooled.detach().float().mean(0)
+        sizes = [(target.shape[2], target.shape[3]) for target in targets]
+        every, total = torch.ones_like(known), pooled.new_zeros(())
+        for head, own, counted, factor in (
+            (self.backbone_head, features, every, _BACKBONE),
+            (self.decoder_head, decoded, known, 1.0),
+        ):
+            if not own.requires_grad:
+                continue
             found, found_pooled = head(own, grid, sizes)
-            distances = [_distance(a, b) for a, b in zip(found, wanted, strict=True)]
-            total = total + weight * (torch.stack(distances).mean() + _distance(found_pooled, wanted_pooled))
+            distances = [_distance(a, b).mean((1, 2)) for a, b in zip(found, targets, strict=True)]  # [B] each
+            total = total + factor * (torch.stack(distances).mean(0) * counted).sum() / counted.sum().clamp(min=1)
+            if len(pooled) > 1:
+                total = total + factor * _distance(found_pooled, pooled).mean()
         return total
 
 
 class _Head(nn.Module):
-    """Features of patches [B, N, D] -> maps [B, h, w, C] of the sizes that are asked for, pooled features [B, P]."""
+    """Features of patches [B, N, D] -> maps [B, C, h, w] of the sizes that are asked for, pooled features [B, P]."""
 
     def __init__(self, width: int, maps: Sequence[int], pooled: int) -> None:
         super().__init__()
         self.norm, self.hidden = nn.LayerNorm(width), nn.Linear(width, _HIDDEN)
-        self.maps = nn.ModuleList(nn.Linear(_HIDDEN, channels) for channels in maps)
+        self.maps = nn.ModuleList(nn.Conv2d(_HIDDEN, channels, 1) for channels in maps)
         self.pooled = nn.Sequential(nn.Linear(_HIDDEN, _HIDDEN), nn.GELU(), nn.Linear(_HIDDEN, pooled))
 
     def forward(
         self, features: Tensor, grid: tuple[int, int], sizes: Sequence[tuple[int, int]]
     ) -> tuple[list[Tensor], Tensor]:
         x = F.gelu(self.hidden(self.norm(features)))
-        lattice = x.mT.unflatten(2, grid)  # [B, hidden, rows, columns]
-        resized = [F.adaptive_avg_pool2d(lattice, size).movedim(1, -1) for size in sizes]
-        return [layer(rows) for layer, rows in zip(self.maps, resized, strict=True)], self.pooled(x.mean(1))
-
-
-class _RunningScale(nn.Module):
-    """Mean and deviation of every channel over the last batches of rows [..., C]. No gradient flows."""
-
-    mean: Tensor
-    variance: Tensor
-    batches: Tensor
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("variance", torch.ones(channels))
-        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
-
-    @torch.no_grad()
-    def forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the rows less the mean, in float32, and the deviation [C]."""
-        rows = rows.float()
-        if self.training:
-            flat = rows.flatten(0, -2)
-            mean, variance = flat.mean(0), flat.var(0, correction=0)
-            if bool((mean + variance).isfinite().all()):  # a bad batch must not spoil those after it
-                self.batches += 1
-                share = 1 / min(int(self.batches), _MEMORY)
-                self.mean.lerp_(mean, share)
-                self.variance.lerp_(variance, share)
-        return rows - self.mean, (self.variance + 1e-6).sqrt()
+        patches = x.mT.unflatten(2, grid)  # [B, hidden, rows, columns]
+        maps = [layer(F.adaptive_avg_pool2d(patches, size)) for layer, size in zip(self.maps, sizes, strict=True)]
+        return maps, self.pooled(x.mean(1))
 
 
 def _distance(found: Tensor, wanted: Tensor) -> Tensor:
-    """Returns the mean of 1 - cosine over all rows [..., C]."""
-    return (1 - F.cosine_similarity(found.float(), wanted, dim=-1)).mean()
+    """Returns 1 - cosine over the channels: [B, C, ...] -> [B, ...]."""
+    return 1 - F.cosine_similarity(found.float(), wanted, dim=1)
+
+
+def _standardized(maps: Tensor) -> Tensor:
+    """Returns maps [B, C, h, w] with mean 0 and standard deviation 1 in every channel."""
+    variance, mean = torch.var_mean(maps, (0, 2, 3), correction=0, keepdim=True)
+    return (maps - mean) / (variance + 1e-6).sqrt()

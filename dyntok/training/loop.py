@@ -107,8 +107,7 @@ class Trainer:
             pca_init(tokenizer, islice(self.data.batches(0), _PCA_BATCHES))
         image = tokenizer.config.image
         teacher = TeacherFeatures(recipe.teacher, image.mean, image.std) if recipe.teacher.name else None
-        distill = any(stage.weights.distill for stage in recipe.stages)
-        self.objective = Objective(tokenizer, teacher, distill=distill)
+        self.objective = Objective(tokenizer, teacher)
         self.quantizing = has_codes and recipe.stages[0].quantize
         self._unusable = 0  # steps in a row
         self._build()

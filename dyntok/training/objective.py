@@ -25,7 +25,7 @@ from dyntok.training.distillation import Distillation
 from dyntok.training.stage import Stage
 from dyntok.training.teacher import TeacherFeatures, View
 
-_PREDICTED = 2  # of the teacher's maps, the last ones: what is in the picture more than how it looks
+_PREDICTED = 2  # of the teacher's maps, the deepest ones: content rather than appearance
 
 
 @dataclass
@@ -69,6 +69,20 @@ class StepResult:
 
 
 @dataclass(frozen=True)
+class _Seen:
+    """The pictures of a batch that the teacher sees, with what became of them."""
+
+    pixels: Tensor  # [B, 3, H, W]
+    painted: Tensor | None  # the same; None where no loss looks at pixels
+    keep: Tensor  # bool [B, N]
+    known: Tensor  # bool [B]: decoded with positions
+    error: Tensor | None  # of each patch, [B, N]
+    rows: Tensor  # code vectors of the kept patches, [T, C]
+    features: Tensor  # of the backbone, [B, N, D]
+    decoded: Tensor  # features of the decoder, [B, N, D']
+
+
+@dataclass(frozen=True)
 class Draw:
     """What chance decides for the pictures of all ranks together."""
 
@@ -77,28 +91,25 @@ class Draw:
 
 
 class Objective(nn.Module):
-    """A tokenizer with everything that only its training needs. `set_stage` decides what `forward` computes.
+    """A tokenizer with everything that only its training needs. `set_stage` decides what `forward` computes."""
 
-    distill: whether any stage has `weights.distill`.
-    """
-
-    def __init__(
-        self, tokenizer: DynamicVisualTokenizer, teacher: TeacherFeatures | None, *, distill: bool = False
-    ) -> None:
+    def __init__(self, tokenizer: DynamicVisualTokenizer, teacher: TeacherFeatures | None) -> None:
         super().__init__()
         self.tokenizer = tokenizer
         self.teacher = teacher
         self.bank = PictureBank(2 * tokenizer.codebook.embedding.shape[1], teacher.channels[-1]) if teacher else None
-        self.distillation = self._distillation() if distill and teacher is not None else None
+        self.distillation = self._distillation()
         self.codebook_trainer = CodebookTrainer(tokenizer.codebook)
         self.register_buffer("pixel_std", torch.tensor(tokenizer.config.image.std).view(3, 1, 1), persistent=False)
         self.stage: Stage | None = None
 
-    def _distillation(self) -> Distillation:
+    def _distillation(self) -> Distillation | None:
+        """Returns the heads, also for stages without `weights.distill`: later ones may be changed."""
         tok, teacher = self.tokenizer, self.teacher
-        return Distillation(
-            tok.backbone.embed_dim, tok.require_decoder().out_dim, teacher.channels[-_PREDICTED:], teacher.pooled_dim
-        )
+        if teacher is None or tok.decoder is None:
+            return None
+        maps = teacher.channels[-_PREDICTED:]
+        return Distillation(tok.backbone.embed_dim, tok.decoder.out_dim, maps, teacher.pooled_dim)
 
     def set_stage(self, stage: Stage) -> None:
         """Trains everything from here on, except the teacher, a frozen backbone and the stage's `freeze`.
@@ -226,10 +237,17 @@ class Objective(nn.Module):
             seen = self.teacher.seen(len(pixels))
             few_rows = rows if seen == len(pixels) else rows[: int(keep[:seen].sum())]
             few_painted, few_error = (None if x is None else x[:seen] for x in (painted, error))
-            added, error, pictures = self._teacher_losses(
-                pixels[:seen], few_painted, keep[:seen], known[:seen], few_error, few_rows, draw.view, metrics,
-                (features[:seen], decoded[:seen]),
-            )  # fmt: skip
+            few = _Seen(
+                pixels[:seen],
+                few_painted,
+                keep[:seen],
+                known[:seen],
+                few_error,
+                few_rows,
+                features[:seen],
+                decoded[:seen],
+            )
+            added, error, pictures = self._teacher_losses(few, draw.view, metrics)
             loss = loss + added
         if codes is not None:
             metrics["commitment"] = losses.commitment(F.normalize(vectors, dim=-1), tok.codebook.lookup(codes))
@@ -243,13 +261,11 @@ class Objective(nn.Module):
         return StepResult(loss, metrics, lengths, vectors.detach(), codes, pictures)
 
     def _teacher_losses(
-        self, pixels: Tensor, painted: Tensor | None, keep: Tensor, known: Tensor, error: Tensor | None, rows: Tensor,
-        view: View, metrics: dict[str, Tensor], own: tuple[Tensor, Tensor],
-    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...] | None]:  # fmt: skip
-        """Returns the weighted losses, each patch's error [B, N] with the perceptual one added, and the bank's rows.
-
-        own: the features of the backbone and of the decoder.
-        """
+        self, seen: "_Seen", view: View, metrics: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...] | None]:
+        """Returns the weighted losses, each patch's error [B, N] with the perceptual one added, and the bank's rows."""
+        pixels, painted, known, error = seen.pixels, seen.painted, seen.known, seen.error
+        grid = self.tokenizer.backbone.grid_of(pixels)
         weights, loss, pictures = self.stage.weights, pixels.new_zeros(()), None
         with torch.no_grad():
             targets, wanted = self.teacher(pixels, view)
@@ -265,15 +281,15 @@ class Objective(nn.Module):
             factors = torch.where(known, 1.0, weights.perceptual_unplaced)
             loss = loss + weights.perceptual * (distances * factors).mean()
             with torch.no_grad():
-                per_patch = losses.perceptual_per_patch(maps, targets, self.tokenizer.backbone.grid_of(pixels))
+                per_patch = losses.perceptual_per_patch(maps, targets, grid)
                 error = error / error.mean() + 0.5 * per_patch / per_patch.mean()
         if weights.distill:
-            assert self.distillation is not None, "Objective(distill=True) makes the heads"
-            grid = self.tokenizer.backbone.grid_of(pixels)
-            metrics["distill"] = self.distillation(*own, grid, targets[-_PREDICTED:], wanted)
+            metrics["distill"] = self.distillation(
+                seen.features, seen.decoded, grid, targets[-_PREDICTED:], wanted, known
+            )
             loss = loss + weights.distill * metrics["distill"]
         if weights.semantic:
-            pooled_rows, pooled_targets = _pooled(rows, keep), targets[-1].float().mean((2, 3))
+            pooled_rows, pooled_targets = _pooled(seen.rows, seen.keep), targets[-1].float().mean((2, 3))
             pictures = pooled_rows.detach(), pooled_targets
             semantic = self.bank.compare(pooled_rows, pooled_targets)
             if semantic is not None:

@@ -29,9 +29,9 @@ class Teacher:
     name: str = ""
     weights: str = "hub"  # "hub", or a safetensors file
     kwargs: dict[str, Any] = field(default_factory=dict)  # for timm.create_model
-    layers: tuple[int, ...] = ()  # indices of the intermediate features to compare; empty: all
+    layers: tuple[int, ...] = ()  # indices of the feature maps that are used; empty: all
     sizes: tuple[int, ...] = ()  # sides in pixels, one drawn per step: pictures get the area of its square
-    share: float = 1.0  # of each batch's pictures that are compared, at least four
+    share: float = 1.0  # of each batch's pictures that the teacher sees, at least four
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
@@ -97,7 +97,7 @@ class Recipe:
         message = "a stage without quantize follows a stage with it; quantization can't be switched off again"
         require(quantize == sorted(quantize), message)
         needs_teacher = any(stage.weights.needs_teacher for stage in stages)
-        message = "perceptual, recognition and semantic losses need teacher.name (a timm model)"
+        message = "perceptual, recognition, semantic and distill losses need teacher.name (a timm model)"
         require(bool(self.teacher.name) or not needs_teacher, message)
         compares = any(stage.weights.recognition for stage in stages)
         message = "the recognition loss compares the pictures of a batch; set batch_size to 2 or more"

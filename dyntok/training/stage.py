@@ -24,7 +24,7 @@ class Weights:
     recognition: float = 0.0  # distance of the teacher's pooled features
     recognition_unplaced: float = 1.0  # extra factor on images decoded without positions
     semantic: float = 0.0  # similarities between pictures, by their pooled code vectors and by the teacher's features
-    distill: float = 0.0  # the backbone's and the decoder's features predict the teacher's of the original
+    distill: float = 0.0  # distance of the teacher's features to those that heads predict from the tokenizer's
     commitment: float = 0.25  # distance of the encoder's vectors to their codes
     rate: float = 2.0  # distance of the mean number of tokens to `rho`
     local: float = 0.0  # selector scores follow the error that random or lattice masks leave

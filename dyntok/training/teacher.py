@@ -84,13 +84,15 @@ class TeacherFeatures(nn.Module):
 
     def __init__(self, teacher: Teacher, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
-        self.layers, self.sizes, self.share = list(teacher.layers) or None, teacher.sizes, teacher.share
         model: Any = create_network(teacher, with_classifier=False)
+        count = len(model.feature_info)
+        self.layers = sorted({layer % count for layer in teacher.layers}) or None  # the order in which timm gives them
+        self.sizes, self.share = teacher.sizes, teacher.share
         embed = getattr(model, "patch_embed", None)
         self.only_size = getattr(embed, "img_size", None) if getattr(embed, "strict_img_size", False) else None
         every = [info["num_chs"] for info in model.feature_info]
         self.channels = [every[layer] for layer in self.layers] if self.layers else every  # of the maps
-        self.pooled_dim: int = getattr(model, "head_hidden_size", model.num_features)
+        self.pooled_dim: int = model.num_classes or getattr(model, "head_hidden_size", None) or model.num_features
         config = model.pretrained_cfg
         values = (mean, std, config["mean"], config["std"])
         old_mean, old_std, new_mean, new_std = (torch.tensor(value).view(3, 1, 1) for value in values)

@@ -114,10 +114,11 @@ def test_shuffling_follows_from_seed_and_epoch(outputs, wanted):
     assert order(0, 0) == order(0, 0) != order(0, 1) != order(1, 1) and sorted(order(3, 4)) == sorted(wanted)
 
 
-def test_an_epoch_reaches_workers_that_persist(outputs):
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_an_epoch_reaches_workers_that_persist(method, outputs):
     def loader(persistent):
         data = CodesDataset(outputs["parquet"], batch_size=4, shuffle=True)
-        how = {"num_workers": 2, "multiprocessing_context": "fork", "persistent_workers": persistent}
+        how = {"num_workers": 2, "multiprocessing_context": method, "persistent_workers": persistent}
         return data, DataLoader(data, batch_size=None, **how)
 
     def order(epoch, data, batches):

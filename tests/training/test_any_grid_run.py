@@ -76,7 +76,7 @@ def test_resumed_between_grids_as_if_it_had_not_stopped(short, tmp_path, monkeyp
     monkeypatch.setattr(bank, "_PICTURES", 8)
     values = short("flex")
     for stage in values["stages"]:
-        stage["weights"]["semantic"] = 1.0
+        stage["weights"] |= {"semantic": 1.0, "distill": 1.0}
     trainer(values, tmp_path / "whole").run()
     run_until(trainer(values, tmp_path / "parts"), 7)
     resumed = trainer(values, tmp_path / "parts")

@@ -200,7 +200,7 @@ def test_a_gradient_that_is_not_finite_is_left_out(values, tmp_path, caplog):
     before = copy.deepcopy(run.objective.state_dict())
     assert before["bank.added"] == 4
     poisoned = run.data[1].clone()
-    poisoned[0] = float("nan")  # all of it: a view may cut off a border
+    poisoned[0, 0, 0, 0] = float("nan")
     with caplog.at_level(logging.WARNING, "dyntok"):
         for _ in range(19):
             run.train_step([poisoned], stage, 1)

@@ -33,7 +33,7 @@ CERTAIN = {
 MIXED = {
     "masks": {"learned": 1, "budget": 1, "random": 1},
     "position_drop": 0.5,
-    "weights": {"pixel": 1, "rate": 1, "local": 0.1, "semantic": 1},
+    "weights": {"pixel": 1, "rate": 1, "local": 0.1, "semantic": 1, "distill": 1},
 }
 
 
