@@ -1,8 +1,8 @@
 """Feature distillation: small heads predict a fixed teacher's features of the original from the tokenizer's own.
 
-A loss on the painted picture reaches the encoder through the pixels and the decoder. This one is shorter: the features
-of the backbone and of the decoder themselves must tell what is in the picture. The heads serve training alone, and no
-checkpoint of a tokenizer has them. Not here: losses on the painted picture (`losses.py`).
+A loss on the painted picture reaches the encoder through the pixels and the decoder. Here the path is shorter: the
+teacher's features must be predictable from those of the backbone and of the decoder. The heads serve training alone;
+no checkpoint of a tokenizer has them. Not here: losses on the painted picture (`losses.py`).
 """
 
 from collections.abc import Sequence
@@ -39,13 +39,14 @@ class Distillation(nn.Module):
         """Returns the loss, a scalar in 0..6: 1 - cosine of predicted and of real features, at all places of the maps
         and of the pooled ones.
 
-        features: [B, N, D] of the backbone; left out where they need no gradient. decoded: [B, N, D'] of the decoder,
-        before the pixels. maps: the teacher's, of the originals, [B, C, h, w] each. pooled: [B, P]. known: bool [B],
-        which pictures were decoded with positions; the decoder does not know the places of the others' content, and
-        their maps do not count.
+        features: [B, N, D] of the backbone; their term is skipped if they need no gradient.
+        decoded: [B, N, D'] of the decoder, before the pixels.
+        maps: the teacher's, of the originals, [B, C, h, w] each. pooled: the same, [B, P].
+        known: bool [B], which pictures were decoded with positions. The decoder does not know where the content of the
+            others lies, and their maps do not count for it.
 
-        Only what distinguishes the places and the pictures of the batch counts: maps have mean 0 and standard deviation
-        1 in every channel, pooled features mean 0. Those of a picture alone are left out.
+        Targets are centered over this rank's batch: every channel of a map gets mean 0 and standard deviation 1, pooled
+        features get mean 0. A batch of one picture has no pooled term.
         """
         targets = [_standardized(target.detach().float()) for target in maps]
         pooled = pooled.detach().float() - pooled.detach().float().mean(0)

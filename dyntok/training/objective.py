@@ -104,7 +104,7 @@ class Objective(nn.Module):
         self.stage: Stage | None = None
 
     def _distillation(self) -> Distillation | None:
-        """Returns the heads, also for stages without `weights.distill`: later ones may be changed."""
+        """Returns the heads, also if no stage has `weights.distill`: a resumed run may add it to a later stage."""
         tok, teacher = self.tokenizer, self.teacher
         if teacher is None or tok.decoder is None:
             return None

@@ -1,4 +1,4 @@
-"""A fixed timm network that guides the training: its feature maps of originals and reconstructions are compared.
+"""A fixed timm network that guides the training by its features of originals and reconstructions.
 
 Not here: the classifier that evaluates a trained tokenizer (`classifier.py`).
 """
@@ -90,22 +90,22 @@ class TeacherFeatures(nn.Module):
         self.sizes, self.share = teacher.sizes, teacher.share
         embed = getattr(model, "patch_embed", None)
         self.only_size = getattr(embed, "img_size", None) if getattr(embed, "strict_img_size", False) else None
-        every = [info["num_chs"] for info in model.feature_info]
-        self.channels = [every[layer] for layer in self.layers] if self.layers else every  # of the maps
-        self.pooled_dim: int = model.num_classes or getattr(model, "head_hidden_size", None) or model.num_features
         config = model.pretrained_cfg
         values = (mean, std, config["mean"], config["std"])
         old_mean, old_std, new_mean, new_std = (torch.tensor(value).view(3, 1, 1) for value in values)
         self.register_buffer("factor", old_std / new_std)
         self.register_buffer("shift", (old_mean - new_mean) / new_std)
         self.model: Any = fold_batch_norms(model).to(memory_format=torch.channels_last).requires_grad_(False)
+        with torch.no_grad():
+            maps, pooled = self(torch.zeros(1, 3, *(self.only_size or config["input_size"][1:])), View())
+        self.channels, self.pooled_dim = [found.shape[1] for found in maps], pooled.shape[1]
 
     def train(self, mode: bool = True) -> "TeacherFeatures":
         """Keeps the network in evaluation mode."""
         return super().train(False)
 
     def seen(self, images: int) -> int:
-        """Returns how many of a batch's images are compared: the teacher's share, but four if there are as many."""
+        """Returns how many of a batch's images the teacher sees: its share, but four if there are as many."""
         return max(min(images, _FEWEST), round(images * self.share))
 
     def draw_view(self) -> View:

@@ -29,10 +29,10 @@ def teacher(tmp_path):
 
 
 def arguments(features, decoded, maps, pooled, known=True):
-    return features, decoded, GRID, maps, pooled, torch.full((len(pooled),), known)
+    return features, decoded, GRID, maps, pooled, torch.as_tensor(known).expand(len(pooled))
 
 
-def test_heads_learn_what_features_tell_and_nothing_from_noise():
+def test_heads_learn_what_features_tell_and_nothing_from_constant_features():
     torch.manual_seed(0)
     told = torch.randn(32, 16, 12, requires_grad=True)
     patches = told.detach().mT.unflatten(2, GRID)
@@ -81,16 +81,36 @@ def test_what_counts():
     assert gradients(features.detach(), decoded)[0] is None
     assert all(p.grad is None for p in distillation.backbone_head.parameters())
     # a picture alone is its own mean
-    alone = [x[:1].detach().requires_grad_() for x in (features, decoded)]
-    other = gradients(*alone, [maps[0][:1]], pooled[:1])
-    assert torch.equal(other[0], gradients(*alone, [maps[0][:1]], pooled[1:2])[0]) and other[0].norm() > 0
+    distillation.zero_grad()
+    assert (
+        gradients(features.detach()[:1], decoded.detach()[:1].requires_grad_(), [maps[0][:1]], pooled[:1])[1].norm() > 0
+    )
+    assert all(p.grad is None for p in distillation.decoder_head.pooled.parameters())
+
+
+def test_maps_count_where_positions_are_known():
+    torch.manual_seed(0)
+    distillation, decoded = Distillation(12, 8, [6], 5), torch.randn(3, 16, 8, requires_grad=True)
+    maps, pooled = [torch.randn(3, 6, 8, 8)], torch.randn(3, 5)  # finer than the patches
+    found, _ = distillation.decoder_head(decoded, GRID, [(8, 8)])
+    assert torch.allclose(found[0], F.interpolate(distillation.decoder_head(decoded, GRID, [GRID])[0][0], (8, 8)))
+    wanted = (maps[0] - maps[0].mean((0, 2, 3), keepdim=True)) / maps[0].std((0, 2, 3), correction=0, keepdim=True)
+    distances = (1 - F.cosine_similarity(found[0], wanted)).mean((1, 2))
+
+    def loss(known):
+        features = torch.zeros(3, 16, 12)  # without gradient
+        return distillation(*arguments(features, decoded, maps, pooled, known))
+
+    none = loss([False] * 3)
+    assert torch.allclose(loss([True, False, True]) - none, (distances[0] + distances[2]) / 2, atol=1e-5)
+    assert torch.allclose(loss([True] * 3) - none, distances.mean(), atol=1e-5)
 
 
 @pytest.mark.parametrize("frozen", [(), ("backbone",)])
 def test_the_loss_reaches_encoder_and_decoder_but_no_pixels(tokenizer, photos, small_config, teacher, frozen):
     pixels = torch.stack([to_pixels(photo, small_config.image) for photo in photos[:4]])
     objective = Objective(tokenizer, teacher)
-    weights, masks = Weights(pixel=1e-12, distill=1, rate=0), Masks(0, budget=1)
+    weights, masks = Weights(pixel=1e-12, distill=1, rate=0, commitment=0), Masks(0, budget=1)
     objective.set_stage(Stage(images=1, weights=weights, masks=masks, quantize=True, freeze=frozen))
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     result = objective.train()(pixels)
@@ -134,6 +154,7 @@ def test_features_without_pixels(photos, small_config, teacher):
         {"layers": (-1, 3)},
         {"layers": (2,)},
         {"classes": True},
+        {"name": "mobilenetv2_035", "kwargs": {"global_pool": "catavgmax"}},
         {"name": "vit_tiny_patch16_224", "kwargs": {"img_size": 64, "depth": 3}},
     ],
 )
@@ -152,6 +173,8 @@ def test_any_teacher(options, tokenizer, photos, small_config, tmp_path):
     result.loss.backward()
     assert 0 < result.metrics["distill"] < 6
     assert all(p.grad is not None for p in objective.distillation.parameters())
+    objective.bank.add(*result.pictures)
+    assert objective.bank.added == 4
 
 
 def test_a_run_goes_on_with_its_heads_and_saves_none(values, tmp_path):
