@@ -261,7 +261,7 @@ class Objective(nn.Module):
         return StepResult(loss, metrics, lengths, vectors.detach(), codes, pictures)
 
     def _teacher_losses(
-        self, seen: "_Seen", view: View, metrics: dict[str, Tensor]
+        self, seen: _Seen, view: View, metrics: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...] | None]:
         """Returns the weighted losses, each patch's error [B, N] with the perceptual one added, and the bank's rows."""
         pixels, painted, known, error = seen.pixels, seen.painted, seen.known, seen.error
